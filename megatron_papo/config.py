@@ -1,0 +1,380 @@
+"""The configuration of a run: strict, typed, one section per subject. YAML file + `--set section.key=value`.
+
+Every field is required in the YAML unless it has a default here; an unknown key is an error that names the nearest known one.
+A stage's fingerprint covers only the sections the stage reads (see manifest.py), so changing, say, `evaluation` never
+invalidates training. Units are part of the names or stand in the docstring under the field.
+"""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_papo.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str | None
+    """Hugging Face Qwen2.5-VL checkpoint directory to start from. null: the tiny model that stage 1 makes for the synthetic task."""
+    dtype: Literal["float32", "bfloat16"]
+    """Of the weights and activations in training and on the server. bfloat16 keeps fp32 main parameters in the optimizer."""
+    recompute: Literal["none", "full"] = "none"
+    """full: recompute each decoder and vision layer in the backward pass; memory for time."""
+
+
+class PromptSource(Section):
+    source: str
+    """`synthetic`, a .jsonl or .parquet file, a directory of them, or the name of a Hugging Face dataset."""
+    split: str = "train"
+    """Split of a Hugging Face dataset; ignored for files."""
+    count: int | None = Field(default=None, gt=0)
+    """Keep only the first so many rows; the number of rows to make for `synthetic`. null: all."""
+
+
+class SyntheticTaskConfig(Section):
+    """Counting squares: a grid x grid picture of 14-pixel cells with lowest..highest coloured squares and Gaussian noise."""
+
+    grid: int = Field(default=4, ge=2)
+    lowest: int = Field(default=1, ge=0)
+    highest: int = Field(default=4, ge=1)
+    noise: float = Field(default=8.0, ge=0)
+    """Standard deviation of the pixel noise, in grey levels (0..255)."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if not self.lowest < self.highest <= self.grid**2:
+            raise ValueError(f"needs lowest < highest <= grid * grid, got {self.lowest}, {self.highest}, grid {self.grid}")
+        return self
+
+
+class DataConfig(Section):
+    train: PromptSource
+    sft: PromptSource | None
+    """Prompts with target responses for stage 2; null when there is no cold start."""
+    evaluation: PromptSource
+    synthetic: SyntheticTaskConfig = SyntheticTaskConfig()
+    problem_key: str = "problem"
+    answer_key: str = "answer"
+    images_key: str = "images"
+    target_key: str = "target"
+    """Column with the target response (sft only)."""
+    image_root: str | None = None
+    """Directory that relative image paths start from and must stay inside. null: the directory of the data file."""
+    prompt_template: str = (
+        "{problem}\n\nYou first think through the reasoning process as an internal monologue, enclosed within "
+        "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{{}}."
+    )
+    """Python format string around the problem (PAPO's by default)."""
+    system_prompt: str | None = None
+    """null: whatever the chat template does by itself."""
+    min_pixels: int = Field(gt=0)
+    max_pixels: int = Field(gt=0)
+    """Images are resized, keeping their aspect, so that height * width lies between these two (multiples of 28 px each side)."""
+    max_prompt_tokens: int = Field(gt=0)
+    """Longer prompts (image tokens included) are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _pixels_and_template(self):
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+        try:
+            rendered = self.prompt_template.format(problem="PROBLEM")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(f"prompt_template is not a format string with {{problem}} (write other braces doubled): {error}")
+        if "PROBLEM" not in rendered:
+            raise ValueError("prompt_template does not contain {problem}")
+        return self
+
+
+class SftConfig(Section):
+    """Stage 2: supervised cold start on the Hugging Face model with DeepSpeed ZeRO."""
+
+    zero_stage: Literal[1, 2, 3] = 2
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory."""
+    processes: int = Field(default=1, gt=0)
+    steps: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    """Samples per optimizer step, over all processes."""
+    micro_batch_size: int = Field(gt=0)
+    """Samples per forward pass and process."""
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    clip_grad: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self):
+        if self.global_batch_size % (self.micro_batch_size * self.processes):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size * processes"
+                f" = {self.micro_batch_size * self.processes}"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    data_parallel_size: int = Field(default=1, gt=0)
+    sequence_parallel: bool = False
+    """Shard activations between tensor-parallel regions along the sequence. Needs tensor_model_parallel_size > 1."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
+
+    @model_validator(mode="after")
+    def _sequence_parallel(self):
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
+        return self
+
+
+class ServerConfig(Section):
+    """The SGLang server that a stage starts when it is not given one. Not part of any fingerprint."""
+
+    python: str | None = None
+    """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, lt=65536)
+    """0: any free port."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    memory_fraction: float = Field(default=0.8, gt=0, lt=1)
+    """Share of GPU memory for weights and KV cache (SGLang's --mem-fraction-static). Unused on a CPU."""
+    max_total_tokens: int | None = Field(default=None, gt=0)
+    """Size of the KV cache in tokens; null: what the memory fraction allows."""
+    start_timeout_seconds: float = Field(default=600.0, gt=0)
+    extra_arguments: list[str] = []
+    """Passed to sglang.launch_server as they are."""
+
+
+class RolloutConfig(Section):
+    rollout_batch_size: int = Field(gt=0)
+    """Prompts per iteration."""
+    group_size: int = Field(gt=1)
+    """Responses per prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Below 1 the sampling policy is not the one whose log-probs are trained: the published runs used 0.99."""
+    max_response_tokens: int = Field(gt=0)
+    concurrency: int = Field(default=64, gt=0)
+    """Requests under way at once."""
+    request_timeout_seconds: float = Field(default=600.0, gt=0)
+
+
+class RewardConfig(Section):
+    accuracy_weight: float = 0.9
+    format_weight: float = 0.1
+    zero_if_cut_off: bool = False
+    """Reward 0 for a response that reached max_response_tokens without ending."""
+    time_limit_seconds: float = Field(default=10.0, gt=0)
+    """For grading one response; past it the answer counts as wrong and is counted as timed out."""
+    workers: int = Field(default=2, gt=0)
+
+
+class MaskedImageConfig(Section):
+    """How the masked image of KL_prcp is drawn. One seed per (run seed, prompt, epoch), stored with the rollout."""
+
+    strategy: Literal["random", "full"] = "random"
+    """random: each square is blackened with probability `ratio`. full: the whole picture is black."""
+    ratio: float = Field(default=0.6, gt=0, le=1)
+    square_pixels: int = Field(default=14, gt=0)
+    space: Literal["native", "patch"] = "native"
+    """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT patches."""
+
+
+class ObjectiveConfig(Section):
+    """PAPO-G, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    average: Literal["token", "sequence"] = "token"
+    clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_ratio_high: float = Field(default=0.3, gt=0)
+    clip_ratio_dual: float = Field(default=3.0, gt=1)
+    """Dual clip for negative advantages."""
+    kl_ref_coef: float = Field(default=0.01, ge=0)
+    """beta. 0: the reference model is not loaded."""
+    kl_prcp_coef: float = Field(default=0.02, ge=0)
+    """gamma. 0: GRPO; masked images are then computed only if masked_image_entropy_coef asks for them."""
+    kl_prcp_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
+    kl_prcp_clip: float | None = Field(default=None, gt=0)
+    """Clamp each token's KL_prcp to [0, this]; null: no clamp."""
+    kl_prcp_top_p: float | None = Field(default=None, gt=0, le=1)
+    """Keep only this share of a sequence's tokens, those with the largest KL_prcp; null: all."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """eta_1: weight of the policy's entropy in the loss (the double entropy loss, first half)."""
+    masked_image_entropy_coef: float = Field(default=0.0, ge=0)
+    """eta_2: the masked-image policy's. Changes the logged loss but no gradient, because the masked branch is cached (as published)."""
+
+    @property
+    def uses_masked_image(self) -> bool:
+        return self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_ref_coef > 0
+
+
+class OptimizerConfig(Section):
+    """AdamW. Constant learning rate after a linear warm-up."""
+
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, gt=0)
+    distributed: bool | None = None
+    """Shard optimizer state over data-parallel ranks (Megatron's DistributedOptimizer). null: on GPUs yes, on CPU no."""
+
+
+class TrainingConfig(Section):
+    global_batch_size: int = Field(gt=0)
+    """Prompts (groups) per optimizer step; rollout_batch_size / global_batch_size steps per iteration."""
+    micro_batch_size: int = Field(gt=0)
+    """Rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the result."""
+    log_prob_micro_batch_size: int = Field(gt=0)
+    """Rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
+    max_rollout_log_prob_difference: float | None = Field(default=None, gt=0)
+    """Stop if the mean |log-prob by SGLang - log-prob by Megatron| of the response tokens exceeds this; null: only report it."""
+
+
+class EvaluationConfig(Section):
+    samples_per_prompt: int = Field(default=8, gt=0)
+    """k of avg@k."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=-1, ge=-1)
+    """-1: no limit. The authors' code uses 50."""
+    max_response_tokens: int = Field(gt=0)
+    max_pixels: int | None = Field(default=None, gt=0)
+    """null: data.max_pixels. The authors' code uses 589824."""
+    masked_images: bool = False
+    """Also answer every prompt with its images masked (masked_image section)."""
+
+
+class Config(Section):
+    seed: int = Field(default=1, ge=0)
+    iterations: int = Field(gt=0)
+    """Rollout + train rounds of run_all.sh. Not part of any stage's fingerprint: raising it continues a finished run."""
+    model: ModelConfig
+    data: DataConfig
+    sft: SftConfig | None
+    parallel: ParallelConfig
+    server: ServerConfig = ServerConfig()
+    rollout: RolloutConfig
+    reward: RewardConfig = RewardConfig()
+    masked_image: MaskedImageConfig = MaskedImageConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _sections_agree(self):
+        if (self.sft is None) != (self.data.sft is None):
+            raise ValueError("sft and data.sft go together: give both or set both to null")
+        synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
+        if self.model.path is None and not all(synthetic):
+            raise ValueError("model.path is null, which is only possible with the synthetic task: give a checkpoint directory")
+        if self.rollout.rollout_batch_size % self.training.global_batch_size:
+            raise ValueError(
+                f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
+                f" training.global_batch_size {self.training.global_batch_size}"
+            )
+        rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
+        if rows % dp:
+            raise ValueError(f"global_batch_size * group_size = {rows} rollouts cannot be split over data_parallel_size {dp}")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-6 as a string; this loader reads it as the number that everybody means. A repeated key is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = {str(key) for key in keys if keys.count(key) > 1}
+        if repeated:
+            raise UserError(f"{node.start_mark.name}: repeated key {', '.join(sorted(repeated))}: keep one")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Reads YAML, applies `section.key=value` overrides (values are YAML), validates. Raises UserError, one line per mistake."""
+    path = Path(path)
+    try:
+        with open(path) as stream:
+            tree = yaml.load(stream, _Loader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}")
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}")
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping of sections at top level")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_one_line(path, problem) for problem in error.errors()))
+
+
+def _apply(tree: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected section.key=value")
+    *parents, last = name.strip().split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {parent} is not a section")
+        tree = child
+    try:
+        tree[last] = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value")
+
+
+def _one_line(path: Path, problem: dict) -> str:
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"{path}: unknown key {key}: {hint}"
+    if problem["type"] == "missing":
+        return f"{path}: missing key {key}: add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem["input"]
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    return f"{path}: {key}: {message}{shown}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    section = Config
+    for name in location:
+        candidates = _section_types(section.model_fields[name].annotation)
+        section = candidates[0]
+    return list(section.model_fields)
+
+
+def _section_types(annotation) -> list[type[Section]]:
+    options = getattr(annotation, "__args__", (annotation,))
+    return [option for option in options if isinstance(option, type) and issubclass(option, Section)]
