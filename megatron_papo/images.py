@@ -12,7 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from megatron_papo.config import MaskedImageConfig
 from megatron_papo.errors import UserError
+from megatron_papo.objective.image_masking import mask_image
+from megatron_papo.seeds import derive_seed
 
 PATCH = 14
 MERGE = 2
@@ -59,6 +62,24 @@ def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
     """Bicubic, to smart_size; the picture itself if it has that size."""
     size = smart_size(*image.size, min_pixels, max_pixels)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def load_images(
+    root: Path, names: list[str], min_pixels: int, max_pixels: int, masking: MaskedImageConfig | None = None, seed: int | None = None
+) -> list[Image.Image]:
+    """A prompt's pictures, opened and resized; with `masking`, squares blackened in its space with one seed per picture."""
+    images = []
+    for index, name in enumerate(names):
+        image = open_image(root, name)
+        if masking is None:
+            images.append(resize(image, min_pixels, max_pixels))
+            continue
+        drawn = dict(strategy=masking.strategy, ratio=masking.ratio, square_pixels=masking.square_pixels, seed=derive_seed(seed, index))
+        if masking.space == "native":
+            images.append(resize(mask_image(image, **drawn), min_pixels, max_pixels))
+        else:
+            images.append(mask_image(resize(image, min_pixels, max_pixels), **drawn))
+    return images
 
 
 def grid_of(image: Image.Image) -> tuple[int, int, int]:
