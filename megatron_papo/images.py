@@ -87,6 +87,17 @@ def grid_of(image: Image.Image) -> tuple[int, int, int]:
     return 1, image.height // PATCH, image.width // PATCH
 
 
+def grid_of_file(root: Path, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+    """The grid that a native picture will have once resized; reads only the file's header."""
+    path = resolve_image(root, name)
+    try:
+        with Image.open(path) as image:
+            width, height = smart_size(*image.size, min_pixels, max_pixels)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path}: cannot be read as a picture ({error}): replace it or drop the row")
+    return 1, height // PATCH, width // PATCH
+
+
 def num_image_tokens(grid: tuple[int, int, int]) -> int:
     return grid[0] * grid[1] * grid[2] // MERGE**2
 
