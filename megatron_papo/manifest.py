@@ -50,10 +50,22 @@ def read_manifest(directory: Path) -> dict | None:
         raise UserError(f"{directory / MANIFEST}: damaged manifest ({error}): remove {directory} and make it again")
 
 
-def require_input(path: Path, made_by: tuple[str, ...], hint: str, verify: bool = True) -> str:
+class Fingerprint(str):
+    """Of an input, remembering the directory it stands for, so that StageOutput can verify the files before the stage uses them."""
+
+    path: Path
+
+    def __new__(cls, value: str, path: Path):
+        self = super().__new__(cls, value)
+        self.path = path
+        return self
+
+
+def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Fingerprint:
     """The fingerprint of an input that one of the stages `made_by` must have published.
 
-    hint: the command that makes it, shown when it is missing, foreign or damaged. verify: hash every file against the manifest.
+    hint: the command that makes it, shown when it is missing or foreign. Only the manifest is read here: the files are verified when
+    a stage that is not done yet enters its StageOutput.
     """
     if not path.exists():
         partial = " (only an unfinished .partial is there)" if _partial(path).exists() else ""
@@ -62,22 +74,22 @@ def require_input(path: Path, made_by: tuple[str, ...], hint: str, verify: bool 
     if manifest is None or manifest.get("stage") not in made_by:
         found = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
         raise UserError(f"{path}: {found}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
-    if verify:
-        _verify_files(path, manifest)
-    return manifest["fingerprint"]
+    return Fingerprint(manifest["fingerprint"], path)
 
 
-def input_fingerprint(path: Path, hint: str, verify: bool = True) -> str:
-    """Of an input that a stage made (its manifest is verified) or that comes from outside (its content is hashed)."""
+def input_fingerprint(path: Path, hint: str) -> Fingerprint:
+    """Of an input that a stage made (its manifest's) or that comes from outside (the hash of its content)."""
     if not path.exists():
         raise UserError(f"{path}: not there: {hint}")
     manifest = read_manifest(path) if path.is_dir() else None
+    return Fingerprint(content_fingerprint(path) if manifest is None else manifest["fingerprint"], path)
+
+
+def verify_files(directory: Path) -> None:
+    """Compares every file of a published output with its manifest, by size and hash. Nothing to compare without a manifest."""
+    manifest = read_manifest(directory) if directory.is_dir() else None
     if manifest is None:
-        return content_fingerprint(path)
-    return require_input(path, (manifest["stage"],), hint, verify)
-
-
-def _verify_files(directory: Path, manifest: dict) -> None:
+        return
     for name, entry in manifest["files"].items():
         file = directory / name
         again = f"damaged: remove {directory} and make it again with: {manifest['command']}"
@@ -93,7 +105,7 @@ class StageOutput:
         out = StageOutput("stage4_rollout", output, config, sections=["seed", "rollout"], inputs={"prompts": fingerprint})
         if out.done:
             return
-        with out:                                  # makes out.partial
+        with out:                                  # verifies the inputs' files, makes out.partial
             ... write files below out.partial ...
             out.counts["rollouts"] = n
                                                    # leaving publishes; an exception removes out.partial
@@ -131,6 +143,9 @@ class StageOutput:
 
     def __enter__(self):
         self._started = psutil.Process().create_time()
+        for fingerprint in self._recipe["inputs"].values():
+            if isinstance(fingerprint, Fingerprint):
+                verify_files(fingerprint.path)
         shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True)

@@ -39,19 +39,19 @@ def parse():
     return parser.parse_args()
 
 
-def prepare(args, verify: bool):
+def prepare(args):
     """Configuration, model geometry and output, after all the checks that need no process group."""
     config = load_config(args.config, args.overrides)
     stage3 = f"python -m stages.stage3_convert_to_megatron --config {args.config} --hf HF_CHECKPOINT --output {args.reference}"
     stage4 = f"python -m stages.stage4_rollout --config {args.config} --iteration {args.iteration} ... --output {args.rollouts}"
     stage1 = f"python -m stages.stage1_prepare_data --config {args.config} --output {args.data}"
     inputs = {
-        "megatron": require_input(args.megatron, ("stage3_convert_to_megatron", "stage5_train"), stage3, verify),
-        "rollouts": require_input(args.rollouts, ("stage4_rollout",), stage4, verify),
-        "data": require_input(args.data, ("stage1_prepare_data",), stage1, verify=False),
+        "megatron": require_input(args.megatron, ("stage3_convert_to_megatron", "stage5_train"), stage3),
+        "rollouts": require_input(args.rollouts, ("stage4_rollout",), stage4),
+        "data": require_input(args.data, ("stage1_prepare_data",), stage1),
     }
     if config.objective.uses_reference:
-        inputs["reference"] = require_input(args.reference, ("stage3_convert_to_megatron",), stage3, verify)
+        inputs["reference"] = require_input(args.reference, ("stage3_convert_to_megatron",), stage3)
     out = StageOutput("stage5_train", args.output, config, SECTIONS, inputs, {"iteration": args.iteration})
     return config, out
 
@@ -59,7 +59,7 @@ def prepare(args, verify: bool):
 def main() -> None:
     args = parse()
     with collectives.first_process_speaks():
-        config, out = prepare(args, verify=parallel.is_main_rank())
+        config, out = prepare(args)
         if out.done:
             if parallel.is_main_rank():
                 out.announce_done()
