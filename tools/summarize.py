@@ -1,0 +1,78 @@
+"""Writes RUN/summary.json and prints its table: accuracy before and after PAPO, with and without the picture, and seconds per stage.
+
+reads   --cold-start, --papo  stage 7's outputs; the manifests of every stage below --run
+writes  RUN/summary.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_papo.command_line import run
+from megatron_papo.manifest import MANIFEST, read_manifest, require_input
+
+
+def seconds_per_stage(directory: Path) -> dict[str, float]:
+    """Summed over every output below the run directory, from process start to publication."""
+    seconds: dict[str, float] = {}
+    for manifest in map(lambda path: read_manifest(path.parent), sorted(directory.rglob(MANIFEST))):
+        seconds[manifest["stage"]] = seconds.get(manifest["stage"], 0.0) + manifest["seconds"]
+    return {stage: round(seconds[stage], 1) for stage in sorted(seconds)}
+
+
+def summarize(directory: Path, cold_start: Path, papo: Path, hf: Path) -> dict:
+    metrics = {}
+    for name, path in (("cold_start", cold_start), ("papo", papo)):
+        require_input(path, ("stage7_evaluate",), "bash run_all.sh --stages 7")
+        measured = json.loads((path / "metrics.json").read_text())
+        metrics[f"accuracy_{name}"] = measured["accuracy"]
+        metrics[f"accuracy_{name}_masked"] = measured.get("accuracy_masked")
+    paths = {
+        "model": str(hf),
+        "predictions_cold_start": str(cold_start / "predictions.jsonl"),
+        "predictions_papo": str(papo / "predictions.jsonl"),
+        "training_metrics": str(directory / "iterations" / "*" / "megatron" / "metrics.jsonl"),
+        "log": str(directory / "log.txt"),
+    }
+    seconds = seconds_per_stage(directory)
+    return metrics | {"seconds": seconds, "seconds_total": round(sum(seconds.values()), 1), "paths": paths}
+
+
+def show(summary: dict) -> None:
+    console = Console(width=120)
+    table = Table(title="Held-out accuracy, sampled (mean over prompts of the mean over samples)")
+    for column in ("", "with the picture", "picture masked"):
+        table.add_column(column, justify="right")
+    for title, name in (("cold start", "cold_start"), ("after PAPO", "papo")):
+        values = (summary[f"accuracy_{name}"], summary[f"accuracy_{name}_masked"])
+        table.add_row(title, *("-" if value is None else f"{100 * value:.1f} %" for value in values))
+    console.print(table)
+    times = Table(title="Seconds")
+    times.add_column("stage")
+    times.add_column("seconds", justify="right")
+    for stage, seconds in summary["seconds"].items():
+        times.add_row(stage, f"{seconds:.0f}")
+    times.add_row("all stages", f"{summary['seconds_total']:.0f}")
+    console.print(times)
+    for name, path in summary["paths"].items():
+        console.print(f"{name.replace('_', ' ')}: {path}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory, e.g. runs/demo")
+    parser.add_argument("--cold-start", type=Path, required=True, metavar="DIR", help="evaluation before PAPO")
+    parser.add_argument("--papo", type=Path, required=True, metavar="DIR", help="evaluation after PAPO")
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the trained Hugging Face checkpoint")
+    args = parser.parse_args()
+    summary = summarize(args.run, args.cold_start, args.papo, args.hf)
+    (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show(summary)
+    print(f"summary: {args.run / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    run(main)
