@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from megatron_papo.config import MaskedImageConfig
 from megatron_papo.errors import UserError
@@ -21,6 +21,7 @@ PATCH = 14
 MERGE = 2
 TEMPORAL = 2
 FACTOR = PATCH * MERGE
+MAX_ASPECT = 200
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
@@ -37,17 +38,32 @@ def resolve_image(root: Path, name: str) -> Path:
 
 
 def open_image(root: Path, name: str) -> Image.Image:
-    """The native picture as RGB. Raises UserError for a missing, outside or unreadable file."""
+    """The native picture as RGB, upright. Raises UserError for a missing, outside or unreadable file."""
     path = resolve_image(root, name)
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path}: cannot be read as a picture ({error}): replace it or drop the row")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"image {path}: cannot be read ({error.strerror}): replace it or drop the row")
+    return decode_image(content, f"image {path}")[0]
+
+
+def decode_image(content: bytes, shown: str) -> tuple[Image.Image, str]:
+    """The picture as RGB, turned as its EXIF orientation says (as transformers' load_image does), and its format, e.g. PNG."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB"), image.format
+    # Decoders meet damaged data with many kinds of exception; all mean the same to the user.
+    except Exception as error:
+        raise UserError(f"{shown}: cannot be read as a picture ({' '.join(str(error).split())}): replace it or drop the row")
 
 
 def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in multiples of 28 with min_pixels <= width * height <= max_pixels, aspect kept (Qwen2-VL smart_resize)."""
+    """(width, height) in multiples of 28 with min_pixels <= width * height <= max_pixels, aspect kept (Qwen2-VL smart_resize).
+
+    Raises UserError for a picture over 200 times as long as wide, which transformers refuses too.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(f"image of {width} x {height} pixels: sides differ by more than {MAX_ASPECT} times: crop it or drop the row")
     w, h = round(width / FACTOR) * FACTOR, round(height / FACTOR) * FACTOR
     if w * h > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)

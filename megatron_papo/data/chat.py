@@ -1,0 +1,91 @@
+"""From a problem's text to the token ids of a chat prompt, with one image-pad token per picture."""
+
+import hashlib
+from pathlib import Path
+
+from megatron_papo.errors import UserError
+
+IMAGE_PLACE = "<image>"
+IMAGE_PAD = "<|image_pad|>"
+END_OF_TURN = "<|im_end|>"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+    "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
+)  # fmt: skip
+"""The small files of a checkpoint directory that decide what a prompt looks like."""
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """sha256 of tokenizer.json, in hex: two checkpoints with the same one give the same token ids. Raises UserError."""
+    try:
+        return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{directory}/tokenizer.json: cannot be read ({error.strerror}): give a complete Qwen2.5-VL checkpoint directory")
+
+
+class ChatFormat:
+    """The tokenizer and chat template of a checkpoint, with the prompt template and system message of the configuration."""
+
+    def __init__(self, directory: Path, prompt_template: str, system_prompt: str | None):
+        tokenizer_hash(directory)
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.prompt_template = prompt_template
+        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.image_pad = self._token_id(directory, IMAGE_PAD)
+        self.end_of_turn = self._token_id(directory, END_OF_TURN)
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{directory}: the tokenizer has no chat template: add chat_template.jinja")
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.control_tokens = sorted(token.content for token in added if token.special or token.content.startswith("<|"))
+        self._refuse_control_tokens(prompt_template, "data.prompt_template")
+        self._refuse_control_tokens(system_prompt or "", "data.system_prompt")
+
+    def encode_prompt(self, problem: str, num_images: int) -> list[int]:
+        """Token ids up to the start of the response. Raises UserError if the pictures do not fit the `<image>` places.
+
+        Pictures go where the `<image>` places are, in order. A problem without any place has its pictures in front of the text.
+        Text around the places is kept as it is. A token such as <|image_pad|> in the text is refused: the model would take it for a picture.
+        """
+        self._refuse_control_tokens(problem, "the problem")
+        text = self.prompt_template.format(problem=problem)
+        places = text.count(IMAGE_PLACE)
+        if places == 0:
+            text = IMAGE_PLACE * num_images + text
+        elif places != num_images:
+            raise UserError(f"{num_images} images for {places} {IMAGE_PLACE} places: correct or drop the row")
+        token_ids = self._encode(self.render(text))
+        if token_ids.count(self.image_pad) != num_images:
+            raise UserError(f"the chat template made {token_ids.count(self.image_pad)} {IMAGE_PAD} of {num_images} images: use Qwen2.5-VL's")
+        return token_ids
+
+    def render(self, text: str) -> str:
+        """The chat text of one user message whose `<image>` places are pictures."""
+        first, *rest = text.split(IMAGE_PLACE)
+        content = [{"type": "text", "text": first}] if first else []
+        for part in rest:
+            content.append({"type": "image"})
+            if part:
+                content.append({"type": "text", "text": part})
+        messages = [*self.system, {"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode_target(self, target: str) -> list[int]:
+        """Token ids of a response, the end-of-turn token included."""
+        self._refuse_control_tokens(target, "the target")
+        return [*self._encode(target), self.end_of_turn]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _token_id(self, directory: Path, token: str) -> int:
+        token_id = self.tokenizer.get_vocab().get(token)
+        if token_id is None:
+            raise UserError(f"{directory}: the tokenizer has no {token} token: give a Qwen2.5-VL checkpoint")
+        return token_id
+
+    def _refuse_control_tokens(self, text: str, what: str) -> None:
+        for token in self.control_tokens:
+            if token in text:
+                raise UserError(f"{what} contains the control token {token}: remove it or drop the row")

@@ -1,0 +1,61 @@
+"""From rows to Prompt records: pictures stored, prompts tokenised and measured, overlong ones left out and counted."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from megatron_papo.config import DataConfig
+from megatron_papo.data.chat import ChatFormat
+from megatron_papo.data.image_store import ImageStore, StoredImage
+from megatron_papo.data.rows import Row
+from megatron_papo.errors import UserError
+from megatron_papo.images import FACTOR, smart_size
+from megatron_papo.records import Prompt
+
+
+@dataclass
+class PromptMaker:
+    """Turns the rows of one set into records; afterwards `kept` and `dropped` say how many there were."""
+
+    config: DataConfig
+    chat: ChatFormat
+    store: ImageStore
+    kept: int = 0
+    dropped: int = 0
+    _seen: dict[str, str] = field(default_factory=dict)
+
+    def prompts(self, rows: Iterable[Row]) -> Iterator[Prompt]:
+        """A record per row that is not overlong. Raises UserError naming the first row that is bad."""
+        for row in rows:
+            try:
+                prompt, images = self._prompt(row)
+            except UserError as error:
+                raise UserError(f"{row.where}: {error}") from error
+            if prompt.num_tokens > self.config.max_prompt_tokens:
+                self.dropped += 1
+                continue
+            for image in images:
+                self.store.write(image)
+            self.kept += 1
+            yield prompt
+
+    def _prompt(self, row: Row) -> tuple[Prompt, list[StoredImage]]:
+        if row.id in self._seen:
+            raise UserError(f"id {row.id} is also that of {self._seen[row.id]}: ids must be unique")
+        self._seen[row.id] = row.where
+        token_ids = self.chat.encode_prompt(row.problem, len(row.images))
+        images = [self.store.read(image, row.image_root) for image in row.images]
+        prompt = Prompt(
+            id=row.id,
+            problem=row.problem,
+            answer=row.answer,
+            token_ids=token_ids,
+            num_tokens=len(token_ids) + sum(self._num_tokens(image) - 1 for image in images),
+            images=[image.name for image in images],
+            target=row.target,
+            target_token_ids=None if row.target is None else self.chat.encode_target(row.target),
+        )
+        return prompt, images
+
+    def _num_tokens(self, image: StoredImage) -> int:
+        width, height = smart_size(*image.size, self.config.min_pixels, self.config.max_pixels)
+        return width // FACTOR * (height // FACTOR)
