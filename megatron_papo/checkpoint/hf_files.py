@@ -1,0 +1,231 @@
+"""Hugging Face checkpoint directories, tensor by tensor: safetensors in one file or sharded, under their original names.
+
+A checkpoint is written back with the files, names and order it had: where the dtype is the same, so is every byte. Nothing is unpickled.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from megatron_papo.checkpoint.name_map import disk_name
+from megatron_papo.errors import UserError
+from megatron_papo.manifest import MANIFEST
+from megatron_papo.model.hf_config import read_hf_config
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADERS = "safetensors_headers.json"
+"""Beside the small files in a Megatron checkpoint: the header of each safetensors file, as it was."""
+PROOF = "proof.json"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class HFCheckpoint:
+    """A checkpoint directory opened for reading. Raises UserError if it is incomplete, damaged, pickled or foreign."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        self.hf = read_hf_config(self.directory)
+        self.headers = {name: _read_header(self.directory / name) for name in _weight_files(self.directory)}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[str, str]] = {}
+        for file, header in self.headers.items():
+            for name, entry in header_entries(header).items():
+                self._add(file, name, entry)
+        self._check_index()
+        self._open = {}
+
+    def _add(self, file: str, name: str, entry: dict) -> None:
+        path = self.directory / file
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}, only plain floating-point checkpoints are supported")
+        if disk_name(name) in self.tensors:
+            raise UserError(f"{path}: tensor {name} is in the checkpoint twice: remove the files that do not belong to it")
+        self.tensors[disk_name(name)] = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        self._places[disk_name(name)] = (file, name)
+
+    def _check_index(self) -> None:
+        index = self.directory / INDEX
+        if not index.is_file():
+            return
+        listed = {disk_name(name): file for name, file in _read_index(index).items()}
+        wrong = sorted(name for name in listed.keys() | self._places.keys() if listed.get(name) != self._places.get(name, (None,))[0])
+        if wrong:
+            raise UserError(f"{index}: does not agree with the files on {', '.join(wrong[:8])}: copy the checkpoint again")
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by its official on-disk name."""
+        file, stored_name = self._places[name]
+        if file not in self._open:
+            self._open = {file: safe_open(self.directory / file, framework="pt")}
+        return self._open[file].get_tensor(stored_name)
+
+
+def _weight_files(directory: Path) -> list[str]:
+    if (directory / INDEX).is_file():
+        files = sorted(set(_read_index(directory / INDEX).values()))
+        missing = [file for file in files if Path(file).name != file or not (directory / file).is_file()]
+        if missing:
+            raise UserError(f"{directory}: {', '.join(missing)} named in {INDEX} is not there: copy the checkpoint again")
+        return files
+    if (directory / SINGLE).is_file():
+        return [SINGLE]
+    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        raise UserError(f"{directory}: only pickled weights ({pickled[0]}), which can run code: save the model as safetensors")
+    raise UserError(f"{directory}: no {SINGLE} and no {INDEX}: give the directory of a Hugging Face checkpoint")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged index ({error!r}): copy the checkpoint again")
+
+
+def _read_header(path: Path) -> str:
+    """The JSON text that begins a safetensors file, checked against the file's size."""
+    try:
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > path.stat().st_size - 8:
+                raise ValueError("the header is cut off")
+            text = stream.read(length).decode()
+        end = max((entry["data_offsets"][1] for entry in header_entries(text).values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}): copy the checkpoint again")
+    if path.stat().st_size != 8 + length + end:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again")
+    return text
+
+
+def header_entries(header: str) -> dict[str, dict]:
+    """Tensor name -> dtype, shape and data_offsets."""
+    return {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Configuration, tokenizer, processor, templates: all of a checkpoint's top-level files but weights and our own records."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (MANIFEST, PROOF, HEADERS):
+            shutil.copyfile(file, target / file.name)
+
+
+def set_config_dtype(directory: Path, dtypes: set[torch.dtype], headers: dict[str, str]) -> None:
+    """Corrects config.json's dtype and the index's total size where training changed the dtype: loaders cast to what they say."""
+    original = {entry["dtype"] for header in headers.values() for entry in header_entries(header).values()}
+    if {_CODES[dtype] for dtype in dtypes} == original or len(dtypes) != 1:
+        return
+    dtype = next(iter(dtypes))
+    config = json.loads((directory / "config.json").read_text())
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):
+            if section and key in section:
+                section[key] = str(dtype).removeprefix("torch.")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if (directory / INDEX).is_file():
+        index = json.loads((directory / INDEX).read_text())
+        shapes = [entry["shape"] for header in headers.values() for entry in header_entries(header).values()]
+        index["metadata"] = {**index.get("metadata", {}), "total_size": sum(TensorInfo(dtype, tuple(s)).num_bytes for s in shapes)}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_headers(headers: dict[str, str], target: Path) -> None:
+    (target / HEADERS).write_text(json.dumps(headers))
+
+
+def load_headers(directory: Path) -> dict[str, str]:
+    """File name -> header text, as save_headers wrote them."""
+    path = directory / HEADERS
+    try:
+        headers = json.loads(path.read_text())
+        for file, header in headers.items():
+            header_entries(header)
+            if Path(file).name != file:
+                raise ValueError(f"{file} is not a file name")
+        return headers
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): convert the Hugging Face checkpoint again with stages.stage3_convert_to_megatron")
+
+
+class SafetensorsWriter:
+    """Writes the files of a checkpoint in place, in any order of tensors, holding one tensor at a time.
+
+    headers: of the original files. dtypes: official name -> dtype to write; where one differs from the header, the file gets a new header.
+    """
+
+    def __init__(self, directory: Path, headers: dict[str, str], dtypes: dict[str, torch.dtype]):
+        self.directory = directory
+        self._places: dict[str, list[tuple[Path, int, tuple]]] = {}
+        self._remaining: set[str] = set()
+        for file, header in headers.items():
+            self._start(directory / file, _with_dtypes(header, dtypes))
+        self.num_bytes = sum(path.stat().st_size for path in (directory / file for file in headers))
+
+    def _start(self, path: Path, header: str) -> None:
+        data = header.encode()
+        entries = header_entries(header)
+        with open(path, "wb") as stream:
+            stream.write(len(data).to_bytes(8, "little") + data)
+            stream.truncate(8 + len(data) + max((entry["data_offsets"][1] for entry in entries.values()), default=0))
+        for name, entry in entries.items():
+            self._places[disk_name(name)] = (path, 8 + len(data) + entry["data_offsets"][0], tuple(entry["shape"]))
+            self._remaining.add(disk_name(name))
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """By official name."""
+        path, offset, shape = self._places[name]
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, the original {list(shape)}: the checkpoints do not match")
+        with open(path, "r+b") as stream:
+            stream.seek(offset)
+            stream.write(memoryview(tensor_bytes(tensor)))
+        self._remaining.remove(name)
+
+    def close(self) -> None:
+        if self._remaining:
+            raise UserError(f"{self.directory}: no data for {', '.join(sorted(self._remaining)[:8])}: the checkpoints do not match")
+
+
+def tensor_bytes(tensor: torch.Tensor):
+    """The bytes of a tensor, as an array that hashlib and files take."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _with_dtypes(header: str, dtypes: dict[str, torch.dtype]) -> str:
+    entries = header_entries(header)
+    codes = {name: _CODES[dtypes[disk_name(name)]] for name in entries}
+    if all(entry["dtype"] == codes[name] for name, entry in entries.items()):
+        return header
+    rows, offset = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
+        size = TensorInfo(_DTYPES[codes[name]], tuple(entry["shape"])).num_bytes
+        rows[name] = {"dtype": codes[name], "shape": entry["shape"], "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps({"__metadata__": json.loads(header).get("__metadata__", {"format": "pt"}), **rows}, separators=(",", ":"))
+    return text + " " * (-len(text.encode()) % 8)  # the format wants the data to begin at a multiple of 8

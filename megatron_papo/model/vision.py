@@ -1,0 +1,191 @@
+"""Qwen2.5-VL's vision tower on megatron-core's TransformerBlock: tensor-parallel, whole on the first pipeline stage.
+
+Pictures of any number and size go through as one sequence of patches. Most layers attend within windows of 112 x 112 pixels, a few
+within the whole picture (arXiv 2502.13923, section 2.1.1). Four patches of a 2 x 2 cell make one image token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_papo.model.hf_config import VisionConfig
+from megatron_papo.model.layer_specs import RMSNorm, transformer_config, transformer_layer
+
+ROPE_BASE = 10000.0
+
+
+@dataclass
+class Segments:
+    """A cut of the patch sequence into stretches that attend to themselves, equal lengths side by side."""
+
+    order: torch.Tensor | None
+    """[patches] gathers the sequence so that segments of equal length are neighbours; None where they are already."""
+    counts: list[tuple[int, int]]
+    """(number of segments, length) in that order."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[patches, heads, d] three times -> the same shape; one call of the attention kernel per distinct length."""
+        qkv = (query, key, value) if self.order is None else [x[self.order] for x in (query, key, value)]
+        outs, start = [], 0
+        for count, length in self.counts:
+            batched = [x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
+            outs.append(F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
+            start += count * length
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if self.order is None else out[torch.argsort(self.order)]
+
+
+@dataclass
+class VisionSegments(PackedSeqParams):
+    """Travels through TransformerBlock to the attention of each layer."""
+
+    windows: Segments = None
+    pictures: Segments = None
+
+
+class _SegmentAttention(MegatronModule):
+    def __init__(self, config: TransformerConfig, **_):
+        super().__init__(config)
+
+    def _attend(self, segments: Segments, query, key, value):
+        return segments.attend(query.squeeze(1), key.squeeze(1), value.squeeze(1)).flatten(1).unsqueeze(1)
+
+
+class WindowAttention(_SegmentAttention):
+    """[patches, 1, heads, d] -> [patches, 1, heads * d], each patch seeing its window."""
+
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: VisionSegments, **_):
+        return self._attend(packed_seq_params.windows, query, key, value)
+
+
+class PictureAttention(_SegmentAttention):
+    """[patches, 1, heads, d] -> [patches, 1, heads * d], each patch seeing its picture."""
+
+    def forward(self, query, key, value, attention_mask, *, packed_seq_params: VisionSegments, **_):
+        return self._attend(packed_seq_params.pictures, query, key, value)
+
+
+@dataclass
+class Geometry:
+    """Where the patches of some pictures belong; all on the CPU."""
+
+    positions: torch.Tensor
+    """[patches, 2] row and column of each patch, in the order of the pixels."""
+    cells: torch.Tensor
+    """[cells] gathers cells (2 x 2 patches, neighbours in the pixels) into window order, equal window sizes side by side."""
+    windows: Segments
+    pictures: Segments
+
+
+def geometry(config: VisionConfig, image_grids: list[tuple[int, int, int]]) -> Geometry:
+    """Of pictures with these (1, rows, columns) of patches, one after the other."""
+    merge = config.spatial_merge_size
+    side = config.window_size // merge // config.patch_size
+    positions, windows, picture_of_cell, first = [], [], [], 0
+    for number, (time, rows, columns) in enumerate(image_grids):
+        if time != 1 or rows % merge or columns % merge:
+            raise ValueError(f"image grid {(time, rows, columns)}: expected (1, multiple of {merge}, multiple of {merge})")
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(rows // merge, merge, columns // merge, merge, 2)
+        positions.append(grid.transpose(1, 2).reshape(-1, 2))
+        cells = first + torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge)
+        for band in cells.split(side, dim=0):
+            windows += [window.flatten() for window in band.split(side, dim=1)]
+        picture_of_cell.append(torch.full((cells.numel(),), number))
+        first += cells.numel()
+    windows.sort(key=len)  # stable: window layers then need no gather
+    order = torch.cat(windows)
+    patches = merge**2
+    picture = torch.cat(picture_of_cell)[order].repeat_interleave(patches)
+    return Geometry(
+        positions=torch.cat(positions),
+        cells=order,
+        windows=Segments(None, _runs([len(window) * patches for window in windows])),
+        pictures=_picture_segments(picture),
+    )
+
+
+def _picture_segments(picture: torch.Tensor) -> Segments:
+    """picture: [patches] number of the picture that each patch of the sequence belongs to."""
+    lengths = torch.bincount(picture)
+    by_length = torch.argsort(lengths, stable=True)
+    rank = torch.argsort(by_length)
+    order = torch.argsort(rank[picture], stable=True)
+    in_order = bool((order == torch.arange(len(order))).all())
+    return Segments(None if in_order else order, _runs(lengths[by_length].tolist()))
+
+
+def _runs(sorted_lengths: list[int]) -> list[tuple[int, int]]:
+    return [(sorted_lengths.count(length), length) for length in sorted(set(sorted_lengths))]
+
+
+class VisionTower(MegatronModule):
+    """Patches of any number of pictures -> image tokens in the decoder's width."""
+
+    def __init__(self, vision: VisionConfig, *, dtype: torch.dtype, recompute: str):
+        config = transformer_config(
+            dtype=dtype,
+            recompute=recompute,
+            num_layers=vision.depth,
+            hidden_size=vision.hidden_size,
+            num_attention_heads=vision.num_heads,
+            kv_channels=vision.head_dim,
+            ffn_hidden_size=vision.intermediate_size,
+            layernorm_epsilon=1e-6,
+            add_bias_linear=True,
+        )
+        super().__init__(config)
+        self.vision = vision
+        # The convolution of the published model has stride = kernel: on flattened patches it is this linear map.
+        self.patch_embed = torch.nn.Linear(
+            vision.patch_values, vision.hidden_size, bias=False, dtype=dtype, device=torch.cuda.current_device()
+        )
+        windowed, whole = (transformer_layer(core, AttnMaskType.no_mask) for core in (WindowAttention, PictureAttention))
+        layers = [whole if number in vision.full_attention_layers else windowed for number in range(vision.depth)]
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        cell = vision.spatial_merge_size**2 * vision.hidden_size
+        linear = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False)
+        self.merger_fc1 = ColumnParallelLinear(cell, cell, gather_output=False, **linear)
+        self.merger_fc2 = RowParallelLinear(cell, vision.out_hidden_size, input_is_parallel=True, **linear)
+
+    def forward(self, pixel_values: torch.Tensor, image_grids: list[tuple[int, int, int]]) -> torch.Tensor:
+        """[patches, patch_values], (1, rows, columns) of each picture -> [patches / 4, out_hidden_size], in the pixels' order.
+
+        Raises ValueError, with both numbers, if the patches are not those of the grids.
+        """
+        expected = sum(time * rows * columns for time, rows, columns in image_grids)
+        if pixel_values.shape[0] != expected:
+            raise ValueError(f"pixel_values holds {pixel_values.shape[0]} patches, the image grids {list(image_grids)} have {expected}")
+        where, device = geometry(self.vision, image_grids), pixel_values.device
+        cells, merge = where.cells.to(device), self.vision.spatial_merge_size**2
+        if where.pictures.order is not None:
+            where.pictures.order = where.pictures.order.to(device)
+        hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        hidden = hidden.unflatten(0, (-1, merge))[cells].flatten(0, 1).unsqueeze(1)
+        angles = self._rotary_angles(where.positions.to(device)).unflatten(0, (-1, merge))[cells].flatten(0, 1)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=angles[:, None, None, :],
+            packed_seq_params=VisionSegments(qkv_format="sbhd", windows=where.windows, pictures=where.pictures),
+        )
+        tokens, _ = self.merger_fc1(hidden.reshape(cells.numel(), -1))
+        tokens, _ = self.merger_fc2(F.gelu(tokens))
+        return tokens[torch.argsort(cells)]
+
+    def _rotary_angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """[patches, 2] -> float32 [patches, head_dim]: half of the frequencies turn with the row, half with the column."""
+        width = self.vision.head_dim // 2
+        frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
+        return (positions[..., None] * frequencies).flatten(1).repeat(1, 2)

@@ -1,0 +1,176 @@
+"""Process groups: the only reader of RANK, WORLD_SIZE and LOCAL_RANK. NCCL on CUDA machines, gloo elsewhere.
+
+torch and megatron are imported inside the functions that need them, so that check_parallel_sizes costs nothing.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from megatron_papo.config import ParallelConfig
+from megatron_papo.errors import UserError
+from megatron_papo.model.hf_config import HFConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_parallel_sizes(hf: HFConfig, parallel: ParallelConfig) -> None:
+    """Raises UserError, one line, if the model cannot be cut so. Whatever passes here builds."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rows = [
+        ("text attention heads", hf.text.num_heads),
+        ("text MLP width", hf.text.intermediate_size),
+        ("vocabulary", hf.text.vocab_size),
+        ("vision attention heads", hf.vision.num_heads),
+        ("vision MLP width", hf.vision.intermediate_size),
+        ("vision merger width", hf.vision.hidden_size * hf.vision.spatial_merge_size**2),
+    ]
+    for what, size in rows:
+        if size % tp:
+            raise UserError(f"parallel.tensor_model_parallel_size {tp} does not divide the {what} {size}: choose a divisor")
+    groups = hf.text.num_kv_groups
+    if groups % tp and tp % groups:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size {tp} is neither a divisor nor a multiple of the {groups} key-value groups: choose one"
+        )
+    if hf.text.num_layers % pp:
+        raise UserError(f"parallel.pipeline_model_parallel_size {pp} does not divide the {hf.text.num_layers} text layers: choose a divisor")
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Of this process among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_rank() -> bool:
+    """Exactly one process of a run is: it prints and publishes."""
+    return rank() == 0
+
+
+def initialize(parallel: ParallelConfig) -> None:
+    """Makes the process groups of a layout; after destroy() it may be called again with another layout of the same processes.
+
+    Raises UserError if the launcher started another number of processes than parallel asks for.
+    """
+    _check_world_size(parallel)
+    from megatron_papo.training import cpu_backend
+
+    cpu_backend.install()
+    connect()
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    # The inference tracker leaves the CUDA generator alone, which is right because Qwen2.5-VL has no dropout.
+    tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def connect() -> None:
+    """Joins the processes that the launcher started and picks this one's device; nothing to do where that has happened."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        # More threads than cores per process only get into each other's way: two threads per rank were 20 times slower.
+        torch.set_num_threads(1)
+    if not torch.distributed.is_initialized():
+        _join_process_group()
+
+
+def _check_world_size(parallel: ParallelConfig) -> None:
+    if world_size() == parallel.world_size:
+        return
+    sizes = (
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}"
+        f" x data {parallel.data_parallel_size}"
+    )
+    raise UserError(
+        f"{world_size()} processes were started, the parallel section asks for {parallel.world_size} ({sizes}):"
+        f" start with torchrun --nproc-per-node {parallel.world_size} -m STAGE ... (or --nnodes times --nproc-per-node"
+        f" = {parallel.world_size})"
+    )
+
+
+def _join_process_group() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    elif "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    else:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def destroy() -> None:
+    """Forgets the layout; the processes stay connected."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    unset_num_microbatches_calculator()
+    parallel_state.destroy_global_memory_buffer()
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Ends the process group, if there is one: call it before leaving, also after an error."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        destroy()
+        torch.distributed.destroy_process_group()
+
+
+def disconnect() -> None:
+    """Ends the process group of connect()."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_first_stage() -> bool:
+    """Of the pipeline: it holds the vision tower and the embeddings."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    """Of the pipeline: it holds the output layer and sees the logits."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage()
+
+
+def tp_group() -> "torch.distributed.ProcessGroup":
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def dp_group() -> "torch.distributed.ProcessGroup":
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def pp_group() -> "torch.distributed.ProcessGroup":
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def device() -> "torch.device":
+    """Where this rank's tensors live."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

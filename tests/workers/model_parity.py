@@ -1,0 +1,132 @@
+"""Runs under torchrun with 4 processes: many layouts in one process group, each writing logits and gradients for the test to judge.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 4 tests/workers/model_parity.py DIRECTORY
+
+DIRECTORY holds batch.pt and, per case "tied"/"untied", a Megatron checkpoint; results go to DIRECTORY/results.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+LAYOUTS = {  # name -> (checkpoint, tp, pp, sequence parallel, recompute)
+    "tp1": ("untied", 1, 1, False, "none"),
+    "tp2": ("untied", 2, 1, False, "none"),
+    "pp2": ("untied", 1, 2, False, "none"),
+    "tp2_pp2": ("untied", 2, 2, False, "none"),
+    "tp2_sp": ("untied", 2, 1, True, "none"),
+    "tp2_pp2_sp": ("untied", 2, 2, True, "none"),
+    "tp4_sp": ("untied", 4, 1, True, "none"),  # more ranks than key-value groups
+    "tied_tp1": ("tied", 1, 1, False, "none"),
+    "tied_pp2": ("tied", 1, 2, False, "none"),
+    "tied_tp2_pp2_sp": ("tied", 2, 2, True, "none"),
+    "tp2_pp2_sp_recompute": ("untied", 2, 2, True, "full"),
+    "tp1_recompute": ("untied", 1, 1, False, "full"),
+}
+WRONG = ["no_windows", "positions", "swapped_groups"]
+"""Negative controls: each must be far from the reference."""
+
+
+def main() -> None:
+    import torch
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.training import parallel
+
+    directory = Path(sys.argv[1])
+    data = torch.load(directory / "batch.pt")
+    results = {}
+    for name, (checkpoint, tp, pp, sequence_parallel, recompute) in LAYOUTS.items():
+        results[name] = run(directory, name, data, directory / checkpoint, tp, pp, sequence_parallel, recompute)
+    for name in WRONG:
+        results[name] = run(directory, name, data, directory / "untied", 2, 2, False, "none")
+    if parallel.is_main_rank():
+        (directory / "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    parallel.shutdown()
+    del megatron_files
+
+
+def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute) -> dict:
+    """One layout: forward and backward of the whole batch in one micro-batch, and an optimizer step of size 0 for the gradient norm."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.model.hf_config import read_hf_config
+    from megatron_papo.model.qwen2_5_vl import build_model
+    from megatron_papo.training import parallel
+
+    sizes = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, data_parallel_size=4 // (tp * pp))
+    parallel.initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
+    hf = read_hf_config(checkpoint)
+    if name == "no_windows":
+        hf = dataclasses.replace(hf, vision=dataclasses.replace(hf.vision, full_attention_layers=tuple(range(hf.vision.depth))))
+    model = build_model(hf, dtype=torch.float32, sequence_parallel=sequence_parallel, recompute=recompute)
+    megatron_files.load_weights(checkpoint, model)
+    if name == "swapped_groups":
+        swap_groups(model)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.0, weight_decay=0.0, clip_grad=1e9), [wrapped])
+    position_ids = torch.arange(data["input_ids"].shape[1]).expand_as(data["position_ids"])
+    if name != "positions":
+        position_ids = data["position_ids"]
+    kept = {}
+
+    def forward_step(_, module):
+        logits = module(data["input_ids"], position_ids, data["pixel_values"], data["grids"])
+        return logits, lambda output: loss_of(output, data, kept)
+
+    wrapped.zero_grad_buffer()
+    optimizer.zero_grad()
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[wrapped],
+        num_microbatches=1,
+        seq_length=data["input_ids"].shape[1],
+        micro_batch_size=data["input_ids"].shape[0],
+        forward_only=False,
+    )
+    gradients = {key: parameter.main_grad.clone() for key, parameter in model.named_parameters()}
+    _, gradient_norm, _ = optimizer.step()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(gradients[key])
+    target = directory / "results" / name
+    megatron_files.save(target, model)  # gradients travel home the way weights do
+    if parallel.is_main_rank():
+        megatron_files.copy_hf_files(checkpoint, target)
+    if parallel.is_last_stage() and parallel.tp_group().rank() == 0 and parallel.dp_group().rank() == 0:
+        torch.save(kept, target / "kept.pt")
+    torch.distributed.barrier()
+    parallel.destroy()
+    return {"gradient_norm": float(gradient_norm)}
+
+
+def loss_of(logits, data, kept):
+    from megatron.core import tensor_parallel
+
+    kept["logits"] = tensor_parallel.gather_from_tensor_model_parallel_region(logits.detach()).clone()
+    losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float().clone(), data["labels"])
+    loss = (losses * data["weights"]).sum()
+    kept["loss"] = float(loss)
+    return loss, {}
+
+
+def swap_groups(model) -> None:
+    """What a converter does that concatenates q, k, v instead of interleaving them by group."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model.decoder" in name and "linear_qkv" in name:
+                parameter.copy_(parameter.roll(8, 0))
+
+
+if __name__ == "__main__":
+    main()
