@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_papo.model.transformers_names import official_name
 from megatron_papo.synthetic.tiny_tokenizer import make_tiny_tokenizer
 
 
@@ -47,6 +46,8 @@ def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) 
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+    from megatron_papo.checkpoint.name_map import disk_name
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     make_tiny_tokenizer(directory, sizes.vocab_size)
@@ -58,7 +59,9 @@ def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) 
         model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(directory))
         if sizes.random_biases_and_norms:
             _randomise(model, sizes.initializer_range)
-    tensors = {official_name(name): tensor for name, tensor in model.state_dict().items() if not (sizes.tied and name == "lm_head.weight")}
+    tensors = {disk_name(name): tensor for name, tensor in model.state_dict().items()}
+    if sizes.tied:
+        del tensors["lm_head.weight"]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")} | {"pad_token_id": config["bos_token_id"]}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
