@@ -1,7 +1,7 @@
 """Hugging Face <-> Megatron: one walk over the name map in each direction, one piece in memory at a time.
 
-    hf_to_megatron(hf_dir, megatron_dir)      safetensors -> torch_dist, plus hf/ with the small files
-    megatron_to_hf(megatron_dir, hf_dir)      back; the same bytes if nothing was trained in between
+    hf_to_megatron(HFCheckpoint(hf_dir), megatron_dir)          safetensors -> torch_dist, plus hf/ with the small files
+    megatron_to_hf(MegatronCheckpoint(megatron_dir), hf_dir)    back; the same bytes if nothing was trained in between
 
 Every tensor on either side is mapped exactly once or a UserError lists the names. Both write proof.json (verify.py).
 """
@@ -73,9 +73,8 @@ def open_checkpoint(directory: Path) -> HFCheckpoint | MegatronCheckpoint:
     return MegatronCheckpoint(directory) if (directory / "metadata.json").exists() else HFCheckpoint(directory)
 
 
-def hf_to_megatron(source: Path, target: Path, progress: Progress = lambda count: None) -> None:
+def hf_to_megatron(checkpoint: HFCheckpoint, target: Path, progress: Progress = lambda count: None) -> None:
     """Writes the torch_dist checkpoint and its proof into the existing directory `target`. `progress` sees every byte twice."""
-    checkpoint = HFCheckpoint(source)
     tied_head = checkpoint.hf.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors
     plan = pieces(checkpoint.hf, tied_head)
     _check_hf(checkpoint, plan)
@@ -100,9 +99,8 @@ def hf_to_megatron(source: Path, target: Path, progress: Progress = lambda count
     verify.write_proof(target, "hf_to_megatron", hashes, read_back)
 
 
-def megatron_to_hf(source: Path, target: Path, progress: Progress = lambda count: None) -> None:
+def megatron_to_hf(checkpoint: MegatronCheckpoint, target: Path, progress: Progress = lambda count: None) -> None:
     """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte twice."""
-    checkpoint = MegatronCheckpoint(source)
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
     hf_files.copy_small_files(checkpoint.directory / HF_FILES, target)
     hf_files.set_config_dtype(target, set(dtypes.values()), checkpoint.headers)

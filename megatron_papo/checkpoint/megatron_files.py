@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, require_same_names
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, make_reproducible
@@ -46,10 +47,8 @@ def load_weights(directory: Path, model: torch.nn.Module) -> None:
 
     An optimizer that exists already must be told: optimizer.reload_model_params().
     """
-    stored = TorchDistCheckpoint(Path(directory)).tensors
-    wanted = _model_state(model)
-    _check_against(Path(directory), stored, wanted)
-    tree = dist_checkpointing.load({"model": wanted}, str(directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    _check_against(Path(directory), model)
+    tree = dist_checkpointing.load({"model": _model_state(model)}, str(directory))
     result = _unwrap(model).load_state_dict(tree["model"], strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     if missing or result.unexpected_keys:
@@ -84,22 +83,15 @@ def _model_state(model: torch.nn.Module) -> dict:
     )
 
 
-def _check_against(directory: Path, stored: dict, wanted: dict) -> None:
+def _check_against(directory: Path, model: torch.nn.Module) -> None:
     """Compares the names and shapes that all ranks together want with those in the checkpoint."""
-    mine = {tensor.key: tuple(tensor.global_shape) for tensor in _sharded_tensors(wanted)}
+    stored = TorchDistCheckpoint(directory).tensors
+    wanted = _model_state(model)
+    apply_factories(wanted)
     everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
+    torch.distributed.all_gather_object(everyone, {tensor.key: tuple(tensor.global_shape) for tensor in nested_values(wanted)})
     shapes = {key: shape for part in everyone for key, shape in part.items()}
     require_same_names(directory, {key for key in stored if not key.startswith(OPTIMIZER_PREFIXES)}, set(shapes))
     for key, shape in shapes.items():
         if stored[key].shape != shape:
             raise UserError(f"{directory}: {key} has shape {list(stored[key].shape)}, the model {list(shape)}: another model's checkpoint")
-
-
-def _sharded_tensors(tree: dict):
-    """The ShardedTensors of a model's sharded state dict, factories (gate and up projections) built."""
-    for value in tree.values():
-        if hasattr(value, "build"):
-            yield from value.build().values() if isinstance(value.build(), dict) else value.build()
-        else:
-            yield value

@@ -1,8 +1,8 @@
 """megatron-core on a CPU: one torch function mode and four replaced names. Does nothing where CUDA is available.
 
 megatron-core has no CPU backend: it writes device="cuda" into its schedules and optimizers and calls torch.cuda.current_device() for
-its buffers. tests/test_cpu_backend.py shows for each piece that the pinned release still needs it, so that an upgrade which does not
-is noticed. Known to be enough for 0.16.1; tried by hand with 0.17.1, 0.18.2 and 0.19.2.
+its buffers. tests/training/test_cpu_backend.py shows for each piece that the pinned release (0.16.1) still needs it, so that an upgrade
+which does not is noticed. megatron-core 0.19 needs torch.cuda.current_stream as well.
 """
 
 import torch
@@ -30,16 +30,6 @@ class CudaAsCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _NoStream:
-    """Stands for the current CUDA stream, which DistributedDataParallel of megatron-core >= 0.19 waits for."""
-
-    def wait_stream(self, *_):
-        pass
-
-    def wait_event(self, *_):
-        pass
-
-
 def install() -> None:
     """Makes megatron-core usable in this process on a machine without CUDA. Calling it again changes nothing."""
     global _mode
@@ -49,7 +39,6 @@ def install() -> None:
 
     torch.cuda.current_device = lambda: _CPU  # buffers, rotary frequencies, gathers
     torch.cuda.synchronize = lambda *_, **__: None  # point-to-point communication, dist_checkpointing.save
-    torch.cuda.current_stream = lambda *_, **__: _NoStream()
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # recompute
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _mode = CudaAsCpu()

@@ -4,6 +4,7 @@ torch and megatron are imported inside the functions that need them, so that che
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from megatron_papo.config import ParallelConfig
@@ -94,9 +95,14 @@ def _check_world_size(parallel: ParallelConfig) -> None:
     )
     raise UserError(
         f"{world_size()} processes were started, the parallel section asks for {parallel.world_size} ({sizes}):"
-        f" start with torchrun --nproc-per-node {parallel.world_size} -m STAGE ... (or --nnodes times --nproc-per-node"
-        f" = {parallel.world_size})"
+        f" start with torchrun --nproc-per-node {parallel.world_size} {_this_program()} ..., or over several nodes with"
+        f" --nnodes times --nproc-per-node = {parallel.world_size}"
     )
+
+
+def _this_program() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {spec.name}" if spec else sys.argv[0]
 
 
 def _join_process_group() -> None:

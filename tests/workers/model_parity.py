@@ -31,7 +31,8 @@ WRONG = ["no_windows", "positions", "swapped_groups"]
 def main() -> None:
     import torch
 
-    from megatron_papo.checkpoint import megatron_files
+    import optimizer_resume
+
     from megatron_papo.training import parallel
 
     directory = Path(sys.argv[1])
@@ -41,11 +42,16 @@ def main() -> None:
         results[name] = run(directory, name, data, directory / checkpoint, tp, pp, sequence_parallel, recompute)
     for name in WRONG:
         results[name] = run(directory, name, data, directory / "untied", 2, 2, False, "none")
+    for checkpoint in ("tied", "untied"):
+        save_and_load(directory, checkpoint)
+    without_mode = tied_pipeline_without_cpu_backend(directory)
+    refused = refusals(directory)
+    resumed = optimizer_resume.run_all(directory, data)
     if parallel.is_main_rank():
-        (directory / "results.json").write_text(json.dumps(results))
+        everything = {"parity": results, "resume": resumed, "without_mode": without_mode, "refused": refused}
+        (directory / "results.json").write_text(json.dumps(everything))
     torch.distributed.barrier()
     parallel.shutdown()
-    del megatron_files
 
 
 def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute) -> dict:
@@ -75,7 +81,8 @@ def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute)
     position_ids = torch.arange(data["input_ids"].shape[1]).expand_as(data["position_ids"])
     if name != "positions":
         position_ids = data["position_ids"]
-    kept = {}
+    kept, calls = {}, []
+    model.language_model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
     def forward_step(_, module):
         logits = module(data["input_ids"], position_ids, data["pixel_values"], data["grids"])
@@ -105,7 +112,7 @@ def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute)
         torch.save(kept, target / "kept.pt")
     torch.distributed.barrier()
     parallel.destroy()
-    return {"gradient_norm": float(gradient_norm)}
+    return {"gradient_norm": float(gradient_norm), "layer_calls": len(calls)}
 
 
 def loss_of(logits, data, kept):
@@ -116,6 +123,88 @@ def loss_of(logits, data, kept):
     loss = (losses * data["weights"]).sum()
     kept["loss"] = float(loss)
     return loss, {}
+
+
+def save_and_load(directory, checkpoint) -> None:
+    """Through TP2 x PP2: load what stage 3 wrote, save it as training does."""
+    import torch
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.model.hf_config import read_hf_config
+    from megatron_papo.model.qwen2_5_vl import build_model
+    from megatron_papo.training import parallel
+
+    parallel.initialize(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+    model = build_model(read_hf_config(directory / checkpoint), dtype=torch.float32, sequence_parallel=False, recompute="none")
+    megatron_files.load_weights(directory / checkpoint, model)
+    megatron_files.save(directory / f"saved_{checkpoint}", model)
+    if parallel.is_main_rank():
+        megatron_files.copy_hf_files(directory / checkpoint, directory / f"saved_{checkpoint}")
+    parallel.destroy()
+
+
+def tied_pipeline_without_cpu_backend(directory) -> str:
+    """What megatron-core does to tied embeddings over a pipeline when Tensor.cuda means CUDA."""
+    import traceback
+
+    import torch
+
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.model.hf_config import read_hf_config
+    from megatron_papo.model.qwen2_5_vl import build_model
+    from megatron_papo.training import cpu_backend, parallel
+
+    if cpu_backend._mode is None:
+        return "not installed"
+    parallel.initialize(ParallelConfig(pipeline_model_parallel_size=2, data_parallel_size=2))
+    cpu_backend._mode.__exit__(None, None, None)
+    try:
+        build_model(read_hf_config(directory / "tied"), dtype=torch.float32, sequence_parallel=False, recompute="none")
+        return "ok"
+    except AssertionError as error:
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        return f"{error} in {', '.join(frames)}"
+    finally:
+        cpu_backend._mode.__enter__()
+        parallel.destroy()
+
+
+def refusals(directory) -> dict:
+    """The messages of inputs that do not fit, at TP2 x PP2 and on the rank that sees them."""
+    import torch
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.errors import UserError
+    from megatron_papo.model.hf_config import read_hf_config
+    from megatron_papo.model.qwen2_5_vl import build_model
+    from megatron_papo.training import parallel
+
+    parallel.initialize(ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2))
+    hf = read_hf_config(directory / "tied")
+    wider = dataclasses.replace(hf, text=dataclasses.replace(hf.text, intermediate_size=96))
+    messages = {}
+    for name, config, checkpoint in (("missing", hf, "untied"), ("shape", wider, "tied")):
+        model = build_model(config, dtype=torch.float32, sequence_parallel=False, recompute="none")
+        try:
+            megatron_files.load_weights(directory / checkpoint, model)
+        except UserError as error:
+            messages[name] = str(error)
+    try:
+        megatron_files.load_optimizer(directory / "tied", model, None)
+    except UserError as error:
+        messages["no optimizer"] = str(error)
+    ids = torch.tensor([[1, 2, hf.image_token_id, 3]])
+    positions = torch.zeros(3, 1, 4, dtype=torch.long)
+    inputs = {"tokens": (torch.zeros(16, 1176), [(1, 4, 4)]), "patches": (torch.zeros(3, 1176), [(1, 2, 2)]), "no pixels": (None, [(1, 2, 2)])}
+    for name, (pixels, grids) in inputs.items():
+        try:
+            model(ids, positions, pixels, grids)
+        except ValueError as error:
+            messages[name] = str(error)
+    parallel.destroy()
+    return messages
 
 
 def swap_groups(model) -> None:

@@ -1,0 +1,118 @@
+"""Part of model_parity.py's torchrun: train, save, train on; resume elsewhere and train as far. Losses go to the test."""
+
+import shutil
+
+STEPS = 2
+KINDS = {
+    "fp32": ("float32", False, ["tp2_pp2"]),
+    "distributed": ("float32", True, ["same", "tp1_pp2"]),
+    "bf16": ("bfloat16", False, ["same"]),
+    "bf16_distributed": ("bfloat16", True, ["tp1_pp2"]),
+}
+"""Name -> (dtype, DistributedOptimizer, layouts to resume in)."""
+SAVED = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, data_parallel_size=2)
+RESUMED = {
+    "same": SAVED,
+    "tp1_pp2": dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=2, data_parallel_size=2),
+    "tp2_pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, data_parallel_size=1),
+}
+
+
+def run_all(directory, data) -> dict:
+    """Kind -> {"whole": losses of 2 * STEPS steps, layout: losses of the last STEPS after resuming, "fresh": without optimizer state}."""
+    results = {}
+    for kind, (dtype, distributed, layouts) in KINDS.items():
+        path = directory / f"resume_{kind}"
+        shutil.rmtree(path, ignore_errors=True)
+        results[kind] = {"whole": whole_run(directory / "tied", path, data, dtype, distributed)}
+        for name in layouts:
+            results[kind][name] = resumed_run(path, data, RESUMED[name], dtype, distributed, with_optimizer=True)
+        if kind == "distributed":
+            results[kind]["fresh"] = resumed_run(path, data, SAVED, dtype, distributed, with_optimizer=False)
+    return results
+
+
+def whole_run(converted, path, data, dtype, distributed) -> list[float]:
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.training import parallel
+
+    model, wrapped, optimizer = build(converted, SAVED, dtype, distributed)
+    optimizer.reload_model_params()
+    losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
+    megatron_files.save(path, model, optimizer, state={"step": STEPS, "order": [3, 1, 2]})
+    if parallel.is_main_rank():
+        megatron_files.copy_hf_files(converted, path)
+    losses += [step(wrapped, optimizer, data) for _ in range(STEPS)]
+    parallel.destroy()
+    return losses
+
+
+def resumed_run(path, data, layout, dtype, distributed, with_optimizer) -> list[float]:
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.training import parallel
+
+    model, wrapped, optimizer = build(path, layout, dtype, distributed)
+    if with_optimizer:
+        state = megatron_files.load_optimizer(path, model, optimizer)
+        if state != {"step": STEPS, "order": [3, 1, 2]}:
+            raise RuntimeError(f"state came back as {state}")
+    else:
+        optimizer.reload_model_params()
+    losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
+    parallel.destroy()
+    return losses
+
+
+def build(checkpoint, layout, dtype, distributed):
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.config import ParallelConfig
+    from megatron_papo.model.hf_config import read_hf_config
+    from megatron_papo.model.qwen2_5_vl import build_model
+    from megatron_papo.training import parallel
+
+    parallel.initialize(ParallelConfig(**layout))
+    model = build_model(read_hf_config(checkpoint), dtype=getattr(torch, dtype), sequence_parallel=False, recompute="none")
+    megatron_files.load_weights(checkpoint, model)
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+    wrapped = DistributedDataParallel(model.config, settings, model)
+    options = dict(lr=3e-3, weight_decay=0.01, clip_grad=1.0, bf16=dtype == "bfloat16", params_dtype=getattr(torch, dtype))
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", use_distributed_optimizer=distributed, **options), [wrapped])
+    return model, wrapped, optimizer
+
+
+def step(wrapped, optimizer, data) -> float:
+    """One update; the loss before it, on every rank."""
+    import torch
+    from megatron.core import tensor_parallel
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_papo.training import parallel
+
+    def loss_of(logits):
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float().clone(), data["labels"])
+        loss = (losses * data["weights"]).sum()
+        return loss, {"loss": loss.detach().clone()}
+
+    wrapped.zero_grad_buffer()
+    optimizer.zero_grad()
+    done = get_forward_backward_func()(
+        forward_step_func=lambda _, module: (
+            module(data["input_ids"], data["position_ids"], data["pixel_values"], data["grids"]),
+            loss_of,
+        ),
+        data_iterator=None,
+        model=[wrapped],
+        num_microbatches=1,
+        seq_length=data["input_ids"].shape[1],
+        micro_batch_size=data["input_ids"].shape[0],
+        forward_only=False,
+    )
+    optimizer.step()
+    loss = torch.tensor(float(done[0]["loss"]) if done else float("-inf"))
+    torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
+    assert parallel.world_size() == 4
+    return float(loss)
