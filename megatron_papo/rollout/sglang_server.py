@@ -1,0 +1,270 @@
+"""SGLang servers: start one, find it again, stop it. It outlives the stage that started it; the iterations load their weights into it.
+
+A server directory holds server.json (url, key, process, what it was started with) and server.log. The server runs in SGLang's own
+Python environment, detached, on the loopback interface unless the configuration says otherwise, with a random key.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from megatron_papo.config import ServerConfig
+from megatron_papo.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU_LAUNCHER = REPOSITORY / "tools" / "sglang_on_cpu.py"
+HEALTH_TIMEOUT_SECONDS = 30.0
+"""/health generates a token, which takes about a second; SGLang itself gives up after 20."""
+STOP_SECONDS = 20.0
+LOG_LINES = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    api_key: str | None = None
+    directory: Path | None = None
+    """Where server.json and server.log are; None for a server given by its URL."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+def open_server(where: str, model: Path, server: ServerConfig, dtype: str) -> Server:
+    """What --server names: a URL (http...) of a running server, or a server directory, in which one is started if need be."""
+    if where.startswith(("http://", "https://")):
+        return connect(where, os.environ.get("SGLANG_API_KEY"))
+    return connect_or_start(Path(where), model, server, dtype)
+
+
+def connect(url: str, api_key: str | None) -> Server:
+    """A server that somebody else started. Raises UserError if it does not answer or refuses the key."""
+    server = Server(url.rstrip("/"), api_key)
+    problem = _problem(server)
+    if problem:
+        raise UserError(f"{server.url}: {problem}: start SGLang there, set SGLANG_API_KEY if it has a key, or give --server a directory")
+    return server
+
+
+def connect_or_start(server_dir: Path, model: Path, server: ServerConfig, dtype: str) -> Server:
+    """The server of server_dir if it is alive, answers and was started with the same settings; else a new one, loaded with `model`."""
+    server_dir = Path(server_dir).resolve()
+    settings = {"dtype": dtype, **server.model_dump(exclude={"start_timeout_seconds"})}
+    record = _read_record(server_dir)
+    process = _process_of(record)
+    if process is not None and record["settings"] == settings:
+        running = Server(record["url"], record["api_key"], server_dir)
+        problem = None if not record["ready"] else _problem(running)
+        if problem is None:
+            return running if record["ready"] else _wait_until_ready(running, process, record, server.start_timeout_seconds)
+        print(f"{running.url}: {problem}: starting a new server", flush=True)
+    if process is not None:
+        stop(server_dir)
+    return _start(server_dir, Path(model).resolve(), server, dtype, settings)
+
+
+def stop(server_dir: Path) -> bool:
+    """Ends the server of server_dir: SIGTERM, after 20 s SIGKILL, to its process group only. False if none was running."""
+    server_dir = Path(server_dir)
+    process = _process_of(_read_record(server_dir))
+    if process is not None:
+        group = _group(process)
+        _signal_group(process.pid, signal.SIGTERM)
+        _, alive = psutil.wait_procs(group, timeout=STOP_SECONDS)
+        if alive:
+            _signal_group(process.pid, signal.SIGKILL)
+            psutil.wait_procs(alive, timeout=STOP_SECONDS)
+    (server_dir / "server.json").unlink(missing_ok=True)
+    return process is not None
+
+
+def status(server_dir: Path) -> tuple[bool, str]:
+    """(usable, one line that says so)."""
+    record = _read_record(Path(server_dir))
+    process = _process_of(record)
+    if process is None:
+        return False, f"{server_dir}: no server is running"
+    problem = _problem(Server(record["url"], record["api_key"]))
+    if problem:
+        return False, f"{server_dir}: process {process.pid} at {record['url']}: {problem}"
+    return True, f"{server_dir}: process {process.pid} at {record['url']} is healthy"
+
+
+def log_tail(server_dir: Path, lines: int = LOG_LINES) -> str:
+    """The last lines of server.log, indented; empty if there is none."""
+    try:
+        text = (Path(server_dir) / "server.log").read_bytes()[-65536:].decode(errors="replace")
+    except OSError:
+        return ""
+    return "\n".join("  " + line for line in text.splitlines()[-lines:])
+
+
+def _start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, settings: dict) -> Server:
+    python = _python(server)
+    port = _port(server)
+    api_key = secrets.token_hex(16)
+    command = [*_launcher(python, server), "--model-path", str(model), "--dtype", dtype]
+    command += ["--host", server.host, "--port", str(port), "--api-key", api_key]
+    if server.max_total_tokens is not None:
+        command += ["--max-total-tokens", str(server.max_total_tokens)]
+    command += server.extra_arguments
+    server_dir.mkdir(parents=True, exist_ok=True)
+    log_descriptor = os.open(server_dir / "server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    environment = {**os.environ, "SGLANG_VLM_CACHE_SIZE_MB": "0"}  # cached ViT outputs survive a weight update (sglang#36468)
+    with os.fdopen(log_descriptor, "w") as log:
+        popen = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=server_dir, env=environment, start_new_session=True
+        )
+    process = psutil.Process(popen.pid)
+    host = "127.0.0.1" if server.host == "0.0.0.0" else server.host
+    record = {
+        "url": f"http://{host}:{port}",
+        "api_key": api_key,
+        "pid": process.pid,
+        "create_time": process.create_time(),
+        "ready": False,
+        "model": str(model),
+        "settings": settings,
+        "command": command,
+    }
+    _write_record(server_dir, record)
+    return _wait_until_ready(Server(record["url"], api_key, server_dir), process, record, server.start_timeout_seconds)
+
+
+def _launcher(python: Path, server: ServerConfig) -> list[str]:
+    if _has_gpu(server):
+        command = [str(python), "-m", "sglang.launch_server", "--enable-deterministic-inference"]
+        return command + ["--tp", str(server.tensor_parallel_size), "--mem-fraction-static", str(server.memory_fraction)]
+    if server.tensor_parallel_size > 1:
+        raise UserError("server.tensor_parallel_size: a server on a CPU is one process: set it to 1")
+    return [str(python), "-P", str(CPU_LAUNCHER)]
+
+
+def _has_gpu(server: ServerConfig) -> bool:
+    """By nvidia-smi, as tools/setup_environment.sh decides which SGLang to install; `--device cpu` in extra_arguments overrules."""
+    flags = " ".join(server.extra_arguments).replace("=", " ")
+    if "--device cpu" in flags or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
+        return False
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
+def _python(server: ServerConfig) -> Path:
+    named = server.python or os.environ.get("SGLANG_PYTHON")
+    python = Path(named).absolute() if named else REPOSITORY / ".venv-sglang" / "bin" / "python"
+    if not python.is_file():
+        raise UserError(f"{python}: no such Python for SGLang: run bash tools/setup_environment.sh, or set server.python or $SGLANG_PYTHON")
+    return python
+
+
+def _port(server: ServerConfig) -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((server.host, server.port))
+        except OSError as error:
+            raise UserError(f"server.port {server.port} on {server.host}: {error.strerror}: choose another, or 0 for any free port")
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(server: Server, process: psutil.Process, record: dict, timeout: float) -> Server:
+    """Polls until the server answers, showing seconds and the last log line. If it cannot be had, it is stopped."""
+    from tqdm import tqdm
+
+    started = time.monotonic()
+    try:
+        with tqdm(desc="SGLang server starting", bar_format="{desc}: {elapsed} {postfix}", mininterval=1, leave=False) as bar:
+            while True:
+                if not _is_running(process):
+                    raise UserError(f"the SGLang server died while starting; {server.directory}/server.log ends:\n{log_tail(server.directory)}")
+                if _problem(server, timeout=5.0) is None:
+                    break
+                if time.monotonic() - started > timeout:
+                    raise UserError(
+                        f"the SGLang server did not answer within server.start_timeout_seconds = {timeout:g}: raise it;"
+                        f" {server.directory}/server.log ends:\n{log_tail(server.directory)}"
+                    )
+                bar.set_postfix_str(log_tail(server.directory, 1).strip()[:100])
+                time.sleep(0.5)
+    except BaseException:
+        stop(server.directory)
+        raise
+    _write_record(server.directory, {**record, "ready": True})
+    print(f"SGLang server ready at {server.url} after {time.monotonic() - started:.0f} s, log: {server.directory}/server.log", flush=True)
+    return server
+
+
+def _problem(server: Server, timeout: float = HEALTH_TIMEOUT_SECONDS) -> str | None:
+    """Why the server cannot be used; None if it can."""
+    try:
+        with httpx.Client(base_url=server.url, headers=server.headers, timeout=timeout, trust_env=False) as client:
+            key = client.get("/model_info").status_code
+            if key in (401, 403):
+                return "refuses the API key"
+            health = client.get("/health").status_code if key == 200 else key
+    except httpx.HTTPError as error:
+        return f"does not answer ({type(error).__name__})"
+    return None if health == 200 else f"is not healthy (HTTP {health})"
+
+
+def _read_record(server_dir: Path) -> dict | None:
+    path = server_dir / "server.json"
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}): stop its server by hand if one runs, and remove the file")
+    return record
+
+
+def _write_record(server_dir: Path, record: dict) -> None:
+    """Atomically, readable by the owner only: it holds the key."""
+    temporary = server_dir / "server.json.new"
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
+        json.dump(record, stream, indent=1)
+    os.replace(temporary, server_dir / "server.json")
+
+
+def _process_of(record: dict | None) -> psutil.Process | None:
+    """The recorded process if it still runs; a process number that was given to another program since does not count."""
+    if record is None:
+        return None
+    try:
+        process = psutil.Process(record["pid"])
+        same = abs(process.create_time() - record["create_time"]) < 0.01
+    except psutil.NoSuchProcess:
+        return None
+    return process if same and _is_running(process) else None
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _group(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal_group(group: int, which: signal.Signals) -> None:
+    try:
+        os.killpg(group, which)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,44 @@
+"""Start, find and stop the SGLang server of a run by hand; the stages do the same by themselves.
+
+    python -m tools.sglang_server start  --server DIR --config FILE --model HF_DIR [--set SECTION.KEY=VALUE]
+    python -m tools.sglang_server status --server DIR      exit status 0 if it is healthy, 1 if not
+    python -m tools.sglang_server stop   --server DIR
+
+DIR holds server.json and server.log, for example runs/demo/server.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_papo.command_line import run
+from megatron_papo.config import load_config
+from megatron_papo.rollout import sglang_server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("start", "status", "stop"):
+        action = actions.add_parser(name)
+        action.add_argument("--server", type=Path, required=True, metavar="DIR", help="server directory")
+        if name == "start":
+            action.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration: server and model.dtype")
+            action.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+            action.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint to load first")
+    arguments = parser.parse_args()
+    if arguments.action == "start":
+        config = load_config(arguments.config, arguments.overrides)
+        server = sglang_server.connect_or_start(arguments.server, arguments.model, config.server, config.model.dtype)
+        print(f"{arguments.server}: running at {server.url}")
+    elif arguments.action == "status":
+        usable, line = sglang_server.status(arguments.server)
+        print(line)
+        sys.exit(0 if usable else 1)
+    else:
+        stopped = sglang_server.stop(arguments.server)
+        print(f"{arguments.server}: {'stopped' if stopped else 'no server was running'}")
+
+
+if __name__ == "__main__":
+    run(main)
