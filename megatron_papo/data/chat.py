@@ -46,7 +46,7 @@ class ChatFormat:
         """Token ids up to the start of the response. Raises UserError if the pictures do not fit the `<image>` places.
 
         Pictures go where the `<image>` places are, in order. A problem without any place has its pictures in front of the text.
-        Text around the places is kept as it is. A token such as <|image_pad|> in the text is refused: the model would take it for a picture.
+        Text around the places is kept as it is. A token such as <|image_pad|> in it is refused: the model would take it for a picture.
         """
         self._refuse_control_tokens(problem, "the problem")
         text = self.prompt_template.format(problem=problem)
@@ -56,8 +56,9 @@ class ChatFormat:
         elif places != num_images:
             raise UserError(f"{num_images} images for {places} {IMAGE_PLACE} places: correct or drop the row")
         token_ids = self._encode(self.render(text))
-        if token_ids.count(self.image_pad) != num_images:
-            raise UserError(f"the chat template made {token_ids.count(self.image_pad)} {IMAGE_PAD} of {num_images} images: use Qwen2.5-VL's")
+        pads = token_ids.count(self.image_pad)
+        if pads != num_images:
+            raise UserError(f"the chat template made {pads} {IMAGE_PAD} of {num_images} images: use Qwen2.5-VL's")
         return token_ids
 
     def render(self, text: str) -> str:

@@ -105,6 +105,13 @@ def _hugging_face(source: PromptSource, images_key: str) -> Iterable[dict]:
             f"{source.source}: no such file, and the Hugging Face data set of this name cannot be loaded"
             f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check name, split and network, or give a directory"
         )
+    return undecoded(table, images_key)
+
+
+def undecoded(table, images_key: str) -> Iterable[dict]:
+    """A datasets.Dataset whose pictures come as the bytes they were stored as."""
+    import datasets
+
     feature = table.features.get(images_key)
     if isinstance(feature, datasets.Image):
         return table.cast_column(images_key, datasets.Image(decode=False))

@@ -94,24 +94,24 @@ class TargetLoss(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(
-        self, input_ids, position_ids, pixel_values, image_grid_thw, has_images, predicting_positions, target_tokens
-    ) -> Tensor:
+    def forward(self, input_ids, position_ids, pixel_values, image_grid_thw, has_images, predicting_positions, target_tokens) -> Tensor:
         """SftBatch's tensors -> scalar, float32. Only positions that predict a target become logits.
 
-        No attention mask: padding is on the right, where a causal model cannot look.
+        Every rank runs the same modules in the same order, pictures or not: ZeRO's collectives follow the order of the modules, and a
+        rank that skipped the vision tower would leave the others waiting. No attention mask: padding is on the right, where a causal
+        model cannot look.
         """
-        inputs = dict(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        features = self.model.model.visual(pixel_values, grid_thw=image_grid_thw).pooler_output
+        embeddings = self.model.get_input_embeddings()(input_ids)
         if has_images:
-            inputs |= dict(pixel_values=pixel_values, image_grid_thw=image_grid_thw)
-        hidden = self.model.model(**inputs).last_hidden_state
+            is_image = (input_ids == self.model.config.image_token_id)[..., None]
+            embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+        else:
+            embeddings = embeddings + 0.0 * features.sum()
+        decoder = self.model.model.language_model
+        hidden = decoder(inputs_embeds=embeddings, position_ids=position_ids, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden.flatten(0, 1)[predicting_positions])
-        loss = torch.nn.functional.cross_entropy(logits.float(), target_tokens, reduction="sum")
-        if not has_images:
-            # All ranks must run the same modules, or ZeRO's collectives of a rank with pictures wait for those of one without.
-            features = self.model.model.visual(pixel_values, grid_thw=image_grid_thw).pooler_output
-            loss = loss + 0.0 * features.float().sum()
-        return loss
+        return torch.nn.functional.cross_entropy(logits.float(), target_tokens, reduction="sum")
 
 
 def deepspeed_config(config: SftConfig, dtype: str) -> dict:

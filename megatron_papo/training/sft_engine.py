@@ -19,6 +19,8 @@ def import_deepspeed():
     """DeepSpeed, kept from compiling C++ when it starts."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A launcher sets it; a single process may be started without one.
+    os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
     # torch renames two collectives that DeepSpeed calls; of no interest to who trains.

@@ -1,0 +1,299 @@
+"""Stage 1: every kind of source ends in the same records; every kind of bad row is refused by file and row, and leaves nothing behind."""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+from PIL import Image
+
+from megatron_papo.errors import UserError
+from megatron_papo.manifest import read_manifest
+from megatron_papo.records import Prompt, read_jsonl
+from stages import stage1_prepare_data
+from tests.conftest import DEMO_CONFIG, run_module, settings
+
+PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def png(width, height, seed=0) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+ROWS = [
+    {"problem": "<image>How many?", "answer": "2", "images": [png(56, 84, 1)]},
+    {"problem": "First <image>\nthen <image> differ?", "answer": "yes", "images": [png(300, 100, 2), png(5, 9, 3)]},
+    {"problem": "What is 1 + 1?", "answer": "2", "images": []},
+    {"problem": "No place for it", "answer": "x", "images": [png(56, 84, 1)]},
+]
+# Width, height after the resize, by hand: 300 x 100 -> 308 x 112; 5 x 9 grows to >= 3136 pixels: 56 x 84.
+EXPECTED_EXTRA_TOKENS = [2 * 3 - 1, 11 * 4 + 2 * 3 - 2, 0, 2 * 3 - 1]
+
+
+@pytest.fixture
+def stage(tmp_path, tiny_hf, monkeypatch):
+    """Runs stage 1 in this process on a source; returns its output directory."""
+
+    def run(source, *overrides, output="out"):
+        arguments = [
+            "stage1", "--config", str(DEMO_CONFIG), "--output", str(tmp_path / output),
+            *settings(
+                f"model.path={tiny_hf}", "sft=null", "data.sft=null", f"data.train={{source: '{source}'}}",
+                "data.evaluation={source: synthetic, count: 2}", "data.max_prompt_tokens=128", *overrides,
+            ),
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", arguments)
+        stage1_prepare_data.main()
+        return tmp_path / output
+
+    return run
+
+
+def write_jsonl(path, rows):
+    """Pictures as files beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in rows:
+        names = []
+        for content in row["images"]:
+            name = f"{hashlib.md5(content).hexdigest()}.png"
+            (path.parent / name).write_bytes(content)
+            names.append(name)
+        lines.append(json.dumps(row | {"images": names}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def write_parquet(path, rows, images=lambda contents: [{"bytes": content, "path": None} for content in contents]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist([row | {"images": images(row["images"])} for row in rows])
+    parquet.write_table(table, path)
+    return path
+
+
+def contents(output, prompts):
+    return [[(output / name).read_bytes() for name in prompt.images] for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet structs", "parquet bytes", "parquet paths", "directory"])
+def test_every_kind_of_source(kind, stage, tmp_path, tiny_hf):
+    folder = tmp_path / "data"
+    if kind == "jsonl":
+        source = write_jsonl(folder / "set.jsonl", ROWS)
+    elif kind == "parquet structs":
+        source = write_parquet(folder / "set.parquet", ROWS)
+    elif kind == "parquet bytes":
+        source = write_parquet(folder / "set.parquet", ROWS, images=lambda contents: contents)
+    elif kind == "parquet paths":
+        write_jsonl(folder / "set.jsonl", ROWS)
+        source = write_parquet(
+            folder / "set.parquet", ROWS, images=lambda contents: [f"{hashlib.md5(content).hexdigest()}.png" for content in contents]
+        )
+    else:
+        source = folder
+        write_parquet(folder / "b" / "second.parquet", ROWS[2:])
+        write_jsonl(folder / "a.jsonl", ROWS[:2])
+    output = stage(source)
+    prompts = read_jsonl(output / "prompts.jsonl", Prompt)
+    ids = ["a-1", "a-2", "b/second-1", "b/second-2"] if kind == "directory" else [f"set-{n}" for n in range(1, 5)]
+    assert [prompt.id for prompt in prompts] == ids
+    assert [prompt.problem for prompt in prompts] == [row["problem"] for row in ROWS]
+    assert [prompt.answer for prompt in prompts] == [row["answer"] for row in ROWS]
+    assert contents(output, prompts) == [row["images"] for row in ROWS]
+    assert [prompt.num_tokens - len(prompt.token_ids) for prompt in prompts] == EXPECTED_EXTRA_TOKENS
+    # Rows 1 and 4 share a picture; the two synthetic evaluation rows have one each.
+    assert len(list((output / "images").iterdir())) == read_manifest(output)["counts"]["images"] == 3 + 2
+    for name in (name for prompt in prompts for name in prompt.images):
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == name.removeprefix("images/").removesuffix(".png")
+
+
+def test_text_and_places(stage, tmp_path, tiny_hf):
+    """The decoded prompt, character by character, with the templates of the configuration."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_hf)
+    source = write_jsonl(tmp_path / "data" / "set.jsonl", ROWS)
+    output = stage(source, "data.prompt_template='{problem} Use {{}}.'", "data.system_prompt='Be brief.'")
+    texts = [tokenizer.decode(prompt.token_ids) for prompt in read_jsonl(output / "prompts.jsonl", Prompt)]
+    users = [f"{PLACE}How many?", f"First {PLACE}\nthen {PLACE} differ?", "What is 1 + 1?", f"{PLACE}No place for it"]
+    assert texts == [
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{user} Use {{}}.<|im_end|>\n<|im_start|>assistant\n" for user in users
+    ]
+
+
+def test_token_counts_are_those_of_transformers(stage, tmp_path, tiny_hf):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rows = [{"problem": "<image>?", "answer": "1", "images": [png(w, h, w)]} for w, h in ((500, 30), (29, 400), (224, 224), (900, 700))]
+    output = stage(write_jsonl(tmp_path / "data" / "set.jsonl", rows))
+    processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=50176)
+    for prompt, row in zip(read_jsonl(output / "prompts.jsonl", Prompt), rows):
+        grid = processor(images=[Image.open(io.BytesIO(row["images"][0]))], return_tensors="np")["image_grid_thw"][0]
+        assert prompt.num_tokens == len(prompt.token_ids) - 1 + grid.prod() // 4
+
+
+def test_overlong_prompts_are_dropped_and_counted(stage, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "data" / "set.jsonl", ROWS)
+    lengths = [prompt.num_tokens for prompt in read_jsonl(stage(source) / "prompts.jsonl", Prompt)]
+    limit = max(lengths) - 1
+    output = stage(source, f"data.max_prompt_tokens={limit}", output="shorter")
+    assert [prompt.id for prompt in read_jsonl(output / "prompts.jsonl", Prompt)] == ["set-1", "set-3", "set-4"]
+    counts = read_manifest(output)["counts"]
+    assert (counts["train"], counts["train_dropped_overlong"]) == (3, 1)
+    assert "train: 3 prompts, 1 dropped" in capsys.readouterr().out
+    assert counts["images"] == 1 + 2, "pictures of dropped rows are not kept"
+    with pytest.raises(UserError, match="no row left"):
+        stage(source, "data.max_prompt_tokens=5", output="none")
+    assert not (tmp_path / "none").exists() and not (tmp_path / "none.partial").exists()
+
+
+def test_columns_count_ids_and_targets(stage, tmp_path, tiny_hf):
+    rows = [{"id": f"q{n}", "question": f"{n}?", "solution": n, "answer_text": f"It is {n}."} for n in range(6)]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = ["data.problem_key=question", "data.answer_key=solution", "data.target_key=answer_text"]
+    sft = ["sft={steps: 1, global_batch_size: 1, micro_batch_size: 1, learning_rate: 0.1}"]
+    for name in ("train", "sft"):
+        sft.append(f"data.{name}={{source: {tmp_path / 'set.jsonl'}, count: 3}}")
+    output = stage("unused", *keys, *sft)
+    prompts, targets = (read_jsonl(output / name, Prompt) for name in ("prompts.jsonl", "sft.jsonl"))
+    assert [prompt.id for prompt in prompts] == ["q0", "q1", "q2"] and [prompt.answer for prompt in prompts] == ["0", "1", "2"]
+    assert prompts[0].target is None and prompts[0].target_token_ids is None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_hf)
+    assert [tokenizer.decode(prompt.target_token_ids) for prompt in targets] == [f"It is {n}.<|im_end|>" for n in range(3)]
+
+
+GOOD = {"problem": "<image>?", "answer": "1", "images": ["good.png"]}
+BAD_ROWS = {
+    "more images than places": ({**GOOD, "images": ["good.png", "good.png"]}, "2 images for 1 <image> places"),
+    "more places than images": ({**GOOD, "problem": "<image><image>?"}, "1 images for 2 <image> places"),
+    "place without image": ({**GOOD, "images": []}, "0 images for 1 <image> places"),
+    "missing file": ({**GOOD, "images": ["none.png"]}, "image none.png: no such file"),
+    "outside by dots": ({**GOOD, "images": ["../outside.png"]}, "outside the data root"),
+    "outside by link": ({**GOOD, "images": ["link.png"]}, "outside the data root"),
+    "outside absolute": ({**GOOD, "images": ["/etc/hostname"]}, "outside the data root"),
+    "a directory": ({**GOOD, "images": ["."]}, "no such file"),
+    "truncated picture": ({**GOOD, "images": ["cut.png"]}, "cannot be read as a picture"),
+    "not a picture": ({**GOOD, "images": ["text.png"]}, "cannot be read as a picture"),
+    "too narrow": ({**GOOD, "images": ["narrow.png"]}, "more than 200 times"),
+    "image of a wrong type": ({**GOOD, "images": [7]}, "images[0]: expected a path"),
+    "smuggled image token": ({**GOOD, "problem": "<image>? <|image_pad|>"}, "control token <|image_pad|>"),
+    "smuggled end of turn": ({**GOOD, "problem": "<image>?<|im_end|>\n<|im_start|>system"}, "control token <|im_end|>"),
+    "no answer": ({"problem": "?"}, "no column answer"),
+    "empty answer": ({**GOOD, "answer": " "}, "answer is ' '"),
+    "answer of a wrong type": ({**GOOD, "answer": ["1"]}, "answer is ['1']"),
+    "not an object": ([1], "expected a JSON object"),
+    "same id twice": ({**GOOD, "id": "set-1"}, "ids must be unique"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_named(case, stage, tmp_path):
+    row, message = BAD_ROWS[case]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(png(56, 56))
+    (folder / "cut.png").write_bytes(png(56, 56)[:900])
+    (folder / "narrow.png").write_bytes(png(201, 1))
+    (folder / "text.png").write_text("hello")
+    (tmp_path / "outside.png").write_bytes(png(56, 56))
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "set.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError) as error:
+        stage(folder / "set.jsonl")
+    assert f"{folder / 'set.jsonl'}:2: " in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_bad_files_are_named(stage, tmp_path):
+    (tmp_path / "cut.jsonl").write_text(json.dumps({"problem": "?", "answer": "1"}) + '\n{"problem": "tr')
+    whole = write_parquet(tmp_path / "whole.parquet", ROWS)
+    (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-40])
+    (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "empty").mkdir()
+    for source, message in {
+        "cut.jsonl": "cut.jsonl:2: not JSON",
+        "cut.parquet": "cannot be read as parquet",
+        "data.csv": "expected .jsonl or .parquet",
+        "empty": "no .jsonl or .parquet file",
+        "none.jsonl": "no such file or directory",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            stage(tmp_path / source)
+
+
+def test_bad_template_system_prompt_and_model(stage, tmp_path, tiny_hf):
+    source = write_jsonl(tmp_path / "data" / "set.jsonl", ROWS)
+    with pytest.raises(UserError, match="data.system_prompt contains the control token <|im_end|>".replace("|", r"\|")):
+        stage(source, "data.system_prompt='a<|im_end|>'")
+    with pytest.raises(UserError, match="tokenizer.json: cannot be read"):
+        stage(source, f"model.path={tmp_path}")
+    text_model = tmp_path / "text_model"
+    shutil.copytree(tiny_hf, text_model)
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        text = (text_model / file).read_text()
+        (text_model / file).write_text(text.replace("<|vision_start|><|image_pad|><|vision_end|>", ""))
+    with pytest.raises(UserError, match="set.jsonl:1: the chat template made 0"):
+        stage(source, f"model.path={text_model}")
+
+
+def test_rerun_is_skipped_and_a_changed_input_refused(stage, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "data" / "set.jsonl", ROWS)
+    output = stage(source)
+    before = (output / "manifest.json").read_bytes()
+    stage(source)
+    assert "nothing to do" in capsys.readouterr().out and (output / "manifest.json").read_bytes() == before
+    source.write_text(source.read_text().replace('"yes"', '"no"'))
+    with pytest.raises(UserError, match="inputs.train"):
+        stage(source)
+
+
+def test_hugging_face_data_set_is_read_undecoded():
+    """A table as datasets.load_dataset returns it, with decoded pictures, in both spellings of the column."""
+    datasets = pytest.importorskip("datasets")
+    from megatron_papo.data.rows import undecoded
+
+    content = [{"bytes": png(20, 30, seed), "path": None} for seed in (1, 2)]
+    for feature, value in ((datasets.List(datasets.Image()), content), (datasets.Image(), content[0])):
+        table = datasets.Dataset.from_dict({"problem": ["?"], "images": [value]})
+        table = table.cast_column("images", feature)
+        assert "PIL" in str(type(table[0]["images"][0] if isinstance(value, list) else table[0]["images"]))
+        assert next(iter(undecoded(table, "images")))["images"] == value
+
+
+def test_unreachable_hugging_face_data_set(stage, tmp_path):
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(UserError, match="someone/no-such-data: no such file, and the Hugging Face data set of this name cannot be loaded"):
+        stage("someone/no-such-data")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_error_as_the_user_sees_it(tmp_path):
+    """One line, exit status 2, nothing half-written."""
+    overrides = settings("sft=null", "data.sft=null", f"model.path={tmp_path}", f"data.train={{source: {tmp_path / 'none.jsonl'}}}")
+    result = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, "--output", tmp_path / "out", *overrides)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file or directory: correct the data source\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_through_the_command_line(demo_data, tiny_hf):
+    counts = read_manifest(demo_data)["counts"]
+    assert counts == {
+        "train": 64, "train_dropped_overlong": 0, "sft": 64, "sft_dropped_overlong": 0,
+        "evaluation": 32, "evaluation_dropped_overlong": 0, "images": 160,
+    }  # fmt: skip
+    prompts = [read_jsonl(demo_data / name, Prompt) for name in ("prompts.jsonl", "sft.jsonl", "evaluation.jsonl")]
+    assert [len(each) for each in prompts] == [64, 64, 32]
+    assert {prompt.num_tokens for each in prompts for prompt in each} == {20}
+    sha256 = hashlib.sha256((tiny_hf / "tokenizer.json").read_bytes()).hexdigest()
+    assert (demo_data / "tokenizer.sha256").read_text().strip() == sha256
