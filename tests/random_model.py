@@ -115,4 +115,4 @@ def reference(model, data: dict) -> dict:
     loss = (losses * data["weights"].flatten()).sum()
     loss.backward()
     gradients = {disk_name(name): parameter.grad.clone() for name, parameter in model.named_parameters()}
-    return dict(position_ids=positions, logits=logits.detach(), loss=float(loss), gradients=gradients)
+    return dict(position_ids=positions, logits=logits.detach(), loss=float(loss.detach()), gradients=gradients)

@@ -11,12 +11,32 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as dcp_save
 
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, require_same_names
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, make_reproducible
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
 from megatron_papo.training import optimizer_checkpoint
+
+
+class _PlainSave(TorchDistSaveShardedStrategy):
+    """megatron-core's torch_dist format by PyTorch's own writer, in this process.
+
+    megatron-core's writer starts a process server and forks per save: seconds for a small model, and it waits for ever if one dies.
+    """
+
+    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        dcp_save(mcore_to_pyt_state_dict(flat, False), storage_writer=FileSystemWriter(checkpoint_dir), planner=planner)
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
@@ -36,7 +56,7 @@ def save(directory: Path, model: torch.nn.Module, optimizer=None, state: dict | 
         tree["optimizer"] = optimizer_checkpoint.sharded_state(optimizer, tree["model"], is_loading=False)
     if state is not None:
         tree["state"] = state
-    dist_checkpointing.save(tree, str(directory))
+    dist_checkpointing.save(tree, str(directory), sharded_strategy=_PlainSave("torch_dist", 1))
     if torch.distributed.get_rank() == 0:
         make_reproducible(Path(directory))
     torch.distributed.barrier()

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter, LoadPlan, SavePlan
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    LoadPlan,
+    SavePlan,
+)
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
@@ -87,10 +95,18 @@ def write_pieces(directory: Path, pieces: list[Piece], dtypes: dict[str, torch.d
     writer = FileSystemWriter(directory, single_file_per_rank=True, thread_count=1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp_save({}, storage_writer=writer, planner=_LazyPlanner(pieces, dtypes, read), no_dist=True)
+        try:
+            dcp_save({}, storage_writer=writer, planner=_LazyPlanner(pieces, dtypes, read), no_dist=True)
+        except CheckpointException as error:  # wraps what happened in read() and in the file system
+            raise _cause(error, directory)
     make_reproducible(directory)
     torch.save({}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+def _cause(error: CheckpointException, directory: Path) -> Exception:
+    cause = next((failure for failure, _ in error.failures.values()), error)
+    return UserError(f"{directory}: cannot write: {cause.strerror}") if isinstance(cause, OSError) else cause
 
 
 def make_reproducible(directory: Path) -> None:

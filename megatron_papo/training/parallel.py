@@ -5,6 +5,7 @@ torch and megatron are imported inside the functions that need them, so that che
 
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from megatron_papo.config import ParallelConfig
@@ -98,6 +99,13 @@ def _check_world_size(parallel: ParallelConfig) -> None:
         f" start with torchrun --nproc-per-node {parallel.world_size} {_this_program()} ..., or over several nodes with"
         f" --nnodes times --nproc-per-node = {parallel.world_size}"
     )
+
+
+def _hush_known_warnings() -> None:
+    """megatron-core warns on every rank of what it does without TransformerEngine and of torch functions it will have to give up."""
+    for module in (r"megatron\.core\.", r"torch\.distributed\.", r"megatron_papo\.training\.cpu_backend"):
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def _this_program() -> str:

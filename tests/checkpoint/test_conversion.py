@@ -1,0 +1,251 @@
+"""Hugging Face -> Megatron -> Hugging Face is bitwise, every tensor exactly once; what does not belong is refused before anything is written."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_papo.checkpoint.convert import HFCheckpoint, MegatronCheckpoint, hf_to_megatron, megatron_to_hf, open_checkpoint
+from megatron_papo.checkpoint.hf_files import HEADERS
+from megatron_papo.checkpoint.name_map import pieces
+from megatron_papo.checkpoint.verify import differences, require_proof
+from megatron_papo.errors import UserError
+from megatron_papo.model.hf_config import read_hf_config
+from tests import random_model
+from tests.model.test_hf_config import OFFICIAL_3B, OFFICIAL_7B
+
+
+def to_megatron(source, target):
+    target.mkdir()
+    hf_to_megatron(HFCheckpoint(source), target)
+    return target
+
+
+def to_hf(source, target):
+    target.mkdir()
+    megatron_to_hf(MegatronCheckpoint(source), target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """Tied and untied checkpoints; "sharded": untied in bf16, several files."""
+    root = tmp_path_factory.mktemp("hf")
+    random_model.save(random_model.make(True), root / "tied")
+    random_model.save(random_model.make(False), root / "untied")
+    random_model.save(random_model.make(False).bfloat16(), root / "sharded", max_shard_size="200KB")
+    (root / "tied" / "tokenizer.json").write_text('{"pretend": true}')
+    (root / "tied" / "training_args.bin").write_bytes(b"not to be copied")
+    return root
+
+
+@pytest.fixture(scope="module")
+def megatron(hf, tmp_path_factory):
+    root = tmp_path_factory.mktemp("megatron")
+    return {name: to_megatron(hf / name, root / name) for name in ("tied", "untied", "sharded")}
+
+
+@pytest.fixture
+def damaged_hf(hf, tmp_path):
+    """A copy of the untied checkpoint to spoil."""
+    return shutil.copytree(hf / "untied", tmp_path / "damaged")
+
+
+@pytest.fixture
+def damaged_megatron(megatron, tmp_path):
+    return shutil.copytree(megatron["untied"], tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "sharded"])
+def test_round_trip_gives_the_same_files(hf, megatron, tmp_path, name):
+    back = to_hf(megatron[name], tmp_path / "back")
+    weights = sorted(file.name for file in (hf / name).glob("model*"))
+    assert len(weights) > 3 if name == "sharded" else weights == ["model.safetensors"]
+    for file in [*weights, "config.json", "generation_config.json"]:
+        assert (back / file).read_bytes() == (hf / name / file).read_bytes(), file
+    require_proof(megatron[name])
+    require_proof(back)
+    assert not list(back.glob("*.bin")) and (back / "tokenizer.json").exists() == (name == "tied")
+
+
+def test_sharded_checkpoint_really_has_several_files_and_another_dtype(hf):
+    checkpoint = HFCheckpoint(hf / "sharded")
+    assert len(checkpoint.headers) > 2
+    assert {info.dtype for info in checkpoint.tensors.values()} == {torch.bfloat16}
+
+
+def test_every_parameter_of_transformers_is_in_the_map(hf):
+    for tied in (True, False):
+        model = random_model.make(tied)
+        count = sum(len(piece.hf_shapes) for piece in pieces(read_hf_config(hf / ("tied" if tied else "untied"))))
+        assert count == len({id(parameter) for parameter in model.parameters()})
+
+
+@pytest.mark.parametrize("tree, tensors, parameters", [(OFFICIAL_3B, 824, 3_754_622_976), (OFFICIAL_7B, 729, 8_292_166_656)])
+def test_official_models_are_mapped_exactly_once(tmp_path, tree, tensors, parameters):
+    """Counts of the published checkpoints, and names and shapes of transformers' model on the meta device."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from megatron_papo.checkpoint.name_map import disk_name
+
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shapes = [(name, shape) for piece in pieces(read_hf_config(tmp_path)) for name, shape in piece.hf_shapes.items()]
+    assert len(shapes) == len(dict(shapes)) == tensors
+    assert sum(torch.Size(shape).numel() for _, shape in shapes) == parameters
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(tmp_path))
+    theirs = {disk_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if not tree["tie_word_embeddings"]:
+        assert theirs == dict(shapes)
+    else:
+        assert {key: value for key, value in theirs.items() if key != "lm_head.weight"} == dict(shapes)
+
+
+def test_in_memory_names_and_a_redundant_tied_head_survive(hf, tmp_path):
+    """As some trainers save: transformers' in-memory names and lm_head.weight beside the embedding it is tied to."""
+    weights = load_file(hf / "tied" / "model.safetensors")
+    renamed = {
+        ("model." + name if name.startswith("visual.") else name.replace("model.", "model.language_model.")): value.clone()
+        for name, value in weights.items()
+    }
+    renamed["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(renamed, source / "model.safetensors")
+    shutil.copy(hf / "tied" / "config.json", source)
+    back = to_hf(to_megatron(source, tmp_path / "megatron"), tmp_path / "back")
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    renamed["lm_head.weight"][3, 4] += 1
+    save_file(renamed, source / "model.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight differs"):
+        to_megatron(source, tmp_path / "untied_in_fact")
+
+
+def test_verify_finds_one_changed_value(hf, megatron, tmp_path):
+    assert list(differences(open_checkpoint(hf / "untied"), open_checkpoint(megatron["untied"]))) == []
+    changed = shutil.copytree(hf / "untied", tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.layers.2.self_attn.v_proj.bias"][5] += 0.25
+    save_file(weights, changed / "model.safetensors")
+    rows = list(differences(open_checkpoint(megatron["untied"]), open_checkpoint(changed)))
+    assert rows == ["model.layers.2.self_attn.v_proj.bias: values differ, at most by 0.25"]
+    rows = list(differences(open_checkpoint(hf / "sharded"), open_checkpoint(megatron["tied"])))
+    assert rows[0] == f"lm_head.weight: only in {hf / 'sharded'}" and "torch.bfloat16" in rows[1]
+
+
+def spoil_names(directory, change):
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop("visual.blocks.1.attn.qkv.bias"), "1 missing tensor: visual.blocks.1.attn.qkv.bias"),
+        (lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}), "1 unknown tensor: model.layers.9.mlp"),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(260, 63)}), r"lm_head.weight has shape \[260, 63\].*\[260, 64\]"),
+        (lambda w: w.update({"model.layers.1.self_attn.k_proj.bias": w["model.layers.1.self_attn.k_proj.bias"].half()}), "one dtype"),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(damaged_hf, tmp_path, change, message):
+    spoil_names(damaged_hf, change)
+    with pytest.raises(UserError, match=message):
+        to_megatron(damaged_hf, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_damaged_safetensors_are_refused(damaged_hf):
+    path = damaged_hf / "model.safetensors"
+    whole = path.read_bytes()
+    for data, message in ((whole[:-1], "announces"), (whole[:100], "cut off"), (b"", "not a complete"), (whole + b"x", "announces")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message) as error:
+            HFCheckpoint(damaged_hf)
+        assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
+    path.unlink()
+    with pytest.raises(UserError, match="no model.safetensors"):
+        HFCheckpoint(damaged_hf)
+    (damaged_hf / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickled"):
+        HFCheckpoint(damaged_hf)
+
+
+def test_an_index_that_does_not_agree_is_refused(hf, tmp_path):
+    broken = shutil.copytree(hf / "sharded", tmp_path / "broken")
+    index = json.loads((broken / "model.safetensors.index.json").read_text())
+    first, second = sorted(set(index["weight_map"].values()))[:2]
+    name = next(key for key, file in index["weight_map"].items() if file == first)
+    index["weight_map"][name] = second
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="does not agree"):
+        HFCheckpoint(broken)
+    (broken / second).unlink()
+    with pytest.raises(UserError, match=f"{second} named in"):
+        HFCheckpoint(broken)
+
+
+class _Harmful:
+    def __reduce__(self):
+        return print, ("this must never be printed",)
+
+
+def test_damaged_megatron_checkpoints_are_refused(damaged_megatron, capsys):
+    weights = damaged_megatron / "__0_0.distcp"
+    whole = weights.read_bytes()
+    cases = [
+        (weights, whole[:-50], "truncated"),
+        (damaged_megatron / ".metadata", pickle.dumps(_Harmful()), "refuses to load builtins.print"),
+        (damaged_megatron / ".metadata", b"\x80", "damaged"),
+        (damaged_megatron / "common.pt", b"nothing", "common.pt"),
+        (damaged_megatron / "metadata.json", b'{"sharded_backend": "zarr"}', "only torch_dist"),
+        (damaged_megatron / "hf" / HEADERS, b"[]", "cannot be read"),
+    ]
+    for path, data, message in cases:
+        kept = path.read_bytes()
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message) as error:
+            MegatronCheckpoint(damaged_megatron)
+        assert "\n" not in str(error.value)
+        path.write_bytes(kept)
+    assert "never be printed" not in capsys.readouterr().out
+    MegatronCheckpoint(damaged_megatron)
+    shutil.rmtree(damaged_megatron / "hf")
+    with pytest.raises(UserError, match="config.json"):
+        MegatronCheckpoint(damaged_megatron)
+
+
+def test_bits_flipped_inside_a_megatron_checkpoint_are_noticed(hf, damaged_megatron):
+    weights = damaged_megatron / "__0_0.distcp"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    try:
+        rows = list(differences(open_checkpoint(hf / "untied"), open_checkpoint(damaged_megatron)))
+    except UserError as error:
+        rows = [str(error)]
+    assert len(rows) == 1
+
+
+def test_another_models_megatron_checkpoint_is_refused(damaged_megatron, hf):
+    shutil.copy(hf / "tied" / "config.json", damaged_megatron / "hf")
+    with pytest.raises(UserError, match="unknown tensor: language_model.output_layer.weight|do not belong together"):
+        MegatronCheckpoint(damaged_megatron)
+
+
+def test_proofs(damaged_megatron):
+    path = damaged_megatron / "proof.json"
+    proof = json.loads(path.read_text())
+    require_proof(damaged_megatron)
+    name = "visual.merger.mlp.2.weight"
+    proof["tensors"][name]["read_back_sha256"] = "0" * 64
+    for text, message in ((json.dumps(proof), "not exact"), ("{}", "damaged"), ('{"passed": true, "tensors": {}, "version": 1}', "not exact")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            require_proof(damaged_megatron)
+    path.unlink()
+    with pytest.raises(UserError, match="missing"):
+        require_proof(damaged_megatron)

@@ -1,0 +1,51 @@
+"""stage3, stage6 and tools.convert as a user calls them."""
+
+import json
+
+import pytest
+
+from tests import random_model
+from tests.conftest import DEMO_CONFIG, run_module
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return random_model.save(random_model.make(True), tmp_path_factory.mktemp("hf") / "tied")
+
+
+def test_there_and_back_and_verify(hf, tmp_path):
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    done = run_module("stages.stage3_convert_to_megatron", "--config", DEMO_CONFIG, "--hf", hf, "--output", megatron)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((megatron / "manifest.json").read_text())["counts"]["tensors"] == 92
+    again = run_module("stages.stage3_convert_to_megatron", "--config", DEMO_CONFIG, "--hf", hf, "--output", megatron)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    tool = run_module("tools.convert", "to-megatron", "--hf", hf, "--output", megatron)
+    assert tool.returncode == 0 and "nothing to do" in tool.stdout
+    done = run_module("stages.stage6_convert_to_hf", "--config", DEMO_CONFIG, "--megatron", megatron, "--output", back)
+    assert done.returncode == 0, done.stderr
+    same = run_module("tools.convert", "verify", megatron, back)
+    assert same.returncode == 0 and "all 92 tensors are equal" in same.stdout
+
+
+def test_verify_exits_with_1_on_a_difference(hf, tmp_path):
+    other = random_model.save(random_model.make(True, seed=1), tmp_path / "other")
+    done = run_module("tools.convert", "verify", hf, other)
+    assert done.returncode == 1 and "92 tensors differ" in done.stdout
+
+
+def test_mistakes_leave_one_line_and_no_output(hf, tmp_path):
+    damaged = random_model.save(random_model.make(True), tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-1])
+    for arguments in (
+        ("tools.convert", "to-megatron", "--hf", damaged),
+        ("tools.convert", "to-hf", "--megatron", hf),
+        ("stages.stage3_convert_to_megatron", "--config", DEMO_CONFIG, "--hf", tmp_path / "nothing"),
+        ("stages.stage6_convert_to_hf", "--config", DEMO_CONFIG, "--megatron", hf),
+        ("stages.stage3_convert_to_megatron", "--config", DEMO_CONFIG, "--hf", hf, "--set", "parallel.pipeline_model_parallel_size=3"),
+    ):
+        done = run_module(*arguments, "--output", tmp_path / "out")
+        assert done.returncode == 2, arguments
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
