@@ -49,7 +49,7 @@ def test_tool_refuses_a_foreign_file(tmp_path):
 
 
 def test_hanging_answer_times_out_and_costs_nothing_else():
-    config = RewardConfig(time_limit_seconds=2.0, workers=2)
+    config = RewardConfig(time_limit_seconds=5.0, workers=2)
     good, bad = "<think>a</think>\\boxed{x/2}", "<think>a</think>\\boxed{x/3}"
     texts = [good, HANGS, bad, good, HANGS, good, bad, good]
     started = time.monotonic()
@@ -58,7 +58,7 @@ def test_hanging_answer_times_out_and_costs_nothing_else():
     assert [r.timed_out for r in rewards] == [text == HANGS for text in texts]
     assert [r.accuracy for r in rewards] == [float(text == good) for text in texts]
     assert [r.format for r in rewards] == [1.0] * len(texts)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
 
 
 def test_grader_crash_is_a_wrong_answer():

@@ -4,10 +4,12 @@ Log-probs may differ by 1e-4: both sides are float32, but attention and the orde
 """
 
 import dataclasses
+import http.server
 import json
 import random
 import shutil
 import socket
+import threading
 import time
 
 import pytest
@@ -183,6 +185,33 @@ def test_server_that_never_answers_ends_in_time(prompts, pictures, sampling):
             client = SglangClient(Server(f"http://127.0.0.1:{silent.getsockname()[1]}"), 4, 1.0)
             sample(client, [request_for(prompts["plain"], pictures, 1)], sampling)
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("fault", ["503", "dropped"])
+def test_passing_faults_are_retried_with_the_same_seed(prompts, pictures, sampling, monkeypatch, fault):
+    """A server that fails twice and then answers; here nothing but HTTP is being tested."""
+    monkeypatch.setattr(sglang_client, "RETRY_PAUSES_SECONDS", (0.1, 0.1))
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if len(bodies) < 3 and fault == "dropped":
+                self.close_connection = True
+                return
+            answer = json.dumps(good_answer(prompts["two"])).encode()
+            self.send_response(200 if len(bodies) == 3 else 503)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as faulty:
+        threading.Thread(target=faulty.serve_forever, daemon=True).start()
+        client = SglangClient(Server(f"http://127.0.0.1:{faulty.server_port}"), 4, 5.0)
+        got = sample(client, [request_for(prompts["two"], pictures, 7)], sampling, "v")
+        faulty.shutdown()
+    assert got[0].token_ids == [5, 6]
+    assert len(bodies) == 3 and bodies[0] == bodies[1] == bodies[2] and bodies[0]["sampling_params"]["sampling_seed"] == 7
 
 
 def good_answer(prompt):

@@ -1,0 +1,140 @@
+"""Starting, finding and stopping servers: the real one, and programs that die or hang in its place."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from megatron_papo.config import ServerConfig, load_config
+from megatron_papo.errors import UserError
+from megatron_papo.rollout import sglang_client, sglang_server
+from megatron_papo.rollout.sglang_client import Sampling, SglangClient
+from tests.conftest import DEMO_CONFIG, run_module
+from tests.rollout.conftest import request_for
+
+
+def record(directory):
+    return json.loads((directory / "server.json").read_text())
+
+
+def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypatch):
+    config = load_config(DEMO_CONFIG)
+    pid = record(server_dir)["pid"]
+    again = sglang_server.connect_or_start(server_dir, checkpoints.second, config.server, config.model.dtype)
+    assert again == server and record(server_dir)["pid"] == pid
+    assert (server_dir / "server.json").stat().st_mode & 0o077 == 0  # it holds the key
+    assert server.url.startswith("http://127.0.0.1:")
+    monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
+    assert sglang_server.open_server(server.url, checkpoints.first, config.server, "float32").api_key == server.api_key
+    monkeypatch.setenv("SGLANG_API_KEY", "wrong")
+    with pytest.raises(UserError, match="refuses the API key"):
+        sglang_server.open_server(server.url, checkpoints.first, config.server, "float32")
+
+
+def test_url_where_nothing_listens():
+    with pytest.raises(UserError, match="http://127.0.0.1:9: does not answer"):
+        sglang_server.connect("http://127.0.0.1:9", None)
+
+
+def test_server_flags(server, server_dir):
+    """The settings that results depend on reached SGLang."""
+    import httpx
+
+    info = httpx.get(server.url + "/server_info", headers=server.headers, trust_env=False).json()
+    assert (info["dtype"], info["enable_deterministic_inference"], info["chunked_prefill_size"]) == ("float32", True, -1)
+    assert info["max_total_tokens"] == load_config(DEMO_CONFIG).server.max_total_tokens
+
+
+def test_killed_server_is_noticed_and_replaced(server, server_dir, checkpoints, prompts, pictures, monkeypatch):
+    monkeypatch.setattr(sglang_client, "RETRY_PAUSES_SECONDS", (0.2, 0.2))
+    old = record(server_dir)["pid"]
+    children = psutil.Process(old).children(recursive=True)
+    os.kill(old, signal.SIGKILL)
+    sampling = Sampling(1.0, 1.0, -1, 500, ())
+    with pytest.raises(UserError, match=r"prompt text: .*start it again with: python -m tools.sglang_server start"):
+        SglangClient(server, 4, 30).sample([request_for(prompts["text"], pictures, 1)], sampling, "first", lambda i, s: None)
+    status = run_module("tools.sglang_server", "status", "--server", server_dir)
+    assert status.returncode == 1 and "no server is running" in status.stdout
+    command = ["--server", server_dir, "--config", DEMO_CONFIG, "--model", checkpoints.first]
+    started = run_module("tools.sglang_server", "start", *command)
+    assert started.returncode == 0, started.stderr
+    assert record(server_dir)["pid"] != old
+    assert run_module("tools.sglang_server", "status", "--server", server_dir).returncode == 0  # it outlives its starter
+    assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def stand_in(path, body):
+    """A program that is given as the Python of SGLang's environment."""
+    path.write_text(f"#!{sys.executable}\nimport sys, time\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_server_that_dies_shows_its_log(tmp_path):
+    python = stand_in(tmp_path / "python", "print(*(f'line {i}' for i in range(50)), sep='\\n'); print('no such model'); sys.exit(1)")
+    with pytest.raises(UserError, match="died while starting") as caught:
+        sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python), "float32")
+    lines = str(caught.value).splitlines()
+    assert lines[-1].strip() == "no such model" and "line 49" in lines[-2] and len(lines) == 1 + sglang_server.LOG_LINES
+    assert not (tmp_path / "server" / "server.json").exists()
+
+
+def test_server_that_hangs_is_given_up_and_ended(tmp_path):
+    python = stand_in(tmp_path / "python", "print(f'pid {__import__(\"os\").getpid()}', flush=True); time.sleep(600)")
+    with pytest.raises(UserError, match="did not answer within server.start_timeout_seconds = 1.5") as caught:
+        sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python, start_timeout_seconds=1.5), "float32")
+    pid = int(str(caught.value).rpartition("pid ")[2])
+    assert not psutil.pid_exists(pid)
+
+
+def test_server_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang_server, "STOP_SECONDS", 1.0)
+    body = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    python = stand_in(tmp_path / "python", body)
+    with pytest.raises(UserError, match="did not answer"):
+        sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python, start_timeout_seconds=1.5), "float32")
+    assert not [p for p in psutil.process_iter(["cmdline"]) if python in (p.info["cmdline"] or [])]
+
+
+def test_port_taken(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"server.port {port} on 127.0.0.1: .*choose another") as caught:
+            config = ServerConfig(port=port, python=sys.executable)
+            sglang_server.connect_or_start(tmp_path, tmp_path, config, "float32")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_python_for_sglang(tmp_path):
+    with pytest.raises(UserError, match="tools/setup_environment.sh"):
+        sglang_server.connect_or_start(tmp_path, tmp_path, ServerConfig(python=str(tmp_path / "none")), "float32")
+
+
+def test_tensor_parallel_cpu_server_is_refused(tmp_path):
+    config = ServerConfig(tensor_parallel_size=2, python=sys.executable, extra_arguments=["--device", "cpu"])
+    with pytest.raises(UserError, match="server.tensor_parallel_size"):
+        sglang_server.connect_or_start(tmp_path, tmp_path, config, "float32")
+
+
+def test_stop_leaves_a_process_that_inherited_the_number_alone(tmp_path):
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        started = psutil.Process(other.pid).create_time()
+        stale = {"pid": other.pid, "create_time": started - 100, "url": "http://127.0.0.1:9", "api_key": "k"}
+        (tmp_path / "server.json").write_text(json.dumps(stale))
+        assert sglang_server.stop(tmp_path) is False
+        time.sleep(0.2)
+        assert other.poll() is None
+        # control: with its own time of creation it is ended
+        (tmp_path / "server.json").write_text(json.dumps({**stale, "create_time": started}))
+        assert sglang_server.stop(tmp_path) is True
+        assert not psutil.pid_exists(other.pid)
+    result = run_module("tools.sglang_server", "stop", "--server", tmp_path)
+    assert result.returncode == 0 and "no server was running" in result.stdout
