@@ -3,7 +3,9 @@
 torch and megatron are imported inside the functions that need them, so that check_parallel_sizes costs nothing.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -78,6 +80,7 @@ def connect() -> None:
     """Joins the processes that the launcher started and picks this one's device; nothing to do where that has happened."""
     import torch
 
+    _die_with_launcher()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
@@ -85,6 +88,13 @@ def connect() -> None:
         torch.set_num_threads(1)
     if not torch.distributed.is_initialized():
         _join_process_group()
+
+
+def _die_with_launcher() -> None:
+    """torchrun gives its workers sessions of their own; were it killed, they would go on and write into the next attempt's output."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _check_world_size(parallel: ParallelConfig) -> None:
@@ -125,12 +135,16 @@ def _join_process_group() -> None:
 
 
 def destroy() -> None:
-    """Forgets the layout; the processes stay connected."""
+    """Forgets the layout and ends its groups, each of which has threads and sockets; the processes stay connected."""
+    import torch
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     unset_num_microbatches_calculator()
     parallel_state.destroy_global_memory_buffer()
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            torch.distributed.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
