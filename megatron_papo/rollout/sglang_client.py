@@ -132,6 +132,7 @@ class SglangClient:
         self.server = server
         self.concurrency = concurrency
         self.timeout_seconds = timeout_seconds
+        self._ssl_context = httpx.create_ssl_context()
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, weight_version: str, on_sample: Callable[[int, Sample], None]
@@ -143,18 +144,20 @@ class SglangClient:
         waiting = iter(enumerate(requests))
         samples: list[Sample | None] = [None] * len(requests)
 
-        async def work(client: httpx.AsyncClient) -> None:
-            for index, request in waiting:
-                images = await asyncio.to_thread(request.images)
-                body = build_request(request, images, sampling, weight_version)
-                answer = await self._post(client, "/generate", body, f"prompt {request.prompt.id}")
-                samples[index] = parse_answer(answer, request, sampling, weight_version)
-                on_sample(index, samples[index])
+        async def work() -> None:
+            # A connection and a pool of one each: httpx's pool takes quadratic time when shared by many requests.
+            async with self._client() as client:
+                for index, request in waiting:
+                    images = await asyncio.to_thread(request.images)
+                    body = build_request(request, images, sampling, weight_version)
+                    answer = await self._post(client, "/generate", body, f"prompt {request.prompt.id}")
+                    samples[index] = parse_answer(answer, request, sampling, weight_version)
+                    on_sample(index, samples[index])
 
         try:
-            async with self._client() as client, asyncio.TaskGroup() as tasks:
+            async with asyncio.TaskGroup() as tasks:
                 for _ in range(min(self.concurrency, len(requests))):
-                    tasks.create_task(work(client))
+                    tasks.create_task(work())
         except BaseExceptionGroup as group:
             raise group.exceptions[0]
         return samples
@@ -192,7 +195,7 @@ class SglangClient:
             base_url=self.server.url,
             headers=self.server.headers,
             timeout=httpx.Timeout(self.timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS),
-            limits=httpx.Limits(max_connections=self.concurrency + 1),
+            verify=self._ssl_context,
             trust_env=False,
         )
 
