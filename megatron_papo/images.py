@@ -22,6 +22,8 @@ MERGE = 2
 TEMPORAL = 2
 FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Pillow reads more, some of them (EPS) by starting other programs."""
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
@@ -50,7 +52,7 @@ def open_image(root: Path, name: str) -> Image.Image:
 def decode_image(content: bytes, shown: str) -> tuple[Image.Image, str]:
     """The picture as RGB, turned as its EXIF orientation says (as transformers' load_image does), and its format, e.g. PNG."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return ImageOps.exif_transpose(image).convert("RGB"), image.format
     # Decoders meet damaged data with many kinds of exception; all mean the same to the user.
     except Exception as error:

@@ -148,6 +148,10 @@ def _text(row: dict, column: str, key: str, where: str) -> str:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: {column} is {value!r}, expected a text: correct or drop the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {column} is not valid Unicode (position {error.start}): correct or drop the row")
     return value
 
 

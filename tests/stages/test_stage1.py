@@ -190,6 +190,8 @@ BAD_ROWS = {
     "no answer": ({"problem": "?"}, "no column answer"),
     "empty answer": ({**GOOD, "answer": " "}, "answer is ' '"),
     "answer of a wrong type": ({**GOOD, "answer": ["1"]}, "answer is ['1']"),
+    "half a surrogate pair": ({**GOOD, "problem": "<image>\ud800"}, "problem is not valid Unicode (position 7)"),
+    "a picture format that runs programs": ({**GOOD, "images": ["figure.eps"]}, "cannot be read as a picture"),
     "not an object": ([1], "expected a JSON object"),
     "same id twice": ({**GOOD, "id": "set-1"}, "ids must be unique"),
 }
@@ -204,6 +206,7 @@ def test_bad_rows_are_named(case, stage, tmp_path):
     (folder / "cut.png").write_bytes(png(56, 56)[:900])
     (folder / "narrow.png").write_bytes(png(201, 1))
     (folder / "text.png").write_text("hello")
+    Image.new("RGB", (40, 40)).save(folder / "figure.eps")
     (tmp_path / "outside.png").write_bytes(png(56, 56))
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "set.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")

@@ -7,7 +7,6 @@ mean of micro-batch means would differ from the mean over tokens.
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -228,12 +227,13 @@ def finished(demo_data, tmp_path_factory):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
     finally:
-        # torchrun gives its workers sessions of their own, so they are killed one by one, as by a power cut.
-        everything = [*psutil.Process(process.pid).children(recursive=True), process]
-        for each in everything:
-            each.send_signal(signal.SIGKILL)
-        psutil.wait_procs(everything[:-1])
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
         process.wait()
+        orphans = psutil.wait_procs(workers, timeout=10)[1]
+        for each in orphans:
+            each.kill()
+    assert len(workers) >= 2 and not orphans, "workers that outlive their launcher would disturb the next attempt"
     killed = output.exists(), (partial / "model.safetensors").exists()
     result = run_module("stages.stage2_sft", *arguments, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
