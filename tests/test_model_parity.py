@@ -96,6 +96,13 @@ def test_refused_inputs_name_both_sides(runs):
     assert "without pixel_values" in refused["no pixels"]
 
 
+def test_text_without_any_picture(runs):
+    _, data, references, results = runs
+    real = int(data["attention_mask"][2].sum())
+    logits = torch.tensor(results["refused"]["text only"])[:real]
+    assert (logits - references["tied"]["logits"][2, :real]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["fp32", "distributed", "bf16", "bf16_distributed"])
 def test_training_resumes_as_if_nothing_had_happened(runs, kind):
     """Adam with decay, 2 + 2 steps. The same layout: the same bits. Another: rounding, in bf16 of 8 bits of mantissa."""

@@ -103,7 +103,7 @@ def megatron_to_hf(checkpoint: MegatronCheckpoint, target: Path, progress: Progr
     """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte twice."""
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
     hf_files.copy_small_files(checkpoint.directory / HF_FILES, target)
-    hf_files.set_config_dtype(target, set(dtypes.values()), checkpoint.headers)
+    hf_files.correct_config(target, set(dtypes.values()), checkpoint.headers, checkpoint.hf.tie_word_embeddings)
     writer = SafetensorsWriter(target, checkpoint.headers, dtypes)
     hashes, read_back = {}, {}
     for piece in checkpoint.pieces:

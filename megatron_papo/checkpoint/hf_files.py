@@ -136,8 +136,23 @@ def copy_small_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def set_config_dtype(directory: Path, dtypes: set[torch.dtype], headers: dict[str, str]) -> None:
-    """Corrects config.json's dtype and the index's total size where training changed the dtype: loaders cast to what they say."""
+def correct_config(directory: Path, dtypes: set[torch.dtype], headers: dict[str, str], tied: bool) -> None:
+    """Makes config.json true for loaders, only where it is not.
+
+    The tie flag: transformers 5.12 does not see one that stands only inside text_config (as 4.57 wrote it) and loads a random lm_head.
+    The dtype, which loaders cast to, and the index's total size, where training changed the dtype.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    if tied and not config.get("tie_word_embeddings"):
+        _write_json(directory / "config.json", {**config, "tie_word_embeddings": True})
+    _correct_dtype(directory, dtypes, headers)
+
+
+def _write_json(path: Path, tree: dict) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _correct_dtype(directory: Path, dtypes: set[torch.dtype], headers: dict[str, str]) -> None:
     original = {entry["dtype"] for header in headers.values() for entry in header_entries(header).values()}
     if {_CODES[dtype] for dtype in dtypes} == original or len(dtypes) != 1:
         return
@@ -147,12 +162,12 @@ def set_config_dtype(directory: Path, dtypes: set[torch.dtype], headers: dict[st
         for key in ("dtype", "torch_dtype"):
             if section and key in section:
                 section[key] = str(dtype).removeprefix("torch.")
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_json(directory / "config.json", config)
     if (directory / INDEX).is_file():
         index = json.loads((directory / INDEX).read_text())
         shapes = [entry["shape"] for header in headers.values() for entry in header_entries(header).values()]
         index["metadata"] = {**index.get("metadata", {}), "total_size": sum(TensorInfo(dtype, tuple(s)).num_bytes for s in shapes)}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(directory / INDEX, index)
 
 
 def save_headers(headers: dict[str, str], target: Path) -> None:
@@ -202,9 +217,12 @@ class SafetensorsWriter:
         path, offset, shape = self._places[name]
         if tuple(tensor.shape) != shape:
             raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, the original {list(shape)}: the checkpoints do not match")
-        with open(path, "r+b") as stream:
-            stream.seek(offset)
-            stream.write(memoryview(tensor_bytes(tensor)))
+        try:
+            with open(path, "r+b") as stream:
+                stream.seek(offset)
+                stream.write(memoryview(tensor_bytes(tensor)))
+        except OSError as error:
+            raise UserError(f"{path}: cannot write: {error.strerror}")
         self._remaining.remove(name)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ What one TP x PP x DP layout saved, any other loads; what stage 3 converted load
 files of the Hugging Face checkpoint, so that exporting needs nothing else.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -17,14 +18,18 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, require_same_names
-from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, make_reproducible
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of, make_reproducible
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
 from megatron_papo.training import optimizer_checkpoint
+
+
+# Takes the metrics and hf/ that lie beside the weights for a broken checkpoint, and says so at each save.
+logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
 
 class _PlainSave(TorchDistSaveShardedStrategy):
@@ -36,7 +41,10 @@ class _PlainSave(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict, checkpoint_dir) -> None:
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        dcp_save(mcore_to_pyt_state_dict(flat, False), storage_writer=FileSystemWriter(checkpoint_dir), planner=planner)
+        try:
+            dcp_save(mcore_to_pyt_state_dict(flat, False), storage_writer=FileSystemWriter(checkpoint_dir), planner=planner)
+        except CheckpointException as error:
+            raise cause_of(error, checkpoint_dir)
 
 
 def copy_hf_files(source: Path, target: Path) -> None:

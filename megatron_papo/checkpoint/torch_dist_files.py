@@ -98,13 +98,14 @@ def write_pieces(directory: Path, pieces: list[Piece], dtypes: dict[str, torch.d
         try:
             dcp_save({}, storage_writer=writer, planner=_LazyPlanner(pieces, dtypes, read), no_dist=True)
         except CheckpointException as error:  # wraps what happened in read() and in the file system
-            raise _cause(error, directory)
+            raise cause_of(error, directory)
     make_reproducible(directory)
     torch.save({}, directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
 
 
-def _cause(error: CheckpointException, directory: Path) -> Exception:
+def cause_of(error: CheckpointException, directory: Path) -> Exception:
+    """What really went wrong on some rank; a UserError where the file system refused (a full disk)."""
     cause = next((failure for failure, _ in error.failures.values()), error)
     return UserError(f"{directory}: cannot write: {cause.strerror}") if isinstance(cause, OSError) else cause
 

@@ -107,6 +107,9 @@ def _text(tree: dict) -> TextConfig:
     rope = fields.get("rope_parameters") or {**(fields.get("rope_scaling") or {}), "rope_theta": fields.get("rope_theta")}
     if rope.get("rope_theta") is None:
         raise KeyError("rope_theta")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "mrope"):
+        raise ValueError(f"rope type {kind} is not supported, only the plain one of the published models")
     text = TextConfig(
         vocab_size=int(fields["vocab_size"]),
         hidden_size=int(fields["hidden_size"]),

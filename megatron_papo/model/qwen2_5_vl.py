@@ -79,21 +79,19 @@ class Qwen2_5_VL(MegatronModule):
         """[b, s] right-padded rows, [3, b, s], [patches, 1176] of all pictures in reading order, their (1, rows, columns).
 
         Last stage: logits [b, s, vocab / tp_size], this rank's slice of the vocabulary, in the model's dtype. Others: hidden states.
-        With sequence parallelism s must be a multiple of tp_size. Raises ValueError where image tokens and pixels do not match.
+        Pixels matter to the first stage only: the others may pass None. With sequence parallelism s must be a multiple of tp_size.
+        Raises ValueError where image tokens and pixels do not match.
         """
-        self._check(input_ids, pixel_values, image_grids)
-        embeddings = self._embed(input_ids, pixel_values, image_grids) if self.pre_process else None
-        return self.language_model(input_ids, position_ids, attention_mask=None, decoder_input=embeddings)
-
-    def _check(self, input_ids, pixel_values, image_grids) -> None:
         tp = self.config.tensor_model_parallel_size
         if self.config.sequence_parallel and input_ids.shape[1] % tp:
             raise ValueError(f"sequence parallelism needs rows of a multiple of {tp} tokens, got {input_ids.shape[1]}: pad them")
-        if (pixel_values is None) != (len(image_grids) == 0):
-            raise ValueError(f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'} pixel_values")
+        embeddings = self._embed(input_ids, pixel_values, image_grids) if self.pre_process else None
+        return self.language_model(input_ids, position_ids, attention_mask=None, decoder_input=embeddings)
 
     def _embed(self, input_ids, pixel_values, image_grids) -> torch.Tensor:
         """Token embeddings [s, b, h] (this rank's share of s with sequence parallelism), image tokens replaced by the tower's output."""
+        if (pixel_values is None) != (len(image_grids) == 0):
+            raise ValueError(f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'} pixel_values")
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         is_image = input_ids == self.hf.image_token_id
         cells = sum(time * rows * columns for time, rows, columns in image_grids) // self.hf.vision.spatial_merge_size**2

@@ -62,6 +62,7 @@ def initialize(parallel: ParallelConfig) -> None:
     Raises UserError if the launcher started another number of processes than parallel asks for.
     """
     _check_world_size(parallel)
+    _hush_known_warnings()
     from megatron_papo.training import cpu_backend
 
     cpu_backend.install()
@@ -78,6 +79,8 @@ def initialize(parallel: ParallelConfig) -> None:
 
 def connect() -> None:
     """Joins the processes that the launcher started and picks this one's device; nothing to do where that has happened."""
+    # Lets tensor-parallel communication overlap with computation; CUDA reads it once, when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
     _die_with_launcher()

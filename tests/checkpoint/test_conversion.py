@@ -124,6 +124,23 @@ def test_in_memory_names_and_a_redundant_tied_head_survive(hf, tmp_path):
         to_megatron(source, tmp_path / "untied_in_fact")
 
 
+def test_a_tie_flag_inside_text_config_is_lifted_where_loaders_look(hf, tmp_path):
+    """transformers 5.12 loads a random lm_head from a configuration that 4.57 wrote; what we export loads as it should."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    source = shutil.copytree(hf / "tied", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    config["text_config"]["tie_word_embeddings"] = True
+    (source / "config.json").write_text(json.dumps(config))
+    back = to_hf(to_megatron(source, tmp_path / "megatron"), tmp_path / "back")
+    heads = {}
+    for directory in (source, back):
+        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).state_dict()
+        heads[directory] = torch.equal(weights["lm_head.weight"], weights["model.language_model.embed_tokens.weight"])
+    assert heads == {source: False, back: True}
+
+
 def test_verify_finds_one_changed_value(hf, megatron, tmp_path):
     assert list(differences(open_checkpoint(hf / "untied"), open_checkpoint(megatron["untied"]))) == []
     changed = shutil.copytree(hf / "untied", tmp_path / "changed")

@@ -116,6 +116,7 @@ def test_a_megatron_checkpoint_is_read_through_its_folder(tmp_path):
     [
         ({"model_type": "qwen2_vl"}, "model_type"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 23]}}, "mrope_section"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "mrope_section": [16, 24, 24]}}, "rope type yarn"),
         ({"use_sliding_window": True}, "sliding"),
         ({"num_key_value_heads": 3}, "3 groups"),
         ({"vocab_size": None}, "not a Qwen2.5-VL"),

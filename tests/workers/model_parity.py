@@ -45,7 +45,7 @@ def main() -> None:
     for checkpoint in ("tied", "untied"):
         save_and_load(directory, checkpoint)
     without_mode = tied_pipeline_without_cpu_backend(directory)
-    refused = refusals(directory)
+    refused = refusals(directory, data)
     resumed = optimizer_resume.run_all(directory, data)
     if parallel.is_main_rank():
         everything = {"parity": results, "resume": resumed, "without_mode": without_mode, "refused": refused}
@@ -170,9 +170,10 @@ def tied_pipeline_without_cpu_backend(directory) -> str:
         parallel.destroy()
 
 
-def refusals(directory) -> dict:
-    """The messages of inputs that do not fit, at TP2 x PP2 and on the rank that sees them."""
+def refusals(directory, data) -> dict:
+    """The messages of inputs that do not fit; and the logits of the text-only row without any pixels."""
     import torch
+    from megatron.core import tensor_parallel
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
@@ -198,6 +199,11 @@ def refusals(directory) -> dict:
     ids = torch.tensor([[1, 2, hf.image_token_id, 3]])
     positions = torch.zeros(3, 1, 4, dtype=torch.long)
     inputs = {"tokens": (torch.zeros(16, 1176), [(1, 4, 4)]), "patches": (torch.zeros(3, 1176), [(1, 2, 2)]), "no pixels": (None, [(1, 2, 2)])}
+    model = build_model(hf, dtype=torch.float32, sequence_parallel=False, recompute="none")
+    megatron_files.load_weights(directory / "tied", model)
+    with torch.no_grad():
+        logits = model(data["input_ids"][2:], data["position_ids"][:, 2:], None, [])
+    messages["text only"] = tensor_parallel.gather_from_tensor_model_parallel_region(logits)[0].tolist()
     for name, (pixels, grids) in inputs.items():
         try:
             model(ids, positions, pixels, grids)
