@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint.hf_files import HFCheckpoint, SafetensorsWriter, copy_small_files, set_config_dtype
+from megatron_papo.checkpoint.hf_files import HFCheckpoint, SafetensorsWriter, copy_small_files, correct_config
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.config import ModelConfig, SftConfig
 from megatron_papo.errors import UserError
@@ -40,7 +40,7 @@ class SftEngine:
         self.config = config
         self.deepspeed = import_deepspeed()
         settings = deepspeed_config(config, model.dtype)
-        loss = TargetLoss(_load(directory, model, settings))
+        loss = TargetLoss(_load(directory, model, settings, self.source.hf.tie_word_embeddings))
         self.optimizer = torch.optim.AdamW(
             loss.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay
         )
@@ -77,7 +77,7 @@ class SftEngine:
         writer = None
         if directory is not None:
             copy_small_files(self.source.directory, directory)
-            set_config_dtype(directory, set(dtypes.values()), self.source.headers)
+            correct_config(directory, set(dtypes.values()), self.source.headers, self.source.hf.tie_word_embeddings)
             writer = SafetensorsWriter(directory, self.source.headers, dtypes)
         for name in names:
             with self.deepspeed.zero.GatheredParameters([parameters[name]], enabled=self.config.zero_stage == 3):
@@ -87,7 +87,7 @@ class SftEngine:
             writer.close()
 
 
-def _load(directory: Path, model: ModelConfig, settings: dict) -> torch.nn.Module:
+def _load(directory: Path, model: ModelConfig, settings: dict, tied: bool) -> torch.nn.Module:
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging as transformers_logging
 
@@ -99,8 +99,8 @@ def _load(directory: Path, model: ModelConfig, settings: dict) -> torch.nn.Modul
     if not parallel.is_main_rank():
         transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory)
-    # transformers 4 wrote the flag into text_config alone; transformers 5 before 5.19 would then make a random untied head.
-    config.tie_word_embeddings = bool(config.tie_word_embeddings or getattr(config.text_config, "tie_word_embeddings", False))
+    # transformers 4.57 wrote the flag into text_config alone; transformers 5 before 5.19 would then make a random untied head.
+    config.tie_word_embeddings = tied
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, config=config, dtype=getattr(torch, model.dtype))
     if model.recompute == "full":
         loaded.gradient_checkpointing_enable()
