@@ -7,6 +7,7 @@ mean of micro-batch means would differ from the mean over tokens.
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -77,8 +78,9 @@ def trained(mixed, tmp_path_factory):
     """Layout name -> (history, tensors), all from one start of two processes."""
     root, config = mixed
     output = tmp_path_factory.mktemp("trained")
+    layouts = LAYOUTS | {"nested": LAYOUTS["zero2"] | {"hf": str(nested_like_transformers_4(root / "model", root / "nested"))}}
     job = dict(
-        data=str(root), hf=str(root / "model"), output=str(output), sft=SFT, seed=SEED, layouts=LAYOUTS,
+        data=str(root), hf=str(root / "model"), output=str(output), sft=SFT, seed=SEED, layouts=layouts,
         data_config=config.model_dump(mode="json"), recompute={"zero2": "full"},
     )  # fmt: skip
     (output / "job.json").write_text(json.dumps(job))
@@ -87,8 +89,18 @@ def trained(mixed, tmp_path_factory):
     result = subprocess.run([*command, str(output / "job.json")], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     return output, {
-        name: (json.loads((output / name / "history.json").read_text()), load_file(output / name / "model.safetensors")) for name in LAYOUTS
+        name: (json.loads((output / name / "history.json").read_text()), load_file(output / name / "model.safetensors")) for name in layouts
     }
+
+
+def nested_like_transformers_4(source, target):
+    """The same checkpoint with the config.json that transformers 4.57 writes: the tie flag stands only inside text_config."""
+    shutil.copytree(source, target)
+    config = json.loads((source / "config.json").read_text())
+    top = ("architectures", "model_type", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    text = {key: value for key, value in config.items() if key not in top} | {"model_type": "qwen2_5_vl_text"}
+    (target / "config.json").write_text(json.dumps({key: config[key] for key in top} | {"text_config": text}))
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +179,18 @@ def test_same_bits_on_repeat(trained):
     first, second = ((output / name / "model.safetensors").read_bytes() for name in ("zero3", "zero3 again"))
     assert first == second
     assert first != (output / "zero1" / "model.safetensors").read_bytes(), "negative control: other sums, other bits"
+
+
+def test_a_tie_flag_inside_text_config_is_seen(trained, mixed):
+    """transformers 5.12 alone overlooks it and makes a random head (the negative control): what we write loads tied everywhere."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    output, results = trained
+    np.testing.assert_allclose(results["nested"][0], results["zero1"][0], rtol=2e-5)
+    overlooked = Qwen2_5_VLForConditionalGeneration.from_pretrained(mixed[0] / "nested")
+    assert overlooked.lm_head.weight is not overlooked.get_input_embeddings().weight
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(output / "nested")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize("name", ["zero2 bfloat16", "zero3 bfloat16"])

@@ -16,7 +16,7 @@ from megatron_papo.training.sft_engine import SftEngine
 
 
 def train(job: dict, name: str, layout: dict) -> None:
-    root, hf, output = Path(job["data"]), Path(job["hf"]), Path(job["output"]) / name
+    root, hf, output = Path(job["data"]), Path(layout.pop("hf", job["hf"])), Path(job["output"]) / name
     dtype = layout.pop("dtype", "float32")
     sft = SftConfig(**job["sft"], **layout, processes=2)
     data = DataConfig.model_validate(job["data_config"])
