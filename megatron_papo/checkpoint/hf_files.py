@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.errors import UserError
@@ -52,12 +51,12 @@ class HFCheckpoint:
         self.hf = read_hf_config(self.directory)
         self.headers = {name: _read_header(self.directory / name) for name in _weight_files(self.directory)}
         self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, tuple[str, str]] = {}
+        self._places: dict[str, tuple[str, int]] = {}
+        """Official name -> file and the offset of its data there."""
         for file, header in self.headers.items():
             for name, entry in header_entries(header).items():
                 self._add(file, name, entry)
         self._check_index()
-        self._open = {}
 
     def _add(self, file: str, name: str, entry: dict) -> None:
         path = self.directory / file
@@ -65,8 +64,11 @@ class HFCheckpoint:
             raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}, only plain floating-point checkpoints are supported")
         if disk_name(name) in self.tensors:
             raise UserError(f"{path}: tensor {name} is in the checkpoint twice: remove the files that do not belong to it")
+        start, end = entry["data_offsets"]
+        if end - start != TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"])).num_bytes:
+            raise UserError(f"{path}: tensor {name} has {end - start} bytes for shape {entry['shape']}: copy the checkpoint again")
         self.tensors[disk_name(name)] = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        self._places[disk_name(name)] = (file, name)
+        self._places[disk_name(name)] = (file, 8 + len(self.headers[file].encode()) + entry["data_offsets"][0])
 
     def _check_index(self) -> None:
         index = self.directory / INDEX
@@ -79,10 +81,14 @@ class HFCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its official on-disk name."""
-        file, stored_name = self._places[name]
-        if file not in self._open:
-            self._open = {file: safe_open(self.directory / file, framework="pt")}
-        return self._open[file].get_tensor(stored_name)
+        file, offset = self._places[name]
+        info = self.tensors[name]
+        data = bytearray(info.num_bytes)
+        with open(self.directory / file, "rb") as stream:
+            stream.seek(offset)
+            if stream.readinto(data) != info.num_bytes:
+                raise UserError(f"{self.directory / file}: ended while {name} was read: copy the checkpoint again")
+        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
 
 
 def _weight_files(directory: Path) -> list[str]:

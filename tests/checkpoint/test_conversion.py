@@ -183,6 +183,9 @@ def test_damaged_safetensors_are_refused(damaged_hf):
         with pytest.raises(UserError, match=message) as error:
             HFCheckpoint(damaged_hf)
         assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
+    path.write_bytes(whole.replace(b'"F32","shape":[260,64]', b'"F32","shape":[260,63]'))
+    with pytest.raises(UserError, match=r"bytes for shape \[260, 63\]"):
+        HFCheckpoint(damaged_hf)
     path.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         HFCheckpoint(damaged_hf)
