@@ -120,7 +120,10 @@ def _start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, sett
         command += ["--max-total-tokens", str(server.max_total_tokens)]
     command += server.extra_arguments
     server_dir.mkdir(parents=True, exist_ok=True)
-    log_descriptor = os.open(server_dir / "server.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    log_file = server_dir / "server.log"
+    if log_file.exists():
+        log_file.replace(server_dir / "server.log.previous")
+    log_descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT, 0o600)
     environment = {**os.environ, "SGLANG_VLM_CACHE_SIZE_MB": "0"}  # cached ViT outputs survive a weight update (sglang#36468)
     with os.fdopen(log_descriptor, "w") as log:
         popen = subprocess.Popen(
