@@ -40,9 +40,10 @@ def main() -> None:
 
 
 def roll_out(config: Config, data: Path, hf: Path, where: str, iteration: int, fingerprint: str, out: StageOutput) -> None:
-    from megatron_papo.records import Prompt, Rollout, read_jsonl, write_jsonl
+    from megatron_papo.records import Prompt, read_jsonl, write_jsonl
     from megatron_papo.rollout.data_order import prompts_of_iteration
-    from megatron_papo.rollout.sample_and_grade import Job, client_with_weights, matching_tokenizer, picture_loader, sample_and_grade, summary
+    from megatron_papo.rollout.sample_and_grade import Job, client_with_weights, matching_tokenizer, picture_loader
+    from megatron_papo.rollout.sample_and_grade import sample_and_grade, summary
     from megatron_papo.rollout.sglang_client import Sampling, forbidden_tokens
     from megatron_papo.seeds import derive_seed
 
@@ -63,32 +64,8 @@ def roll_out(config: Config, data: Path, hf: Path, where: str, iteration: int, f
     graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, f"rollouts {iteration}")
     seconds = time.monotonic() - started
 
-    def record(number: int) -> Rollout:
-        job, result = jobs[number], graded[number]
-        group, epoch = number // settings.group_size, drawn[number // settings.group_size][0]
-        return Rollout(
-            prompt_id=job.prompt.id,
-            iteration=iteration,
-            epoch=epoch,
-            group=group,
-            sample=job.sample,
-            answer=job.prompt.answer,
-            prompt_token_ids=job.prompt.token_ids,
-            prompt_num_tokens=job.prompt.num_tokens,
-            images=job.prompt.images,
-            response_token_ids=result.sample.token_ids,
-            rollout_log_probs=result.sample.log_probs,
-            text=result.text,
-            finish_reason=result.sample.finish_reason,
-            rewards=result.rewards,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            sampling_seed=job.seed,
-            masked_image_seed=derive_seed(config.seed, "masked_image", job.prompt.id, epoch),
-            weight_version=result.sample.weight_version,
-        )
-
-    write_jsonl(out.partial / "rollouts.jsonl", (record(number) for number in range(len(jobs))))
+    records = (_record(config, iteration, number, drawn, jobs[number], graded[number]) for number in range(len(jobs)))
+    write_jsonl(out.partial / "rollouts.jsonl", records)
     totals = summary(graded)
     tokens = sum(len(one.sample.token_ids) for one in graded)
     out.counts |= {"prompts": len(drawn), **totals, "response_tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
@@ -96,6 +73,36 @@ def roll_out(config: Config, data: Path, hf: Path, where: str, iteration: int, f
         f"iteration {iteration}: {len(jobs)} responses to {len(drawn)} prompts, accuracy {totals['accuracy']:.3f},"
         f" format {totals['format']:.3f}, cut off {totals['cut_off_share']:.3f}, {tokens / seconds:.0f} tokens/s",
         flush=True,
+    )
+
+
+def _record(config: Config, iteration: int, number: int, drawn: list[tuple[int, int]], job, result):
+    """The Rollout of the number-th response; drawn: (epoch, index) of each group."""
+    from megatron_papo.records import Rollout
+    from megatron_papo.seeds import derive_seed
+
+    group = number // config.rollout.group_size
+    epoch = drawn[group][0]
+    return Rollout(
+        prompt_id=job.prompt.id,
+        iteration=iteration,
+        epoch=epoch,
+        group=group,
+        sample=job.sample,
+        answer=job.prompt.answer,
+        prompt_token_ids=job.prompt.token_ids,
+        prompt_num_tokens=job.prompt.num_tokens,
+        images=job.prompt.images,
+        response_token_ids=result.sample.token_ids,
+        rollout_log_probs=result.sample.log_probs,
+        text=result.text,
+        finish_reason=result.sample.finish_reason,
+        rewards=result.rewards,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        sampling_seed=job.seed,
+        masked_image_seed=derive_seed(config.seed, "masked_image", job.prompt.id, epoch),
+        weight_version=result.sample.weight_version,
     )
 
 

@@ -189,7 +189,8 @@ def _wait_until_ready(server: Server, process: psutil.Process, record: dict, tim
         with tqdm(desc="SGLang server starting", bar_format="{desc}: {elapsed} {postfix}", mininterval=1, leave=False) as bar:
             while True:
                 if not _is_running(process):
-                    raise UserError(f"the SGLang server died while starting; {server.directory}/server.log ends:\n{log_tail(server.directory)}")
+                    tail = f"{server.directory}/server.log ends:\n{log_tail(server.directory)}"
+                    raise UserError(f"the SGLang server died while starting; {tail}")
                 if _problem(server, timeout=5.0) is None:
                     break
                 if time.monotonic() - started > timeout:

@@ -10,7 +10,9 @@ from megatron_papo.records import Prediction, Prompt, Rollout, groups_of, read_j
 from megatron_papo.rollout.data_order import prompts_of_iteration
 from tests.conftest import DEMO_CONFIG, run_module, settings
 
-SMALL = settings("rollout.rollout_batch_size=16", "rollout.group_size=3", "rollout.max_response_tokens=6", "evaluation.samples_per_prompt=2")
+SMALL = settings(
+    "rollout.rollout_batch_size=16", "rollout.group_size=3", "rollout.max_response_tokens=6", "evaluation.samples_per_prompt=2"
+)
 
 
 def stage(name, *arguments, overrides=()):
@@ -46,7 +48,8 @@ def test_rollouts(rollouts, demo_data):
             prompt.answer,
         )
         assert len(one.rollout_log_probs) == len(one.response_token_ids) <= 6 and max(one.rollout_log_probs) <= 0
-        assert (one.finish_reason == "length") == (len(one.response_token_ids) == 6 and one.response_token_ids[-1] != end_of_turn(demo_data))
+        ended = one.response_token_ids[-1] == end_of_turn(demo_data)
+        assert one.finish_reason == ("stop" if ended else "length") and (ended or len(one.response_token_ids) == 6)
         assert one.iteration == 3 and one.temperature == 1.0 and one.top_p == 1.0
     assert len({one.sampling_seed for one in records}) == len(records)
     assert len({one.masked_image_seed for one in records}) == len(groups)
@@ -145,5 +148,6 @@ def test_inputs_that_are_not_there(demo_data, tiny_hf, tmp_path):
     refused(result, output, str(tmp_path / "none"), "stage1_prepare_data")
     result = stage("stages.stage7_evaluate", "--data", demo_data, "--hf", tmp_path / "none", *end)
     refused(result, output, str(tmp_path / "none"))
-    result = stage("stages.stage4_rollout", "--data", demo_data, "--hf", tiny_hf, "--iteration", 1, "--server", "http://127.0.0.1:9", "--output", output)
+    nobody = ["--server", "http://127.0.0.1:9", "--output", output]
+    result = stage("stages.stage4_rollout", "--data", demo_data, "--hf", tiny_hf, "--iteration", 1, *nobody)
     refused(result, output, "http://127.0.0.1:9", "does not answer")
