@@ -81,7 +81,7 @@ def trained(mixed, tmp_path_factory):
     layouts = LAYOUTS | {"nested": LAYOUTS["zero2"] | {"hf": str(nested_like_transformers_4(root / "model", root / "nested"))}}
     job = dict(
         data=str(root), hf=str(root / "model"), output=str(output), sft=SFT, seed=SEED, layouts=layouts,
-        data_config=config.model_dump(mode="json"), recompute={"zero2": "full"},
+        data_config=config.model_dump(mode="json"), recompute={"zero2": "full", "zero3": "full", "zero3 again": "full"},
     )  # fmt: skip
     (output / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/workers/sft_worker.py"]
