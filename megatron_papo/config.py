@@ -226,10 +226,12 @@ class ObjectiveConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. Constant learning rate after a linear warm-up."""
+    """AdamW. Linear warm-up, then constant (published), or a linear decay."""
 
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(default=None, gt=0)
+    """Fall linearly from the first step on, towards 0 after so many steps of the whole run, but not below a tenth. null: constant."""
     weight_decay: float = Field(default=0.01, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)

@@ -20,7 +20,7 @@ from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import StageOutput, require_input
-from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.model.hf_config import HF_FILES, read_hf_config
 from megatron_papo.records import Rollout, read_jsonl
 from megatron_papo.training import collectives, parallel
 
@@ -67,7 +67,7 @@ def main() -> None:
         from megatron_papo.checkpoint import megatron_files
         from megatron_papo.checkpoint.verify import require_proof
 
-        hf = read_hf_config(megatron_files.hf_directory(args.megatron))
+        hf = read_hf_config(args.megatron / HF_FILES)
         parallel.check_parallel_sizes(hf, config.parallel)
         if parallel.is_main_rank():
             require_proof(args.reference)

@@ -7,10 +7,14 @@ from megatron.core.optimizer import get_megatron_optimizer
 
 from megatron_papo.config import OptimizerConfig
 
+LOWEST_DECAY = 0.1
+
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """Of optimizer step 0, 1, ...: linear warm-up to the constant learning rate over warmup_steps."""
-    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    """Of optimizer step 0, 1, ... of the run: linear warm-up over warmup_steps, times the linear decay if decay_steps is given."""
+    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    decay = 1.0 if config.decay_steps is None else max(LOWEST_DECAY, 1.0 - step / config.decay_steps)
+    return config.learning_rate * warmup * decay
 
 
 def uses_distributed_optimizer(config: OptimizerConfig) -> bool:

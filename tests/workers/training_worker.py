@@ -1,0 +1,83 @@
+"""Run under torchrun: one PAPO optimizer step in many layouts; writes log-probs, metrics and the gradient (as a Megatron checkpoint).
+
+torchrun --nproc-per-node 4 training_worker.py WORK   (WORK/cases.json: see tests/training/test_papo_step.py)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_papo.checkpoint import megatron_files
+from megatron_papo.config import load_config
+from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.model.qwen2_5_vl import build_model
+from megatron_papo.records import Rollout, read_jsonl
+from megatron_papo.training import collectives, parallel
+from megatron_papo.training.batching import Collator, make_rows
+from megatron_papo.training.forward_step import compute_log_probs, papo_step
+from megatron_papo.training.optimizer import build_optimizer
+
+
+def run_case(work: Path, case: dict) -> None:
+    config = load_config(work / "config.yaml", case["overrides"])
+    parallel.initialize(config.parallel)
+    hf = read_hf_config(work / "policy")
+    rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
+    rows = make_rows(rollouts, case["advantages"], work / "data", config, hf, work / "rollouts.jsonl")
+    mine = rows[parallel.dp_group().rank() :: parallel.dp_group().size()]
+    model = build_model(hf, dtype=torch.float32, sequence_parallel=config.parallel.sequence_parallel, recompute=config.model.recompute)
+    collator = Collator(config, hf, work / "data", with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=torch.float32)
+    size = config.training.log_prob_micro_batch_size
+
+    def sweep(name, masked=False):
+        megatron_files.load_weights(work / f"{name}_megatron", model)
+        return compute_log_probs(model, collator, mine, size, config.rollout.temperature, lambda _: None, masked)
+
+    cached = {"ref_log_probs": sweep("reference"), "old_log_probs": sweep("old"), "masked_image_log_probs": sweep("old", masked=True)}
+    megatron_files.load_weights(work / "policy_megatron", model)
+    wrapped, optimizer = build_optimizer(model, config.optimizer, torch.float32)
+    wrapped.zero_grad_buffer()
+    optimizer.zero_grad()
+    metrics = papo_step(
+        wrapped,
+        collator,
+        mine,
+        cached,
+        config.training.micro_batch_size,
+        config.rollout.temperature,
+        config.objective,
+        num_tokens=sum(row.response_length for row in rows),
+        num_sequences=len(rows),
+        progress=lambda _: None,
+    )
+    metrics = collectives.sum_from_last_stage(metrics)
+    output = work / case["name"]
+    if parallel.is_main_rank():
+        output.mkdir()
+        (output / "metrics.json").write_text(json.dumps(metrics))
+    if collectives.is_reporting_rank() and parallel.dp_group().size() == 1:
+        (output / "log_probs.json").write_text(json.dumps({name: [v.tolist() for v in values] for name, values in cached.items()}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.main_grad)
+    if parallel.is_main_rank():
+        (output / "gradient").mkdir()
+    collectives.barrier()
+    megatron_files.save(output / "gradient", model)
+    if parallel.is_main_rank():
+        megatron_files.copy_hf_files(work / "policy_megatron", output / "gradient")
+    collectives.barrier()
+    parallel.destroy()
+
+
+def main() -> None:
+    work = Path(sys.argv[1])
+    for case in json.loads((work / "cases.json").read_text()):
+        run_case(work, case)
+    parallel.shutdown()
+
+
+if __name__ == "__main__":
+    main()
