@@ -150,7 +150,7 @@ def load_double(directory: Path):
 @pytest.fixture(scope="module")
 def reference(work):
     """Per average: loss metrics and the gradient by official tensor name; and the cached log-probs."""
-    from megatron_papo.model.transformers_names import official_name
+    from megatron_papo.checkpoint.name_map import disk_name
     from megatron_papo.records import read_jsonl
 
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
@@ -170,7 +170,7 @@ def reference(work):
         ]  # fmt: skip
         loss, metrics = naive_papo_loss(rows, average=average, low=0.2, high=0.3, dual=3.0, beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
         loss.backward()
-        gradient = {official_name(name): p.grad.clone() for name, p in model.named_parameters()}
+        gradient = {disk_name(name): p.grad.clone() for name, p in model.named_parameters()}
         found[average] = {name: float(value) for name, value in metrics.items()}, gradient
         found[f"{average}_ratios"] = [float((lp - o).detach().exp()) for row, o in zip(rows, old) for lp, o in zip(row["log_probs"], o)]
         found[f"{average}_micro_batch_mean"] = sum(

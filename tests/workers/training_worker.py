@@ -54,8 +54,8 @@ def run_case(work: Path, case: dict) -> None:
     )
     metrics = collectives.sum_from_last_stage(metrics)
     output = work / case["name"]
+    output.mkdir(exist_ok=True)
     if parallel.is_main_rank():
-        output.mkdir()
         (output / "metrics.json").write_text(json.dumps(metrics))
     if collectives.is_reporting_rank() and parallel.dp_group().size() == 1:
         (output / "log_probs.json").write_text(json.dumps({name: [v.tolist() for v in values] for name, values in cached.items()}))
