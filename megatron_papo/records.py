@@ -58,7 +58,7 @@ class Rollout(Record):
     response_token_ids: list[int]
     """As the server sampled them, the end-of-turn token included when it came."""
     rollout_log_probs: list[float]
-    """The server's log-prob of each response token, at `temperature`, before top_p. Same length."""
+    """The server's log-prob of each response token, at `temperature`, before top_p, over the tokens it may sample. Same length."""
     text: str
     """The response decoded without special tokens: what was graded."""
     finish_reason: Literal["stop", "length"]
