@@ -24,7 +24,10 @@ from megatron_papo.model.hf_config import HF_FILES, read_hf_config
 from megatron_papo.records import Rollout, read_jsonl
 from megatron_papo.training import collectives, parallel
 
-SECTIONS = ["seed", "model.dtype", "model.recompute", "parallel", "objective", "masked_image", "optimizer", "training", "rollout", "data.min_pixels", "data.max_pixels"]
+SECTIONS = [
+    "seed", "model.dtype", "model.recompute", "parallel", "objective", "masked_image", "optimizer", "training", "rollout",
+    "data.min_pixels", "data.max_pixels",
+]  # fmt: skip
 
 
 def parse():
@@ -155,14 +158,15 @@ def train(args, config, hf, rollouts, out) -> None:
             check_finite(metrics["loss"], gradient_norm, state["step"] + 1)
             state["step"] += 1
             if speaks:
-                seconds = time.time() - started
-                log.write(state["step"], metrics | step_statistics(step) | difference | {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": seconds})
+                update = {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": time.time() - started}
+                log.write(state["step"], metrics | step_statistics(step) | difference | update)
     bar.close()
 
     megatron_files.save(out.partial, model.module, optimizer, state)
     if parallel.is_main_rank():
         megatron_files.copy_hf_files(args.megatron, out.partial)
-        out.counts |= {"rollouts": len(rows), "steps": len(steps), "total_steps": state["step"], "response_tokens": sum(r.response_length for r in rows)}
+        tokens = sum(row.response_length for row in rows)
+        out.counts |= {"rollouts": len(rows), "steps": len(steps), "total_steps": state["step"], "response_tokens": tokens}
 
 
 def step_statistics(step) -> dict[str, float]:
@@ -179,7 +183,10 @@ def step_statistics(step) -> dict[str, float]:
 
 def check_finite(loss: float, gradient_norm: float, step: int) -> None:
     if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-        raise UserError(f"optimizer step {step}: loss {loss}, gradient norm {gradient_norm}: nothing was saved; lower optimizer.learning_rate or objective.kl_prcp_coef")
+        raise UserError(
+            f"optimizer step {step}: loss {loss}, gradient norm {gradient_norm}: nothing was saved;"
+            " lower optimizer.learning_rate or objective.kl_prcp_coef"
+        )
 
 
 class MetricsLog:

@@ -17,9 +17,9 @@ def compare_with_server(rows: list[Row], old_log_probs: list[Tensor], limit: flo
     worst tokens, where the mean exceeds limit.
     """
     found = [
-        (abs(float(ours) - theirs), row.rollout, position)
+        (abs(ours - theirs), row.rollout, position)
         for row, values in zip(rows, old_log_probs)
-        for position, (ours, theirs) in enumerate(zip(values, row.rollout.rollout_log_probs))
+        for position, (ours, theirs) in enumerate(zip(values.tolist(), row.rollout.rollout_log_probs))
     ]
     sums = collectives.sum_from_last_stage({"sum": torch.tensor(sum(d for d, _, _ in found)), "tokens": torch.tensor(float(len(found)))})
     mean = sums["sum"] / max(sums["tokens"], 1)
