@@ -81,19 +81,7 @@ def papo_step(
     num_micro_batches = -(-len(rows) // micro_batch_size)
     # the schedule divides by the number of micro-batches and DDP by the data-parallel size; the weights of the loss already hold both
     scale = num_micro_batches * parallel.dp_group().size()
-    settings = dict(
-        average=objective.average,
-        clip_ratio_low=objective.clip_ratio_low,
-        clip_ratio_high=objective.clip_ratio_high,
-        clip_ratio_dual=objective.clip_ratio_dual,
-        kl_ref_coef=objective.kl_ref_coef,
-        kl_prcp_coef=objective.kl_prcp_coef,
-        kl_prcp_estimator=objective.kl_prcp_estimator,
-        kl_prcp_clip=objective.kl_prcp_clip,
-        kl_prcp_top_p=objective.kl_prcp_top_p,
-        entropy_coef=objective.entropy_coef,
-        masked_image_entropy_coef=objective.masked_image_entropy_coef,
-    )
+    settings = objective.model_dump(exclude={"advantage"})  # the rest are papo_loss's options, by name
 
     def loss(batch: MicroBatch, logits: Tensor):
         log_probs, entropy = response_log_probs(logits, batch, temperature)
