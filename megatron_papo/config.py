@@ -65,6 +65,8 @@ class DataConfig(Section):
     images_key: str = "images"
     target_key: str = "target"
     """Column with the target response (sft only)."""
+    saliency_key: str = "saliency"
+    """Column with one saliency map per image, read where it is present; needed for `masked_image.strategy: semantic`."""
     image_root: str | None = None
     """Directory that relative image paths start from and must stay inside. null: the directory of the data file."""
     prompt_template: str = (
@@ -158,9 +160,28 @@ class ServerConfig(Section):
     """Passed to sglang.launch_server as they are."""
 
 
+class DynamicSamplingConfig(Section):
+    """DAPO (arXiv 2503.14476): only groups that are neither all right nor all wrong are trained on; refill until the batch is full."""
+
+    lowest_accuracy: float = Field(default=0.01, ge=0, le=1)
+    highest_accuracy: float = Field(default=0.99, ge=0, le=1)
+    """A group is kept if its mean accuracy lies strictly between the two."""
+    generation_batch_size: int | None = Field(default=None, gt=0)
+    """Prompts per round of sampling; null: rollout_batch_size."""
+    max_rounds: int = Field(default=20, gt=0)
+    """If the batch is not full after so many rounds, the stage ends with an error."""
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.lowest_accuracy >= self.highest_accuracy:
+            raise ValueError(f"lowest_accuracy {self.lowest_accuracy} is not below highest_accuracy {self.highest_accuracy}")
+        return self
+
+
 class RolloutConfig(Section):
     rollout_batch_size: int = Field(gt=0)
     """Prompts per iteration."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
     group_size: int = Field(gt=1)
     """Responses per prompt."""
     temperature: float = Field(default=1.0, gt=0)
@@ -177,6 +198,11 @@ class RewardConfig(Section):
     format_weight: float = 0.1
     zero_if_cut_off: bool = False
     """Reward 0 for a response that reached max_response_tokens without ending."""
+    soft_overlong_buffer_tokens: int | None = Field(default=None, gt=0)
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): the overall reward falls linearly over the last so many tokens
+    before rollout.max_response_tokens. null: none."""
+    soft_overlong_penalty: float = Field(default=1.0, gt=0)
+    """How much it has fallen at max_response_tokens."""
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """For grading one response; past it the answer counts as wrong and is counted as timed out."""
     workers: int = Field(default=2, gt=0)
@@ -185,36 +211,65 @@ class RewardConfig(Section):
 class MaskedImageConfig(Section):
     """How the masked image of KL_prcp is drawn. One seed per (run seed, prompt, epoch), stored with the rollout."""
 
-    strategy: Literal["random", "full"] = "random"
-    """random: each square is blackened with probability `ratio`. full: the whole picture is black."""
+    strategy: Literal["random", "semantic", "full"] = "random"
+    """random: each square is blackened with probability `ratio`. semantic: the `ratio` of the squares that matter most, by a saliency
+    map per image (data.saliency_key). full: the whole picture is black."""
     ratio: float = Field(default=0.6, gt=0, le=1)
     square_pixels: int = Field(default=14, gt=0)
     space: Literal["native", "patch"] = "native"
     """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT patches."""
 
 
-class ObjectiveConfig(Section):
-    """PAPO-G, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
+class AnnealingConfig(Section):
+    """Linear annealing of kl_prcp_coef, and of both entropy coefficients by the same factor."""
 
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    average: Literal["token", "sequence"] = "token"
+    end: float = Field(default=0.0, ge=0)
+    """kl_prcp_coef at the end; it starts at objective.kl_prcp_coef."""
+    steps: int = Field(gt=0)
+    """Optimizer steps from the start of the run to the end of the annealing; constant afterwards."""
+
+
+class ObjectiveConfig(Section):
+    """PAPO, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
+
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    average: Literal["token", "sequence", "micro_batch"] = "token"
+    """token: over all response tokens of the step. sequence: the mean over rollouts of their token means. micro_batch: token means of
+    the micro-batches, then their mean, as in the authors' code; the only one whose result depends on micro_batch_size."""
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
     clip_ratio_high: float = Field(default=0.3, gt=0)
     clip_ratio_dual: float = Field(default=3.0, gt=1)
     """Dual clip for negative advantages."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """sequence: one ratio per rollout, the geometric mean of its tokens' (GSPO, arXiv 2507.18071; clip ratios of 3e-4 belong to it)."""
+    importance_sampling_cap: float | None = Field(default=None, gt=0)
+    """Truncated importance sampling: weight each token by min(pi_old / pi_rollout, this), pi_rollout as SGLang said. null: no weight."""
+    overlong_filtering: bool = False
+    """Responses cut off at max_response_tokens do not count in the loss (DAPO, arXiv 2503.14476); their rewards do in the advantages."""
     kl_ref_coef: float = Field(default=0.01, ge=0)
     """beta. 0: the reference model is not loaded."""
+    kl_ref_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
     kl_prcp_coef: float = Field(default=0.02, ge=0)
     """gamma. 0: GRPO; masked images are then computed only if masked_image_entropy_coef asks for them."""
-    kl_prcp_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
+    kl_prcp_estimator: Literal["k1", "abs", "k2", "k3", "exact"] = "k3"
+    """exact: the sum over the whole vocabulary; needs a masked_branch other than `cached`."""
     kl_prcp_clip: float | None = Field(default=None, gt=0)
     """Clamp each token's KL_prcp to [0, this]; null: no clamp."""
     kl_prcp_top_p: float | None = Field(default=None, gt=0, le=1)
     """Keep only this share of a sequence's tokens, those with the largest KL_prcp; null: all."""
+    kl_prcp_annealing: AnnealingConfig | None = None
+    masked_branch: Literal["cached", "recompute", "recompute_with_grad"] = "cached"
+    """Log-probs given the masked image. cached: once per iteration, with its first weights (published). recompute: with the weights of
+    each step. recompute_with_grad: with gradient through both branches (the paper's objective), at twice the memory and time."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """eta_1: weight of the policy's entropy in the loss (the double entropy loss, first half)."""
     masked_image_entropy_coef: float = Field(default=0.0, ge=0)
-    """eta_2: the masked-image policy's. Changes the logged loss but no gradient, because the masked branch is cached (as published)."""
+    """eta_2: the masked-image policy's. Reaches the gradient only with masked_branch `recompute_with_grad`; otherwise (as published) it
+    changes the logged loss alone."""
+    entropy_estimator: Literal["sampled", "true"] = "sampled"
+    """sampled: -log pi of the sampled tokens (published). true: the entropy over the vocabulary. Of both entropy terms."""
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of -log pi averaged over the response tokens of correct rollouts (1e-3 in the authors' code, where it is off)."""
 
     @property
     def uses_masked_image(self) -> bool:
@@ -223,6 +278,20 @@ class ObjectiveConfig(Section):
     @property
     def uses_reference(self) -> bool:
         return self.kl_ref_coef > 0
+
+    @property
+    def masked_rows_ride(self) -> bool:
+        """Whether each micro-batch of the update carries its masked-image twin."""
+        with_grad_or_logits = self.masked_branch == "recompute_with_grad" or self.kl_prcp_estimator == "exact"
+        return self.uses_masked_image and with_grad_or_logits
+
+    @model_validator(mode="after")
+    def _branches(self):
+        if self.kl_prcp_estimator == "exact" and self.masked_branch == "cached":
+            raise ValueError("kl_prcp_estimator exact needs the logits of both branches: set masked_branch to recompute or recompute_with_grad")
+        if self.kl_prcp_annealing is not None and self.kl_prcp_coef == 0:
+            raise ValueError("kl_prcp_annealing needs a kl_prcp_coef above 0 to start from")
+        return self
 
 
 class OptimizerConfig(Section):
