@@ -294,6 +294,37 @@ class ObjectiveConfig(Section):
         return self
 
 
+class HackingGuardConfig(Section):
+    """Watches KL_prcp for hacking and acts (objective/hacking_guard.py, docs/hacking_guard.md). Idle where kl_prcp_coef is 0."""
+
+    action: Literal["off", "warn", "lower_gamma", "rollback_and_lower_gamma", "stop"] = "warn"
+    """On an alarm. warn: only say so. lower_gamma: multiply kl_prcp_coef by gamma_factor from the next step on. rollback_and_lower_gamma:
+    the same, after going back to the checkpoint that the stage started from (or its --rollback). stop: end with an error."""
+    gamma_factor: float = Field(default=0.25, gt=0, lt=1)
+    lowest_gamma_scale: float = Field(default=0.01, gt=0, le=1)
+    """Once kl_prcp_coef has been lowered to less than this share of its value, an alarm is only a warning."""
+    warmup_steps: int = Field(default=8, gt=0)
+    """Optimizer steps whose mean is the first baseline; no alarm before."""
+    level_factor: float = Field(default=2.0, gt=1)
+    """Sign: KL_prcp over so many times its baseline."""
+    variance_factor: float = Field(default=3.0, gt=1)
+    """Sign: its variance over tokens. Published runs that collapsed: about 8.4 times a healthy one's."""
+    clip_fraction_factor: float = Field(default=3.0, gt=1)
+    """Sign: the share of tokens clipped from above."""
+    entropy_factor: float = Field(default=1.5, gt=1)
+    """Sign: both entropies."""
+    signs_needed: int = Field(default=2, ge=1, le=4)
+    """Signs at once that make a step alarming; one of them must be KL_prcp's level or variance."""
+    patience_steps: int = Field(default=3, gt=0)
+    """Alarming steps in a row that make an alarm."""
+    cooldown_steps: int = Field(default=8, ge=0)
+    """Steps after an alarm without another one."""
+
+    @property
+    def lowers_gamma(self) -> bool:
+        return self.action in ("lower_gamma", "rollback_and_lower_gamma")
+
+
 class OptimizerConfig(Section):
     """AdamW. Linear warm-up, then constant (published), or a linear decay."""
 
@@ -348,6 +379,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     masked_image: MaskedImageConfig = MaskedImageConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    hacking_guard: HackingGuardConfig = HackingGuardConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
@@ -363,6 +395,11 @@ class Config(Section):
             raise ValueError(
                 f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
                 f" training.global_batch_size {self.training.global_batch_size}"
+            )
+        if (self.reward.soft_overlong_buffer_tokens or 0) > self.rollout.max_response_tokens:
+            raise ValueError(
+                f"reward.soft_overlong_buffer_tokens {self.reward.soft_overlong_buffer_tokens} is larger than"
+                f" rollout.max_response_tokens {self.rollout.max_response_tokens}"
             )
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if rows % dp:

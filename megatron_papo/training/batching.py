@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from megatron_papo.config import Config
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
+from megatron_papo.objective.advantages import advantages_of
 from megatron_papo.records import Rollout, groups_of
 
 
@@ -24,10 +26,16 @@ class Row:
     """Every image-pad token repeated for its image's tokens."""
     grids: list[tuple[int, int, int]]
     advantage: float
+    counts: bool = True
+    """False: it was cut off and objective.overlong_filtering leaves it out of the loss and of every denominator."""
 
     @property
     def response_length(self) -> int:
         return len(self.rollout.response_token_ids)
+
+    @property
+    def is_correct(self) -> bool:
+        return self.rollout.rewards.accuracy == 1.0
 
 
 @dataclass
@@ -48,8 +56,10 @@ class MicroBatch:
     """[N]"""
     response_mask: Tensor
     """[b, T], 1.0 on response tokens."""
-    log_probs: dict[str, Tensor] = field(default_factory=dict)
-    """Cached per-token tensors [b, T] for the loss: old_log_probs, ref_log_probs, masked_image_log_probs."""
+    has_twins: bool = False
+    """The b rows are followed by the same b rows with masked images: input_ids is [2b, s], response_positions and response_tokens [2N]."""
+    cached: dict[str, Tensor] = field(default_factory=dict)
+    """Per-token tensors [b, T] for the loss, by papo_loss's names: old_log_probs, ref_log_probs, ..."""
 
 
 def expand_image_pads(token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -68,11 +78,14 @@ def make_rows(rollouts: list[Rollout], advantages: list[float], data_root: Path,
             grids = [images.grid_of_file(data_root, name, config.data.min_pixels, config.data.max_pixels) for name in rollout.images]
             if rollout.prompt_token_ids.count(hf.image_token_id) != len(grids):
                 raise UserError(f"{where}:{number}: {len(grids)} images but another number of image tokens: make the file again")
+            if config.objective.uses_masked_image:
+                images.require_saliency(config.masked_image, rollout.images, rollout.saliency)
             grids_of[rollout.prompt_id] = grids
             expanded[rollout.prompt_id] = expand_image_pads(rollout.prompt_token_ids, hf.image_token_id, grids)
         prompt, grids = expanded[rollout.prompt_id], grids_of[rollout.prompt_id]
         _check(rollout, prompt, hf, f"{where}:{number}")
-        rows.append(Row(rollout, prompt, grids, advantage))
+        counts = not (config.objective.overlong_filtering and rollout.finish_reason == "length")
+        rows.append(Row(rollout, prompt, grids, advantage, counts))
     return rows
 
 
@@ -85,9 +98,15 @@ def _check(rollout: Rollout, prompt: list[int], hf: HFConfig, where: str) -> Non
         raise UserError(f"{where}: the response holds an image or video token, which no model input can match: make the file again")
 
 
-def group_rewards(rollouts: list[Rollout], group_size: int, where: Path) -> Tensor:
-    """[groups, group_size] overall rewards. Raises UserError for an empty or incomplete group."""
-    return torch.tensor([[rollout.rewards.overall for rollout in group] for group in groups_of(rollouts, group_size, where)])
+def rollout_advantages(rollouts: list[Rollout], group_size: int, estimator: str, where: Path) -> list[float]:
+    """One per rollout, from the overall rewards. Raises UserError for an empty or incomplete group."""
+    groups = list(groups_of(rollouts, group_size, where))
+    rewards = torch.tensor([[rollout.rewards.overall for rollout in group] for group in groups])
+    lengths = torch.tensor([[len(rollout.response_token_ids) for rollout in group] for group in groups])
+    return advantages_of(estimator, rewards, lengths).flatten().tolist()
+
+
+Pictures = Literal["original", "masked", "both"]
 
 
 class Collator:
@@ -99,12 +118,13 @@ class Collator:
         parallel = config.parallel
         self.length_multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
-    def batches(self, rows: Sequence[Row], micro_batch_size: int, *, masked: bool = False) -> Iterator[MicroBatch]:
-        """The rows in order, micro_batch_size at a time. masked: with the masked image of each rollout's seed."""
+    def batches(self, rows: Sequence[Row], micro_batch_size: int, pictures: Pictures = "original") -> Iterator[MicroBatch]:
+        """The rows in order, micro_batch_size at a time."""
         for start in range(0, len(rows), micro_batch_size):
-            yield self.collate(rows[start : start + micro_batch_size], masked=masked)
+            yield self.collate(rows[start : start + micro_batch_size], pictures)
 
-    def collate(self, rows: Sequence[Row], *, masked: bool = False) -> MicroBatch:
+    def collate(self, rows: Sequence[Row], pictures: Pictures = "original") -> MicroBatch:
+        """masked: with the masked images of each rollout's seed. both: the original rows, then their masked twins."""
         tokens = [row.prompt_token_ids + row.rollout.response_token_ids for row in rows]
         longest = max(len(t) for t in tokens)
         length = -(-longest // self.length_multiple) * self.length_multiple
@@ -112,33 +132,44 @@ class Collator:
         position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
         response_mask = torch.zeros(len(rows), max(1, *(row.response_length for row in rows)))
         positions = []
+        copies = 2 if pictures == "both" else 1
         for i, (row, ids) in enumerate(zip(rows, tokens)):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             position_ids[:, i, : len(ids)] = mrope_position_ids(ids, row.grids, self.hf.image_token_id)
             response_mask[i, : row.response_length] = 1.0
             first = i * length + len(row.prompt_token_ids) - 1
             positions.append(torch.arange(first, first + row.response_length))
+        response_positions = torch.cat(positions)
+        twins = torch.cat([response_positions + copy * input_ids.numel() for copy in range(copies)])
+        response_tokens = torch.tensor([t for row in rows for t in row.rollout.response_token_ids], dtype=torch.long)
         return MicroBatch(
             rows,
-            input_ids.to(self.device),
-            position_ids.to(self.device),
-            self._pixel_values(rows, masked),
-            [grid for row in rows for grid in row.grids],
-            torch.cat(positions).to(self.device),
-            torch.tensor([t for row in rows for t in row.rollout.response_token_ids], dtype=torch.long, device=self.device),
+            input_ids.repeat(copies, 1).to(self.device),
+            position_ids.repeat(1, copies, 1).to(self.device),
+            self._pixel_values(rows, pictures),
+            [grid for row in rows for grid in row.grids] * copies,
+            twins.to(self.device),
+            response_tokens.repeat(copies).to(self.device),
             response_mask.to(self.device),
+            has_twins=copies == 2,
         )
 
-    def _pixel_values(self, rows: Sequence[Row], masked: bool) -> Tensor | None:
+    def _pixel_values(self, rows: Sequence[Row], pictures: Pictures) -> Tensor | None:
         if not self.with_pixels or not any(row.grids for row in rows):
             return None
+        kinds = ("original", "masked") if pictures == "both" else (pictures,)
+        return torch.cat([p for kind in kinds for p in self._patches(rows, masked=kind == "masked")]).to(self.device, self.dtype)
+
+    def _patches(self, rows: Sequence[Row], masked: bool) -> list[Tensor]:
+        """Of every picture of every row in order; each distinct picture is read once."""
         data, patches = self.config.data, {}
         for row in rows:
             if _pictures_key(row) not in patches:
-                masking = dict(masking=self.config.masked_image, seed=row.rollout.masked_image_seed) if masked else {}
-                pictures = images.load_images(self.data_root, row.rollout.images, data.min_pixels, data.max_pixels, **masking)
+                rollout = row.rollout
+                masking = dict(masking=self.config.masked_image, seed=rollout.masked_image_seed, saliency=rollout.saliency) if masked else {}
+                pictures = images.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
                 patches[_pictures_key(row)] = [torch.from_numpy(images.to_patches(picture)) for picture in pictures]
-        return torch.cat([p for row in rows for p in patches[_pictures_key(row)]]).to(self.device, self.dtype)
+        return [patch for row in rows for patch in patches[_pictures_key(row)]]
 
 
 def _pictures_key(row: Row) -> tuple[str, int]:

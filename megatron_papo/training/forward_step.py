@@ -1,6 +1,7 @@
 """One micro-batch through the pipeline: log-probs of the response tokens, without gradient or as part of the PAPO loss."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,17 +9,71 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_papo.config import ObjectiveConfig
-from megatron_papo.model.log_probs import vocab_parallel_log_probs
-from megatron_papo.objective.papo_loss import papo_loss
+from megatron_papo.model.log_probs import token_statistics
+from megatron_papo.objective.papo_loss import annealed_kl_prcp_coef, papo_loss
 from megatron_papo.training import parallel
-from megatron_papo.training.batching import Collator, MicroBatch, Row, pad_responses
+from megatron_papo.training.batching import Collator, MicroBatch, Pictures, Row, pad_responses
+
+LOSS_OPTIONS = (
+    "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "ratio_level", "importance_sampling_cap", "kl_ref_coef", "kl_ref_estimator",
+    "kl_prcp_estimator", "kl_prcp_clip", "kl_prcp_top_p", "entropy_estimator", "sft_coef",
+)  # fmt: skip
+"""Fields of ObjectiveConfig that papo_loss takes as they are."""
 
 
-def response_log_probs(logits: Tensor, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """[b, s, V / tp] -> log-probs of the response tokens and entropy of their distributions, [b, T] each, zeros on padding."""
-    predicting = logits.flatten(0, 1)[batch.response_positions].float() / temperature
-    per_token = vocab_parallel_log_probs(predicting, batch.response_tokens, parallel.tp_group())
-    return tuple(pad_responses([values], batch.response_mask) for values in per_token)
+@dataclass(frozen=True)
+class StepTotals:
+    """Denominators of an optimizer step: counts over all data-parallel ranks and micro-batches."""
+
+    tokens: int
+    sequences: int
+    correct_tokens: int
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "StepTotals":
+        counted = [row for row in rows if row.counts]
+        correct = sum(row.response_length for row in counted if row.is_correct)
+        return cls(sum(row.response_length for row in counted), len(counted), correct)
+
+
+def loss_settings(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.0) -> dict:
+    """papo_loss's options at an optimizer step of the run (0, 1, ...): annealing and the hacking guard's scale applied to gamma."""
+    settings = {name: getattr(objective, name) for name in LOSS_OPTIONS}
+    annealing, factor = objective.kl_prcp_annealing, 1.0
+    if annealing is not None:
+        factor = annealed_kl_prcp_coef(step, objective.kl_prcp_coef, annealing.end, annealing.steps) / objective.kl_prcp_coef
+    return settings | {
+        "average": "sequence" if objective.average == "sequence" else "token",
+        "kl_prcp_coef": objective.kl_prcp_coef * factor * kl_prcp_scale,
+        "entropy_coef": objective.entropy_coef * factor,
+        "masked_image_entropy_coef": objective.masked_image_entropy_coef * factor,
+    }
+
+
+def response_statistics(logits: Tensor, batch: MicroBatch, temperature: float, objective: ObjectiveConfig | None = None) -> dict[str, Tensor]:
+    """[b, s, V / tp], or [2b, s, V / tp] with masked-image twins -> per-token tensors [b, T] by papo_loss's names, zeros on padding.
+
+    objective: decides whether gradient flows through the twins and whether the exact KL is wanted; None: there are no twins.
+    """
+    exact = batch.has_twins and objective.kl_prcp_estimator == "exact"
+    with_gradient = not batch.has_twins or objective.masked_branch == "recompute_with_grad"
+    statistics = token_statistics(
+        logits.flatten(0, 1),
+        batch.response_positions,
+        batch.response_tokens,
+        parallel.tp_group(),
+        temperature=temperature,
+        kl_of_halves=exact,
+        second_half_gradient=with_gradient,
+    )
+    here = int(batch.response_mask.sum())
+    found = {"log_probs": statistics.log_probs[:here], "entropy": statistics.entropy[:here]}
+    if batch.has_twins:
+        masked = {"masked_image_log_probs": statistics.log_probs[here:], "masked_image_entropy": statistics.entropy[here:]}
+        found |= masked if with_gradient else {name: values.detach() for name, values in masked.items()}
+    if exact:
+        found["exact_kl_prcp"] = statistics.kl
+    return {name: pad_responses([values], batch.response_mask) for name, values in found.items()}
 
 
 def _run(model, batches: Iterable[MicroBatch], num_micro_batches: int, on_output: Callable, forward_only: bool) -> list:
@@ -40,24 +95,30 @@ def _run(model, batches: Iterable[MicroBatch], num_micro_batches: int, on_output
 
 
 def compute_log_probs(
-    model, collator: Collator, rows: Sequence[Row], micro_batch_size: int, temperature: float, progress: Callable[[int], None], masked: bool = False
-) -> list[Tensor]:
-    """Log-probs of every row's response under the model, without gradient. -> one fp32 [response_length] per row on the last stage, else [].
+    model,
+    collator: Collator,
+    rows: Sequence[Row],
+    micro_batch_size: int,
+    temperature: float,
+    progress: Callable[[int], None],
+    pictures: Pictures = "original",
+) -> dict[str, list[Tensor]]:
+    """log_probs and entropy of every row's response under the model, without gradient: one fp32 [response_length] per row.
 
-    masked: given the masked images. Collective over the model-parallel group.
+    Both lists are empty before the last stage. Collective over the model-parallel group.
     """
 
     def collect(batch: MicroBatch, logits: Tensor, non_loss_data: bool):
-        log_probs, _ = response_log_probs(logits, batch, temperature)
+        statistics = response_statistics(logits, batch, temperature)
         progress(len(batch.rows))
-        return [values[: row.response_length] for values, row in zip(log_probs, batch.rows)]
+        return [{name: values[i, : row.response_length] for name, values in statistics.items()} for i, row in enumerate(batch.rows)]
 
     if not rows:
-        return []
+        return {"log_probs": [], "entropy": []}
     with torch.no_grad():
-        batches = collator.batches(rows, micro_batch_size, masked=masked)
+        batches = collator.batches(rows, micro_batch_size, pictures)
         collected = _run(model, batches, -(-len(rows) // micro_batch_size), collect, forward_only=True)
-    return [values for batch in collected for values in batch]
+    return {name: [row[name] for batch in collected for row in batch] for name in ("log_probs", "entropy")}
 
 
 def papo_step(
@@ -69,41 +130,44 @@ def papo_step(
     temperature: float,
     objective: ObjectiveConfig,
     *,
-    num_tokens: int,
-    num_sequences: int,
+    totals: StepTotals,
+    settings: dict,
     progress: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Forward and backward of one optimizer step over this rank's rows; gradients end in the DDP buffers.
 
-    cached: per-row log-probs (old_log_probs, ref_log_probs, masked_image_log_probs), on the last stage. num_tokens, num_sequences: of
-    the whole step, all data-parallel ranks. Returns this rank's contributions to the metrics ({} before the last stage).
+    cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last stage. totals: of the
+    whole step. settings: loss_settings of this step. Returns this rank's contributions to the metrics ({} before the last stage).
     """
     num_micro_batches = -(-len(rows) // micro_batch_size)
     # the schedule divides by the number of micro-batches and DDP by the data-parallel size; the weights of the loss already hold both
     scale = num_micro_batches * parallel.dp_group().size()
-    settings = objective.model_dump(exclude={"advantage"})  # the rest are papo_loss's options, by name
 
     def loss(batch: MicroBatch, logits: Tensor):
-        log_probs, entropy = response_log_probs(logits, batch, temperature)
-        advantages = torch.tensor([[row.advantage] for row in batch.rows], device=logits.device)
+        counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=logits.device)
+        here = totals
+        if objective.average == "micro_batch":  # its own counts, as if every micro-batch of the step had as many
+            own = StepTotals.of(batch.rows)
+            here = StepTotals(own.tokens * scale, own.sequences * scale, own.correct_tokens * scale)
         value, metrics = papo_loss(
-            log_probs,
-            advantages=advantages,
-            response_mask=batch.response_mask,
-            num_tokens=num_tokens,
-            num_sequences=num_sequences,
-            **batch.log_probs,
+            advantages=torch.tensor([[row.advantage] for row in batch.rows], device=logits.device),
+            response_mask=batch.response_mask * counted,
+            correct=torch.tensor([[float(row.is_correct)] for row in batch.rows], device=logits.device),
+            num_tokens=here.tokens,
+            num_sequences=here.sequences,
+            num_correct_tokens=here.correct_tokens,
+            **batch.cached,
+            **response_statistics(logits, batch, temperature, objective),
             **settings,
         )
-        metrics["entropy"] = entropy.sum() / max(num_tokens, 1)
         progress(len(batch.rows))
         return value * scale, metrics
 
     def batches() -> Iterator[MicroBatch]:
-        for number, batch in enumerate(collator.batches(rows, micro_batch_size)):
+        for number, batch in enumerate(collator.batches(rows, micro_batch_size, "both" if objective.masked_rows_ride else "original")):
             here = slice(number * micro_batch_size, number * micro_batch_size + len(batch.rows))
             if parallel.is_last_stage():
-                batch.log_probs = {name: pad_responses(values[here], batch.response_mask) for name, values in cached.items()}
+                batch.cached = {name: pad_responses(values[here], batch.response_mask) for name, values in cached.items()}
             yield batch
 
     per_batch = _run(model, batches(), num_micro_batches, loss, forward_only=False)
