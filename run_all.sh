@@ -87,14 +87,15 @@ stage 3 python -m stages.stage3_convert_to_megatron "${SETTINGS[@]}" --hf "$STAR
 stage 7 python -m stages.stage7_evaluate "${SETTINGS[@]}" --data "$DATA" --hf "$START" --server "$SERVER" --output "$RUN/evaluation/iteration_0000"
 
 # 4, 5, 6. Rollouts, PAPO, back to Hugging Face: once per iteration
-HF=$START MEGATRON=$REFERENCE
+HF=$START MEGATRON=$REFERENCE PREVIOUS=()
 for ((i = 1; i <= ITERATIONS; i++)); do
   IT=$RUN/iterations/$(printf %04d "$i")
-  stage 4 python -m stages.stage4_rollout "${SETTINGS[@]}" --iteration "$i" --data "$DATA" --hf "$HF" --server "$SERVER" --output "$IT/rollouts"
+  stage 4 python -m stages.stage4_rollout "${SETTINGS[@]}" --iteration "$i" --data "$DATA" --hf "$HF" --server "$SERVER" "${PREVIOUS[@]}" \
+    --output "$IT/rollouts"
   stage 5 "${TRAIN_LAUNCHER[@]}" -m stages.stage5_train "${SETTINGS[@]}" --iteration "$i" --data "$DATA" --rollouts "$IT/rollouts" \
     --megatron "$MEGATRON" --reference "$REFERENCE" --output "$IT/megatron"
   stage 6 python -m stages.stage6_convert_to_hf "${SETTINGS[@]}" --megatron "$IT/megatron" --output "$IT/hf"
-  HF=$IT/hf MEGATRON=$IT/megatron
+  HF=$IT/hf MEGATRON=$IT/megatron PREVIOUS=(--previous "$IT/rollouts")
 done
 
 # 7. And after?

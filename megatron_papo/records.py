@@ -24,6 +24,8 @@ class Prompt(Record):
     """Length with every image-pad token expanded to its image's tokens."""
     images: list[str]
     """Paths relative to the directory of the file, one per image-pad token, in order: the native pictures, not resized."""
+    saliency: list[str] = []
+    """Likewise, the saliency map of each image, for masked_image.strategy `semantic`; [] where the data has none."""
     target: str | None = None
     """The response that stage 2 teaches; None outside sft.jsonl."""
     target_token_ids: list[int] | None = None
@@ -36,6 +38,8 @@ class Rewards(Record):
     format: float
     timed_out: bool = False
     """The grader hit its time limit; accuracy is 0."""
+    overlong_penalty: float = 0.0
+    """The soft overlong punishment that `overall` includes; <= 0, and 0 in evaluation."""
 
 
 class Rollout(Record):
@@ -55,6 +59,8 @@ class Rollout(Record):
     prompt_num_tokens: int
     """Length with images expanded, as counted by the server and equal to ours."""
     images: list[str]
+    saliency: list[str] = []
+    """As in Prompt.saliency."""
     response_token_ids: list[int]
     """As the server sampled them, the end-of-turn token included when it came."""
     rollout_log_probs: list[float]

@@ -1,20 +1,26 @@
 """Stage 4: sample group_size responses to each prompt of an iteration's batch, and grade them.
 
-The batch is the iteration's slice of the seeded data order. The SGLang server (a directory: found or started there; or a URL) gets the
-weights of --hf; every response has its own seed; vision tokens are forbidden; prompt lengths as the server counts them must equal ours.
-Token ids and log-probs are the server's. Grading: mathruler, in processes with a time limit.
+The batch is the iteration's slice of the seeded data order. With rollout.dynamic_sampling (DAPO) rounds of prompts are sampled until it
+is full of groups that are neither all right nor all wrong, and the next iteration starts where the last round ended. The SGLang server
+(a directory: found or started there; or a URL) gets the weights of --hf; every response has its own seed; vision tokens are forbidden;
+prompt lengths as the server counts them must equal ours. Token ids and log-probs are the server's. Grading: mathruler, in processes
+with a time limit; the soft overlong punishment, if there is one, is then added.
 
-Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded).
-Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample.
+Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic sampling the
+        manifest of the iteration before.
+Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the order drawn.
 """
 
+import itertools
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import StageOutput, input_fingerprint, require_input
+from megatron_papo.manifest import Fingerprint, StageOutput, input_fingerprint, read_manifest, require_input
 
 SECTIONS = ["seed", "rollout", "reward", "masked_image", "data.min_pixels", "data.max_pixels", "model.dtype"]
 
@@ -23,6 +29,8 @@ def main() -> None:
     parser = stage_parser(__doc__, ("data", "output of stage 1"), ("hf", "Hugging Face checkpoint: the policy"))
     parser.add_argument("--server", required=True, metavar="DIR|URL", help="directory of the run's server, or http://... of a running one")
     parser.add_argument("--iteration", type=int, required=True, metavar="N", help="number of the iteration, from 1")
+    previous_help = "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from iteration 2 on"
+    parser.add_argument("--previous", type=Path, metavar="DIR", help=previous_help)
     arguments = parser.parse_args()
     if arguments.iteration < 1:
         raise UserError(f"--iteration {arguments.iteration}: iterations count from 1")
@@ -31,79 +39,159 @@ def main() -> None:
         "data": require_input(arguments.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data"),
         "hf": input_fingerprint(arguments.hf, "give --hf the output of stage 2 or 6, or a downloaded checkpoint"),
     }
+    first_position = (arguments.iteration - 1) * config.rollout.rollout_batch_size
+    if config.rollout.dynamic_sampling is not None and arguments.iteration > 1:
+        inputs["previous"], first_position = end_of_previous(arguments.previous, arguments.iteration - 1, config.seed, inputs["data"])
     out = StageOutput("stage4_rollout", arguments.output, config, SECTIONS, inputs, {"iteration": arguments.iteration})
     if out.done:
         out.announce_done()
         return
     with out:
-        roll_out(config, arguments.data, arguments.hf, arguments.server, arguments.iteration, inputs["hf"], out)
+        roll_out(config, arguments.data, arguments.hf, arguments.server, arguments.iteration, first_position, inputs["hf"], out)
 
 
-def roll_out(config: Config, data: Path, hf: Path, where: str, iteration: int, fingerprint: str, out: StageOutput) -> None:
+def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str) -> tuple[Fingerprint, int]:
+    """Fingerprint of the output of `iteration`, and the position in the data order where it stopped.
+
+    Raises UserError if it is missing, or of another iteration, seed or data.
+    """
+    hint = f"python -m stages.stage4_rollout --iteration {iteration}"
+    if previous is None:
+        raise UserError(
+            "--previous: missing: with rollout.dynamic_sampling the prompts start where the iteration before stopped: give the output of "
+            + hint
+        )
+    fingerprint = require_input(previous, ("stage4_rollout",), hint)
+    manifest = read_manifest(previous)
+    recipe = manifest["recipe"]
+    for what, found, expected in (
+        ("iteration", recipe["arguments"]["iteration"], iteration),
+        ("seed", recipe["config"]["seed"], seed),
+        ("data", recipe["inputs"]["data"], data),
+    ):
+        if found != expected:
+            raise UserError(f"--previous {previous}: its {what} is {found}, expected {expected}: give the output of {hint}")
+    if "next_position" not in manifest["counts"]:
+        raise UserError(f"--previous {previous}: made by an older version, does not say where it stopped: remove it and run {hint}")
+    return fingerprint, manifest["counts"]["next_position"]
+
+
+def roll_out(
+    config: Config, data: Path, hf: Path, where: str, iteration: int, first_position: int, fingerprint: str, out: StageOutput
+) -> None:
     from megatron_papo.records import Prompt, read_jsonl, write_jsonl
-    from megatron_papo.rollout.data_order import prompts_of_iteration
-    from megatron_papo.rollout.sample_and_grade import Job, client_with_weights, matching_tokenizer, picture_loader
-    from megatron_papo.rollout.sample_and_grade import sample_and_grade, summary
+    from megatron_papo.rollout.data_order import prompts_at
+    from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
+    from megatron_papo.rollout.sample_and_grade import Group, client_with_weights, matching_tokenizer, picture_loader, sample_and_grade
     from megatron_papo.rollout.sglang_client import Sampling, forbidden_tokens
-    from megatron_papo.seeds import derive_seed
 
-    settings = config.rollout
+    settings, dynamic = config.rollout, config.rollout.dynamic_sampling
+    size = settings.group_size
     prompts = read_jsonl(data / "prompts.jsonl", Prompt)
     tokenizer = matching_tokenizer(hf, data)
     forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, -1, settings.max_response_tokens, forbidden)
-    drawn = prompts_of_iteration(len(prompts), settings.rollout_batch_size, iteration, config.seed)
-    jobs = [
-        Job(prompts[index], sample, derive_seed(config.seed, "sampling", iteration, epoch, prompts[index].id, sample))
-        for epoch, index in drawn
-        for sample in range(settings.group_size)
-    ]
     pictures = picture_loader(data, config, config.data.max_pixels, kept=2 * settings.concurrency)
     client, version = client_with_weights(where, hf, fingerprint, config)
+
+    def rounds(count: int) -> Iterator[list[Group]]:
+        """Rounds of `count` prompts, without end; each is sampled when it is asked for."""
+        for number in itertools.count():
+            drawn = prompts_at(len(prompts), first_position + number * count, count, config.seed)
+            jobs = [job for epoch, index in drawn for job in _jobs(config, iteration, epoch, prompts[index])]
+            title = f"rollouts {iteration}" if dynamic is None else f"rollouts {iteration} round {number + 1}"
+            graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, title)
+            graded = [_punished(config, one) for one in graded]
+            starts = range(0, len(jobs), size)
+            yield [Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)]
+
     started = time.monotonic()
-    graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, f"rollouts {iteration}")
+    if dynamic is None:
+        batch = one_round(next(rounds(settings.rollout_batch_size)))
+    else:
+        batch = fill_batch(rounds(dynamic.generation_batch_size or settings.rollout_batch_size), settings.rollout_batch_size, dynamic)
     seconds = time.monotonic() - started
 
-    records = (_record(config, iteration, number, drawn, jobs[number], graded[number]) for number in range(len(jobs)))
-    write_jsonl(out.partial / "rollouts.jsonl", records)
-    totals = summary(graded)
-    tokens = sum(len(one.sample.token_ids) for one in graded)
-    out.counts |= {"prompts": len(drawn), **totals, "response_tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
-    print(
-        f"iteration {iteration}: {len(jobs)} responses to {len(drawn)} prompts, accuracy {totals['accuracy']:.3f},"
-        f" format {totals['format']:.3f}, cut off {totals['cut_off_share']:.3f}, {tokens / seconds:.0f} tokens/s",
-        flush=True,
+    write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept))
+    counts = _counts(batch, seconds) | {"next_position": first_position + len(batch.sampled)}
+    out.counts |= counts
+    print(f"iteration {iteration}: {_in_words(counts)}", flush=True)
+
+
+def _jobs(config: Config, iteration: int, epoch: int, prompt) -> list:
+    """The Jobs of one group."""
+    from megatron_papo.rollout.sample_and_grade import Job
+    from megatron_papo.seeds import derive_seed
+
+    seeds = [derive_seed(config.seed, "sampling", iteration, epoch, prompt.id, sample) for sample in range(config.rollout.group_size)]
+    return [Job(prompt, sample, seed) for sample, seed in enumerate(seeds)]
+
+
+def _punished(config: Config, result):
+    """The Graded with the soft overlong punishment in its reward."""
+    from megatron_papo.rollout.rewards import with_overlong_penalty
+
+    num_tokens = len(result.sample.token_ids)
+    return replace(result, rewards=with_overlong_penalty(result.rewards, num_tokens, config.rollout.max_response_tokens, config.reward))
+
+
+def _counts(batch, seconds: float) -> dict[str, float | int]:
+    """For the manifest: of the groups; of all sampled responses (_sampled) and of those in the file (_kept)."""
+    from megatron_papo.rollout.sample_and_grade import summary
+
+    counts = {
+        "prompts": len(batch.kept),
+        "rounds": batch.rounds,
+        "prompts_used": len(batch.sampled),
+        "groups_all_right": batch.all_right,
+        "groups_all_wrong": batch.all_wrong,
+        "groups_surplus": batch.surplus,
+    }
+    for suffix, groups in (("sampled", batch.sampled), ("kept", batch.kept)):
+        part = summary([one for group in groups for one in group.graded])
+        counts |= {f"{name}_{suffix}": value for name, value in part.items()}
+    tokens = sum(len(one.sample.token_ids) for group in batch.sampled for one in group.graded)
+    return counts | {"response_tokens_sampled": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def _in_words(counts: dict[str, float | int]) -> str:
+    return (
+        f"{counts['prompts']} groups kept of {counts['prompts_used']} prompts used in {counts['rounds']} round(s):"
+        f" {counts['groups_all_right']} all right, {counts['groups_all_wrong']} all wrong, {counts['groups_surplus']} surplus;"
+        f" accuracy {counts['accuracy_sampled']:.3f} of all sampled, {counts['accuracy_kept']:.3f} of the kept;"
+        f" format {counts['format_sampled']:.3f} of all sampled, {counts['format_kept']:.3f} of the kept;"
+        f" cut off {counts['cut_off_share_sampled']:.3f}, {counts['tokens_per_second']:.0f} tokens/s"
     )
 
 
-def _record(config: Config, iteration: int, number: int, drawn: list[tuple[int, int]], job, result):
-    """The Rollout of the number-th response; drawn: (epoch, index) of each group."""
+def _records(config: Config, iteration: int, groups: list) -> Iterator:
+    """The Rollouts of the kept groups, numbered from 0."""
     from megatron_papo.records import Rollout
     from megatron_papo.seeds import derive_seed
 
-    group = number // config.rollout.group_size
-    epoch = drawn[group][0]
-    return Rollout(
-        prompt_id=job.prompt.id,
-        iteration=iteration,
-        epoch=epoch,
-        group=group,
-        sample=job.sample,
-        answer=job.prompt.answer,
-        prompt_token_ids=job.prompt.token_ids,
-        prompt_num_tokens=job.prompt.num_tokens,
-        images=job.prompt.images,
-        response_token_ids=result.sample.token_ids,
-        rollout_log_probs=result.sample.log_probs,
-        text=result.text,
-        finish_reason=result.sample.finish_reason,
-        rewards=result.rewards,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        sampling_seed=job.seed,
-        masked_image_seed=derive_seed(config.seed, "masked_image", job.prompt.id, epoch),
-        weight_version=result.sample.weight_version,
-    )
+    for number, group in enumerate(groups):
+        for job, result in zip(group.jobs, group.graded):
+            yield Rollout(
+                prompt_id=job.prompt.id,
+                iteration=iteration,
+                epoch=group.epoch,
+                group=number,
+                sample=job.sample,
+                answer=job.prompt.answer,
+                prompt_token_ids=job.prompt.token_ids,
+                prompt_num_tokens=job.prompt.num_tokens,
+                images=job.prompt.images,
+                response_token_ids=result.sample.token_ids,
+                rollout_log_probs=result.sample.log_probs,
+                text=result.text,
+                finish_reason=result.sample.finish_reason,
+                rewards=result.rewards,
+                temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p,
+                sampling_seed=job.seed,
+                masked_image_seed=derive_seed(config.seed, "masked_image", job.prompt.id, group.epoch),
+                weight_version=result.sample.weight_version,
+            )
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def test_the_published_prompt_is_the_default():
         ("data.prompt_template='{problem} {}'", "prompt_template is not a format string"),
         ("data.train.source=x.jsonl", "model.path is null, which is only possible with the synthetic task"),
         ("rollout.group_size=1", "rollout.group_size: Input should be greater than 1 (got 1)"),
+        ("reward.soft_overlong_buffer_tokens=21", "soft_overlong_buffer_tokens 21 is larger than rollout.max_response_tokens 20"),
         ("seed", "expected section.key=value"),
         ("seed.x=1", "seed is not a section"),
         ("seed=[1", "is not a YAML value"),

@@ -1,19 +1,18 @@
-"""Which prompts an iteration draws: a pure function of the run's seed and the iteration's number, so nothing is carried over."""
+"""Which prompts are drawn: a pure function of the run's seed and of a position in its epochs laid end to end."""
 
 import random
 
 from megatron_papo.seeds import derive_seed
 
 
-def prompts_of_iteration(num_prompts: int, rollout_batch_size: int, iteration: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index of the prompt) of each of an iteration's groups; iterations count from 1, epochs and indices from 0.
+def prompts_at(num_prompts: int, first_position: int, count: int, seed: int) -> list[tuple[int, int]]:
+    """(epoch, index of the prompt) at `count` positions from first_position on; positions, epochs and indices count from 0.
 
-    Each epoch is a permutation of all prompts; iteration i takes the i-th slice of rollout_batch_size of the epochs laid end to end.
+    Each epoch is a permutation of all prompts. An iteration draws from where the one before stopped.
     """
-    first = (iteration - 1) * rollout_batch_size
     orders: dict[int, list[int]] = {}
     drawn = []
-    for position in range(first, first + rollout_batch_size):
+    for position in range(first_position, first_position + count):
         epoch, place = divmod(position, num_prompts)
         if epoch not in orders:
             orders[epoch] = random.Random(derive_seed(seed, "order", epoch)).sample(range(num_prompts), num_prompts)

@@ -1,4 +1,7 @@
-"""The published reward (PAPO section 4): 0.9 accuracy + 0.1 format. Model text is parsed in worker processes with a time limit."""
+"""The published reward: 0.9 accuracy + 0.1 format, and DAPO's soft overlong punishment, which PAPO's authors lack.
+
+Model text is parsed in worker processes with a time limit.
+"""
 
 import multiprocessing
 import re
@@ -33,6 +36,27 @@ def format_reward(text: str) -> float:
             return 0.0
         position = found + len(part)
     return 1.0
+
+
+def soft_overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
+    """What is added to the reward of a response of num_tokens (end-of-turn token included). Between -penalty and 0.
+
+        0                                            num_tokens <= max_tokens - buffer_tokens
+        -penalty * (num_tokens - start) / buffer     start = max_tokens - buffer_tokens < num_tokens <= max_tokens
+        -penalty                                     max_tokens < num_tokens
+
+    DAPO, arXiv 2503.14476, equation 13, where penalty is 1.
+    """
+    over = num_tokens - (max_tokens - buffer_tokens)
+    return -penalty * min(over / buffer_tokens, 1.0) if over > 0 else 0.0
+
+
+def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, config: RewardConfig) -> Rewards:
+    """The reward of training: `overall` lowered for a response of num_tokens as config says. Evaluation does not call this."""
+    if config.soft_overlong_buffer_tokens is None:
+        return rewards
+    penalty = soft_overlong_penalty(num_tokens, max_tokens, config.soft_overlong_buffer_tokens, config.soft_overlong_penalty)
+    return rewards.model_copy(update={"overall": rewards.overall + penalty, "overlong_penalty": penalty})
 
 
 class Grader:

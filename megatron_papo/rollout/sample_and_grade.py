@@ -39,6 +39,19 @@ class Graded:
     rewards: Rewards
 
 
+@dataclass(frozen=True)
+class Group:
+    """The responses to one prompt, as drawn in one epoch."""
+
+    epoch: int
+    jobs: Sequence[Job]
+    graded: Sequence[Graded]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(one.rewards.accuracy for one in self.graded) / len(self.graded)
+
+
 def matching_tokenizer(hf_dir: Path, data_dir: Path) -> Tokenizer:
     """The checkpoint's tokenizer. Raises UserError if the prompts were made with another one."""
     expected = (data_dir / "tokenizer.sha256").read_text().strip()
@@ -62,12 +75,12 @@ def picture_loader(data_dir: Path, config: Config, max_pixels: int, kept: int) -
     """Data URIs of a job's resized (and masked) pictures; those of the last `kept` prompts are remembered for the rest of their group."""
 
     @lru_cache(maxsize=kept)
-    def load(names: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
+    def load(names: tuple[str, ...], saliency: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
         masking = None if seed is None else config.masked_image
-        pictures = load_images(data_dir, list(names), config.data.min_pixels, max_pixels, masking, seed)
+        pictures = load_images(data_dir, list(names), config.data.min_pixels, max_pixels, masking, seed, saliency)
         return tuple(to_data_uri(picture) for picture in pictures)
 
-    return lambda job: load(tuple(job.prompt.images), job.masked_image_seed)
+    return lambda job: load(tuple(job.prompt.images), tuple(job.prompt.saliency), job.masked_image_seed)
 
 
 def sample_and_grade(

@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.rollout.rewards import Grader, format_reward, strip_tag_spaces
+from megatron_papo.records import Rewards
+from megatron_papo.rollout.rewards import Grader, format_reward, soft_overlong_penalty, strip_tag_spaces, with_overlong_penalty
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "rewards.json"
@@ -77,6 +79,37 @@ def test_cut_off_and_weights():
     assert (cut.overall, cut.accuracy, cut.format) == (0.0, 1.0, 1.0)
     with Grader(RewardConfig(workers=1)) as grader:
         assert grader.result(grader.submit(text, "3", True)).overall == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, expected",
+    # 100 tokens at most, buffer 20, penalty 0.5: nothing up to 80, then 0.5 / 20 = 0.025 a token
+    [(1, 0.0), (79, 0.0), (80, 0.0), (81, -0.025), (90, -0.25), (99, -0.475), (100, -0.5), (101, -0.5), (500, -0.5)],
+)
+def test_soft_overlong_penalty_by_hand(num_tokens, expected):
+    assert soft_overlong_penalty(num_tokens, 100, 20, 0.5) == pytest.approx(expected, abs=1e-12)
+
+
+def test_soft_overlong_penalty_is_equation_13_of_dapo():
+    """As printed (arXiv 2503.14476): L_max - L_cache < |y| <= L_max gets ((L_max - L_cache) - |y|) / L_cache, in exact fractions."""
+
+    def printed(length, l_max, l_cache):
+        if length <= l_max - l_cache:
+            return Fraction(0)
+        return Fraction(l_max - l_cache - length, l_cache) if length <= l_max else Fraction(-1)
+
+    for l_max, l_cache in ((20480, 4096), (7, 3), (5, 5), (4, 1)):
+        for length in {1, l_max - l_cache, l_max - l_cache + 1, l_max - 1, l_max, l_max + 1}:
+            assert soft_overlong_penalty(length, l_max, l_cache, 1.0) == pytest.approx(float(printed(length, l_max, l_cache)), abs=1e-12)
+    assert soft_overlong_penalty(19, 20, 4, 1.0) != soft_overlong_penalty(19, 20, 5, 1.0)  # control: the buffer matters
+
+
+def test_the_overlong_penalty_lowers_overall_and_nothing_else():
+    rewards = Rewards(overall=1.0, accuracy=1.0, format=1.0)
+    config = RewardConfig(soft_overlong_buffer_tokens=8, soft_overlong_penalty=2.0)
+    assert with_overlong_penalty(rewards, 18, 20, config) == Rewards(overall=-0.5, accuracy=1.0, format=1.0, overlong_penalty=-1.5)
+    assert with_overlong_penalty(rewards, 12, 20, config) == rewards
+    assert with_overlong_penalty(rewards, 18, 20, RewardConfig()) == rewards  # off by default
 
 
 def test_linear_time_forms_equal_the_published_expressions():

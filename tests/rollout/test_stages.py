@@ -7,7 +7,7 @@ import pytest
 
 from megatron_papo.evaluation.accuracy import average_at_k
 from megatron_papo.records import Prediction, Prompt, Rollout, groups_of, read_jsonl
-from megatron_papo.rollout.data_order import prompts_of_iteration
+from megatron_papo.rollout.data_order import prompts_at
 from tests.conftest import DEMO_CONFIG, run_module, settings
 
 SMALL = settings(
@@ -36,7 +36,7 @@ def test_rollouts(rollouts, demo_data):
     records = read_jsonl(rollouts / "rollouts.jsonl", Rollout)
     prompts = read_jsonl(demo_data / "prompts.jsonl", Prompt)
     groups = list(groups_of(records, 3, rollouts))
-    drawn = prompts_of_iteration(len(prompts), 16, 3, seed=1)
+    drawn = prompts_at(len(prompts), 2 * 16, 16, seed=1)
     assert [(g[0].epoch, g[0].prompt_id) for g in groups] == [(epoch, prompts[i].id) for epoch, i in drawn]
     by_id = {prompt.id: prompt for prompt in prompts}
     for one in records:
