@@ -7,14 +7,16 @@ the trainer cuts the same one into patches. Equal to transformers' Qwen2VLImageP
 import base64
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from megatron_papo.config import MaskedImageConfig
 from megatron_papo.errors import UserError
-from megatron_papo.objective.image_masking import mask_image
+from megatron_papo.objective.image_masking import black_squares, blacken
+from megatron_papo.picture_files import FORMATS, decode_image, decode_saliency, read_inside, resolve_inside
 from megatron_papo.seeds import derive_seed
 
 PATCH = 14
@@ -22,41 +24,20 @@ MERGE = 2
 TEMPORAL = 2
 FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Pillow reads more, some of them (EPS) by starting other programs."""
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
-def resolve_image(root: Path, name: str) -> Path:
-    """The file of an image path that must stay inside root (symbolic links followed). Raises UserError."""
-    root = Path(root).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
-        raise UserError(f"image {name}: outside the data root {root}: move it inside or set data.image_root")
-    if not path.is_file():
-        raise UserError(f"image {name}: no such file in {root}: put it there or drop the row")
-    return path
-
-
 def open_image(root: Path, name: str) -> Image.Image:
     """The native picture as RGB, upright. Raises UserError for a missing, outside or unreadable file."""
-    path = resolve_image(root, name)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"image {path}: cannot be read ({error.strerror}): replace it or drop the row")
-    return decode_image(content, f"image {path}")[0]
+    return decode_image(read_inside(root, name), f"image {resolve_inside(root, name)}")[0]
 
 
-def decode_image(content: bytes, shown: str) -> tuple[Image.Image, str]:
-    """The picture as RGB, turned as its EXIF orientation says (as transformers' load_image does), and its format, e.g. PNG."""
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB"), image.format
-    # Decoders meet damaged data with many kinds of exception; all mean the same to the user.
-    except Exception as error:
-        raise UserError(f"{shown}: cannot be read as a picture ({' '.join(str(error).split())}): replace it or drop the row")
+def open_saliency(root: Path, name: str) -> np.ndarray:
+    """A saliency map, float64 [height, width]. Raises UserError for a missing, outside or unusable file."""
+    return decode_saliency(read_inside(root, name, "saliency map"), f"saliency map {name}")[0]
 
 
 def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -83,21 +64,56 @@ def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
 
 
 def load_images(
-    root: Path, names: list[str], min_pixels: int, max_pixels: int, masking: MaskedImageConfig | None = None, seed: int | None = None
+    root: Path,
+    names: list[str],
+    min_pixels: int,
+    max_pixels: int,
+    masking: MaskedImageConfig | None = None,
+    seed: int | None = None,
+    saliency: Sequence[str] = (),
 ) -> list[Image.Image]:
-    """A prompt's pictures, opened and resized; with `masking`, squares blackened in its space with one seed per picture."""
-    images = []
+    """A prompt's pictures, opened and resized; with `masking`, masked: see load_masked_images."""
+    if masking is None:
+        return [resize(open_image(root, name), min_pixels, max_pixels) for name in names]
+    return [picture for picture, _ in load_masked_images(root, names, min_pixels, max_pixels, masking, seed, saliency)]
+
+
+def load_masked_images(
+    root: Path,
+    names: list[str],
+    min_pixels: int,
+    max_pixels: int,
+    masking: MaskedImageConfig,
+    seed: int,
+    saliency: Sequence[str] = (),
+) -> list[tuple[Image.Image, np.ndarray]]:
+    """A prompt's pictures resized with squares blackened in masking.space, one seed per picture; and which squares, bool [rows, columns].
+
+    saliency: names of the pictures' saliency maps, read by strategy `semantic` only. Raises UserError where that lacks them.
+    """
+    require_saliency(masking, names, saliency)
+    found = []
     for index, name in enumerate(names):
-        image = open_image(root, name)
-        if masking is None:
-            images.append(resize(image, min_pixels, max_pixels))
-            continue
-        drawn = dict(strategy=masking.strategy, ratio=masking.ratio, square_pixels=masking.square_pixels, seed=derive_seed(seed, index))
+        picture = open_image(root, name)
+        if masking.space == "patch":
+            picture = resize(picture, min_pixels, max_pixels)
+        importance = open_saliency(root, saliency[index]) if masking.strategy == "semantic" else None
+        seed_of_picture = derive_seed(seed, index)
+        squares = black_squares(picture.size, masking.strategy, masking.ratio, masking.square_pixels, seed_of_picture, importance)
+        picture = blacken(picture, squares, masking.square_pixels)
         if masking.space == "native":
-            images.append(resize(mask_image(image, **drawn), min_pixels, max_pixels))
-        else:
-            images.append(mask_image(resize(image, min_pixels, max_pixels), **drawn))
-    return images
+            picture = resize(picture, min_pixels, max_pixels)
+        found.append((picture, squares))
+    return found
+
+
+def require_saliency(masking: MaskedImageConfig, names: Sequence[str], saliency: Sequence[str]) -> None:
+    """Raises UserError if the strategy needs a saliency map of each of these pictures and they have none."""
+    if masking.strategy == "semantic" and len(saliency) != len(names):
+        raise UserError(
+            f"image {names[0]}: no saliency map, which masked_image.strategy semantic needs: give the data a column of maps"
+            " (data.saliency_key) and run stage 1 again, or choose another strategy"
+        )
 
 
 def grid_of(image: Image.Image) -> tuple[int, int, int]:
@@ -106,13 +122,16 @@ def grid_of(image: Image.Image) -> tuple[int, int, int]:
 
 
 def grid_of_file(root: Path, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
-    """The grid that a native picture will have once resized; reads only the file's header."""
-    path = resolve_image(root, name)
+    """The grid that a native picture will have once upright and resized; reads only the file's header."""
+    path = resolve_inside(root, name)
     try:
-        with Image.open(path) as image:
-            width, height = smart_size(*image.size, min_pixels, max_pixels)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path}: cannot be read as a picture ({error}): replace it or drop the row")
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            size = image.size[::-1] if turned else image.size
+    # As in decode_image.
+    except Exception as error:
+        raise UserError(f"image {path}: cannot be read as a picture ({' '.join(str(error).split())}): replace it or drop the row")
+    width, height = smart_size(*size, min_pixels, max_pixels)
     return 1, height // PATCH, width // PATCH
 
 

@@ -19,6 +19,8 @@ class PromptMaker:
     config: DataConfig
     chat: ChatFormat
     store: ImageStore
+    needs_saliency: bool = False
+    """Refuse a row with pictures and no saliency maps."""
     kept: int = 0
     dropped: int = 0
     _seen: dict[str, str] = field(default_factory=dict)
@@ -27,14 +29,14 @@ class PromptMaker:
         """A record per row that is not overlong. Raises UserError naming the first row that is bad."""
         for row in rows:
             try:
-                prompt, images = self._prompt(row)
+                prompt, files = self._prompt(row)
             except UserError as error:
                 raise UserError(f"{row.where}: {error}") from error
             if prompt.num_tokens > self.config.max_prompt_tokens:
                 self.dropped += 1
                 continue
-            for image in images:
-                self.store.write(image)
+            for file in files:
+                self.store.write(file)
             self.kept += 1
             yield prompt
 
@@ -43,7 +45,9 @@ class PromptMaker:
             raise UserError(f"id {row.id} is also that of {self._seen[row.id]}: ids must be unique")
         self._seen[row.id] = row.where
         token_ids = self.chat.encode_prompt(row.problem, len(row.images))
+        self._check_saliency(row)
         images = [self.store.read(image, row.image_root) for image in row.images]
+        saliency = [self.store.read_saliency(one, row.image_root) for one in row.saliency or []]
         prompt = Prompt(
             id=row.id,
             problem=row.problem,
@@ -51,10 +55,23 @@ class PromptMaker:
             token_ids=token_ids,
             num_tokens=len(token_ids) + sum(self._num_tokens(image) - 1 for image in images),
             images=[image.name for image in images],
+            saliency=[one.name for one in saliency],
             target=row.target,
             target_token_ids=None if row.target is None else self.chat.encode_target(row.target),
         )
-        return prompt, images
+        return prompt, images + saliency
+
+    def _check_saliency(self, row: Row) -> None:
+        if row.saliency is None and row.images and self.needs_saliency:
+            raise UserError(
+                f"no saliency map in column {self.config.saliency_key}, which masked_image.strategy semantic needs: add the column, name"
+                " it with data.saliency_key, or choose another strategy"
+            )
+        if row.saliency is not None and len(row.saliency) != len(row.images):
+            raise UserError(
+                f"{len(row.saliency)} saliency maps for {len(row.images)} images: give one per image, name the column of the maps with"
+                " data.saliency_key, or drop the row"
+            )
 
     def _num_tokens(self, image: StoredImage) -> int:
         width, height = smart_size(*image.size, self.config.min_pixels, self.config.max_pixels)

@@ -28,6 +28,8 @@ class Row:
     """Encoded pictures, or paths below `image_root`."""
     image_root: Path | None
     target: str | None
+    saliency: list[bytes | str] | None = None
+    """A saliency map per picture: files likewise; None where the row has none."""
 
 
 def data_files(source: str) -> list[Path]:
@@ -56,7 +58,7 @@ def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> It
 
 def _rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[Row]:
     files = data_files(source.source)
-    columns = [config.problem_key, config.answer_key, config.images_key, "id"] + with_target * [config.target_key]
+    columns = [config.problem_key, config.answer_key, config.images_key, config.saliency_key, "id"] + with_target * [config.target_key]
     base = Path(source.source)
     for file in files:
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
@@ -65,7 +67,7 @@ def _rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterat
         yield from _parse_table(table, str(file), stem, root, config, with_target)
     if not files:
         root = Path(config.image_root) if config.image_root else None
-        table = _hugging_face(source, config.images_key)
+        table = _hugging_face(source, config.images_key, config.saliency_key)
         yield from _parse_table(table, f"{source.source} ({source.split})", source.split, root, config, with_target)
 
 
@@ -94,7 +96,7 @@ def _parquet(file: Path, columns: list[str]) -> Iterator[dict]:
         raise UserError(f"{file}: cannot be read as parquet ({' '.join(str(error).split())}): the file is truncated or damaged")
 
 
-def _hugging_face(source: PromptSource, images_key: str) -> Iterable[dict]:
+def _hugging_face(source: PromptSource, *picture_keys: str) -> Iterable[dict]:
     import datasets
 
     try:
@@ -105,18 +107,19 @@ def _hugging_face(source: PromptSource, images_key: str) -> Iterable[dict]:
             f"{source.source}: no such file, and the Hugging Face data set of this name cannot be loaded"
             f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check name, split and network, or give a directory"
         )
-    return undecoded(table, images_key)
+    return undecoded(table, *picture_keys)
 
 
-def undecoded(table, images_key: str) -> Iterable[dict]:
-    """A datasets.Dataset whose pictures come as the bytes they were stored as."""
+def undecoded(table, *picture_keys: str) -> Iterable[dict]:
+    """A datasets.Dataset whose pictures, in the columns of these names, come as the bytes they were stored as."""
     import datasets
 
-    feature = table.features.get(images_key)
-    if isinstance(feature, datasets.Image):
-        return table.cast_column(images_key, datasets.Image(decode=False))
-    if isinstance(getattr(feature, "feature", None), datasets.Image):
-        return table.cast_column(images_key, datasets.List(datasets.Image(decode=False)))
+    for key in picture_keys:
+        feature = table.features.get(key)
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(key, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            table = table.cast_column(key, datasets.List(datasets.Image(decode=False)))
     return table
 
 
@@ -134,9 +137,10 @@ def _parse(row: dict, where: str, default_id: str, root: Path | None, config: Da
         id=default_id if identity is None else str(identity),
         problem=_text(row, config.problem_key, "problem_key", where),
         answer=_text(row, config.answer_key, "answer_key", where),
-        images=_images(row.get(config.images_key), f"{where}: {config.images_key}"),
+        images=_images(row.get(config.images_key), f"{where}: {config.images_key}") or [],
         image_root=root,
         target=_text(row, config.target_key, "target_key", where) if with_target else None,
+        saliency=_images(row.get(config.saliency_key), f"{where}: {config.saliency_key}"),
     )
 
 
@@ -155,10 +159,10 @@ def _text(row: dict, column: str, key: str, where: str) -> str:
     return value
 
 
-def _images(value, where: str) -> list[bytes | str]:
-    """A list, one picture, or nothing at all."""
+def _images(value, where: str) -> list[bytes | str] | None:
+    """A list, one picture, or nothing at all: None."""
     if value is None:
-        return []
+        return None
     items = value if isinstance(value, list) else [value]
     return [_image(item, f"{where}[{index}]") for index, item in enumerate(items)]
 
