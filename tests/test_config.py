@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_papo.config import Config, load_config
+from megatron_papo.config import Config, DataConfig, load_config
 from megatron_papo.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -34,7 +34,7 @@ def test_exponents_without_a_point_are_numbers(text):
 
 
 def test_the_published_prompt_is_the_default():
-    template = load_config(CONFIGS / "papo_g_3b.yaml").data.prompt_template
+    template = DataConfig.model_fields["prompt_template"].default
     assert template.format(problem="P") == (
         "P\n\nYou first think through the reasoning process as an internal monologue, enclosed within <think> </think> tags. "
         "Then, provide your final answer enclosed within \\boxed{}."
