@@ -20,6 +20,8 @@ CONFIGS = ROOT / "configs"
 COMMON = {
     "seed": 1,
     "iterations": 202,  # 2 epochs of 38,870 problems: 2 * (38870 // 384)
+    "data.train": {"source": "PAPOGalaxy/PAPO_ViRL39K_train", "split": "train", "count": None},
+    "data.evaluation": {"source": "PAPOGalaxy/PAPO_MMK12_test", "split": "train", "count": None},
     "data.sft": None,
     "data.min_pixels": 200704,
     "data.max_pixels": 1003520,
