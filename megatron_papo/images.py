@@ -97,9 +97,14 @@ def load_masked_images(
         picture = open_image(root, name)
         if masking.space == "patch":
             picture = resize(picture, min_pixels, max_pixels)
-        importance = open_saliency(root, saliency[index]) if masking.strategy == "semantic" else None
-        seed_of_picture = derive_seed(seed, index)
-        squares = black_squares(picture.size, masking.strategy, masking.ratio, masking.square_pixels, seed_of_picture, importance)
+        squares = black_squares(
+            picture.size,
+            strategy=masking.strategy,
+            ratio=masking.ratio,
+            square_pixels=masking.square_pixels,
+            seed=derive_seed(seed, index),
+            saliency=open_saliency(root, saliency[index]) if masking.strategy == "semantic" else None,
+        )
         picture = blacken(picture, squares, masking.square_pixels)
         if masking.space == "native":
             picture = resize(picture, min_pixels, max_pixels)

@@ -109,3 +109,25 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             images.open_image(root, name)
         assert name.split("/")[-1] in str(error.value)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("form", ["png", "jpg", "webp"])
+def test_grid_of_file_is_that_of_the_upright_picture(tmp_path, orientation, form):
+    """Read from the header alone; a photograph held sideways has its rows and columns exchanged."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    name = f"turned.{form}"
+    picture(300, 100).save(tmp_path / name, exif=exif)
+    resized = images.load_images(tmp_path, [name], 3136, 50176)[0]
+    assert images.grid_of_file(tmp_path, name, 3136, 50176) == images.grid_of(resized)
+    assert images.grid_of(resized) == ((1, 22, 8) if orientation in (6, 8) else (1, 8, 22))  # 308 x 112 pixels
+
+
+def test_grid_of_a_bad_file_is_refused(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(UserError, match="text.png: cannot be read as a picture"):
+        images.grid_of_file(tmp_path, "text.png", 3136, 50176)
+    picture(201, 1).save(tmp_path / "narrow.png")
+    with pytest.raises(UserError, match="more than 200 times"):
+        images.grid_of_file(tmp_path, "narrow.png", 3136, 50176)

@@ -10,18 +10,8 @@ TIE_DECIMALS = 9
 """Mean saliencies that agree to so many decimals, on a scale of 0 to 1, are ties: sums of floats differ in the last bits."""
 
 
-def mask_image(
-    image: Image.Image, *, strategy: Strategy, ratio: float, square_pixels: int, seed: int, saliency: np.ndarray | None = None
-) -> Image.Image:
-    """A copy of an RGB picture with its black_squares blackened; the input is left as it is.
-
-    At least one square is black, so the copy differs from the picture unless all chosen squares were black before.
-    """
-    return blacken(image, black_squares(image.size, strategy, ratio, square_pixels, seed, saliency), square_pixels)
-
-
 def black_squares(
-    size: tuple[int, int], strategy: Strategy, ratio: float, square_pixels: int, seed: int, saliency: np.ndarray | None = None
+    size: tuple[int, int], *, strategy: Strategy, ratio: float, square_pixels: int, seed: int, saliency: np.ndarray | None = None
 ) -> np.ndarray:
     """Which squares of a (width, height) picture are black: bool [rows, columns], at least one of them True.
 
@@ -60,7 +50,7 @@ def black_squares(
 
 
 def blacken(image: Image.Image, squares: np.ndarray, square_pixels: int) -> Image.Image:
-    """A copy of the picture that is black where squares, bool [rows, columns], says so."""
+    """A copy of an RGB picture that is black where squares, bool [rows, columns], says so; the input is left as it is."""
     pixels = np.array(image)
     black = squares.repeat(square_pixels, axis=0).repeat(square_pixels, axis=1)
     pixels[black[: pixels.shape[0], : pixels.shape[1]]] = 0

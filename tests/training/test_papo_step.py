@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_papo import images
 from megatron_papo.checkpoint import convert
 from megatron_papo.objective.advantages import ADVANTAGES
-from megatron_papo.objective.image_masking import mask_image
+from megatron_papo.objective.image_masking import black_squares, blacken
 from megatron_papo.records import Rewards, Rollout, write_jsonl
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
@@ -124,7 +124,7 @@ def expected_log_probs(model, rollout: Rollout, data: Path, masked: bool) -> tor
         picture = images.resize(images.open_image(data, name), **PIXELS)
         if masked:
             seed = derive_seed(rollout.masked_image_seed, number)
-            picture = mask_image(picture, strategy="random", ratio=0.6, square_pixels=14, seed=seed)
+            picture = blacken(picture, black_squares(picture.size, strategy="random", ratio=0.6, square_pixels=14, seed=seed), 14)
         pictures.append(picture)
     ids, remaining = [], iter(pictures)
     for token in rollout.prompt_token_ids:
