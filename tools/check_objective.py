@@ -1,0 +1,192 @@
+"""Run a file of known objectives through this project's own, and compare loss, metrics and gradient.
+
+    python -m tools.check_objective tests/golden/papo_loss.json
+
+FILE is a JSON list of cases in the format of tests/golden/papo_loss.json, which came from the authors' own actor update: logits
+[B, T, V], responses, response_mask, advantages, cached log-probs, coefficients, `over` (what differs from the authors' defaults), and
+their metrics and gradient with respect to the logits. Each case goes the way of a training step: token statistics of the response
+positions from the logits, papo_loss, backward. Prints per case the largest relative error of the loss, of the metrics and of the
+gradient; exit status 1 if any exceeds 1e-5, 0 if none does.
+
+Relative errors: |ours - theirs| / (|theirs| + floor), where floor is 0.01 nats for loss and metrics and 0.01 of the largest entry for
+the gradient, since both sides are fp32 sums.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from megatron_papo.command_line import run
+from megatron_papo.errors import UserError
+
+LIMIT = 1e-5
+METRIC_FLOOR, GRADIENT_FLOOR = 0.01, 0.01
+KEYS = (
+    "over", "kl_coef", "kl_prcp_coef", "clip", "loss_avg_mode", "logits", "responses", "response_mask", "old_log_probs", "ref_log_probs",
+    "masked_log_probs", "advantages", "metrics", "grad",
+)  # fmt: skip
+ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
+AVERAGES = {"token": "token", "seq": "sequence"}
+KNOWN_OVERRIDES = (
+    "loss_avg_mode", "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "use_kl_loss", "kl_coef", "kl_penalty", "use_kl_prcp",
+    "kl_prcp_coef", "kl_prcp_penalty", "use_kl_prcp_clipping", "kl_prcp_clipping", "use_kl_prcp_token_level_mask",
+    "kl_prcp_token_level_mask_top_p", "use_aug_entropy_loss", "aug_entropy_loss_coef", "use_ori_entropy_loss", "ori_entropy_loss_coef",
+    "use_sft_loss", "sft_loss_coef",
+)  # fmt: skip
+METRICS = {
+    "actor/pg_loss": ("loss", 1),  # their name for the total
+    "actor/kl_loss": ("kl_ref", 1),
+    "actor/kl_prcp_loss": ("kl_prcp", -1),
+    "actor/aug_entropy_loss": ("masked_image_entropy_sampled", 1),
+    "actor/entropy_loss": ("entropy_sampled", 1),
+    "actor/ori_entropy_loss": ("entropy_sampled", 1),
+    "actor/sft_loss": ("sft_loss", 1),
+    "actor/pg_clipfrac_higher": ("clip_fraction_high", 1),
+    "actor/pg_clipfrac_lower": ("clip_fraction_dual", 1),
+    "actor/ppo_kl": ("kl_old", 1),
+    "actor/grad_norm": ("grad_norm", 1),
+}
+"""Their metric: ours, sign."""
+
+
+def read_cases(path: Path) -> list[dict]:
+    try:
+        cases = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}")
+    if not isinstance(cases, list) or not cases:
+        raise UserError(f"{path}: expected a JSON list of cases, as in tests/golden/papo_loss.json")
+    for number, case in enumerate(cases):
+        missing = [key for key in KEYS if key not in case] if isinstance(case, dict) else list(KEYS)
+        if missing:
+            raise UserError(f"{path}: case {number}: lacks {', '.join(missing)}: see tests/golden/papo_loss.json")
+        unknown = [key for key in case["over"] if key not in KNOWN_OVERRIDES]
+        if unknown:
+            raise UserError(f"{path}: case {number}: over holds {', '.join(unknown)}, which this tool cannot translate")
+    return cases
+
+
+def loss_options(case: dict) -> dict:
+    """papo_loss's options, in the authors' words on the left."""
+    over = case["over"]
+    low, high, dual = case["clip"]
+    annealing = case["metrics"].get("actor/kl_prcp_coef_annealing_discount", 1.0)
+    return {
+        "average": AVERAGES[case["loss_avg_mode"]],
+        "clip_ratio_low": low,
+        "clip_ratio_high": high,
+        "clip_ratio_dual": dual,
+        "kl_ref_coef": case["kl_coef"],
+        "kl_ref_estimator": ESTIMATORS[over.get("kl_penalty", "low_var_kl")],
+        "kl_prcp_coef": case["kl_prcp_coef"] * annealing,
+        "kl_prcp_estimator": ESTIMATORS[over.get("kl_prcp_penalty", "low_var_kl")],
+        "kl_prcp_clip": over.get("kl_prcp_clipping", 0.2) if over.get("use_kl_prcp_clipping") else None,
+        "kl_prcp_top_p": over.get("kl_prcp_token_level_mask_top_p", 0.2) if over.get("use_kl_prcp_token_level_mask") else None,
+        "entropy_coef": over.get("ori_entropy_loss_coef", 0.01) * annealing if over.get("use_ori_entropy_loss") else 0.0,
+        "masked_image_entropy_coef": over.get("aug_entropy_loss_coef", 0.01) * annealing if over.get("use_aug_entropy_loss") else 0.0,
+        "sft_coef": over.get("sft_loss_coef", 1e-3) if over.get("use_sft_loss") else 0.0,
+    }
+
+
+def run_case(case: dict, **changes):
+    """-> {metric: float}, gradient [B, T, V] of one case through our objective; changes: options of papo_loss that differ."""
+    import torch
+
+    from megatron_papo.model.log_probs import token_statistics
+    from megatron_papo.objective.papo_loss import papo_loss
+    from megatron_papo.training import parallel
+    from megatron_papo.training.batching import pad_responses
+
+    parallel.connect()
+    over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)
+    def table(name: str) -> torch.Tensor:
+        values = torch.tensor(case[name])
+        if values.shape != mask.shape:
+            raise ValueError(f"{name} is {list(values.shape)}, response_mask {list(mask.shape)}")
+        return values
+
+    logits = torch.tensor(case["logits"], dtype=torch.float32).requires_grad_()
+    positions = mask.flatten().nonzero()[:, 0]
+    tokens = table("responses").flatten()[positions]
+    statistics = token_statistics(logits.flatten(0, 1), positions, tokens, torch.distributed.group.WORLD)
+    correct = torch.tensor(case.get("correctness_mult_mask", [1.0] * len(mask)))[:, None]
+    loss, metrics = papo_loss(
+        pad_responses([statistics.log_probs], mask),
+        table("old_log_probs"),
+        table("advantages"),
+        mask,
+        ref_log_probs=table("ref_log_probs") if over.get("use_kl_loss", True) else None,
+        masked_image_log_probs=table("masked_log_probs") if over.get("use_kl_prcp", True) else None,
+        correct=correct,
+        **dict(num_tokens=mask.sum().item(), num_sequences=len(mask), num_correct_tokens=(mask * correct).sum().item())
+        | loss_options(case)
+        | changes,
+    )
+    loss.backward()
+    metrics["grad_norm"] = logits.grad.norm()
+    return {name: value.item() for name, value in metrics.items()}, logits.grad
+
+
+def errors_of(case: dict, **changes) -> dict[str, float]:
+    """Largest relative error of loss, metrics and gradient. Raises UserError where a metric of theirs is one that we lack."""
+    import torch
+
+    metrics, gradient = run_case(case, **changes)
+    errors = {"loss": 0.0, "metrics": 0.0, "gradient": 0.0}
+    for theirs, value in case["metrics"].items():
+        if theirs.endswith(("_coef", "_discount")):  # inputs
+            continue
+        if theirs not in METRICS or METRICS[theirs][0] not in metrics:
+            raise UserError(f"metric {theirs} has no counterpart here")
+        ours, sign = METRICS[theirs]
+        if theirs == "actor/entropy_loss" and case["loss_avg_mode"] == "seq":
+            value, found = _entropy_in_sequence_average(case, value)
+        else:
+            found = metrics[ours]
+        error = _not_finite_is_infinite(abs(found - sign * value) / (abs(value) + METRIC_FLOOR))
+        kind = "loss" if ours == "loss" else "metrics"
+        errors[kind] = max(errors[kind], error)
+    expected = torch.tensor(case["grad"])
+    difference = (gradient - expected).abs() / (expected.abs() + GRADIENT_FLOOR * expected.abs().max()).clamp(min=1e-30)
+    errors["gradient"] = _not_finite_is_infinite(difference.max().item())
+    return errors
+
+
+def _entropy_in_sequence_average(case: dict, value: float) -> tuple[float, float]:
+    """Their logged entropy follows the loss's average, ours is always over tokens: -> theirs, ours averaged their way."""
+    import torch
+
+    from megatron_papo.objective.papo_loss import average_weights
+
+    mask = torch.tensor(case["response_mask"], dtype=torch.float32)
+    log_probs = torch.log_softmax(torch.tensor(case["logits"]), -1).gather(-1, torch.tensor(case["responses"])[..., None])[..., 0]
+    weights = average_weights(mask, "sequence", num_tokens=mask.sum().item(), num_sequences=len(mask))
+    return value, (weights * -log_probs).sum().item()
+
+
+def _not_finite_is_infinite(error: float) -> float:
+    return error if math.isfinite(error) else math.inf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    path = parser.parse_args().file
+    failed, cases = 0, read_cases(path)
+    for number, case in enumerate(cases):
+        try:
+            errors = errors_of(case)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: case {number}: cannot be run ({' '.join(str(error).split())}): are its shapes right?")
+        wrong = max(errors.values()) > LIMIT
+        failed += wrong
+        shown = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        print(f"case {number:3}  {shown}  {'WRONG' if wrong else 'ok'}  {json.dumps(case['over'])}")
+    print(f"{path}: {len(cases)} cases, {failed} past {LIMIT:g}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run(main)
