@@ -37,7 +37,7 @@ done
 bash tools/setup_environment.sh
 export PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 PLAN=$(python -m tools.plan --config "$CONFIG" "${OVERRIDES[@]}" --stages "$CHOSEN")
-eval "$PLAN" # BASE_MODEL ITERATIONS SFT_PROCESSES TRAIN_PROCESSES STAGES
+eval "$PLAN" # BASE_MODEL ITERATIONS SFT_PROCESSES TRAIN_PROCESSES ROLLBACK_ITERATIONS STAGES
 SETTINGS=(--config "$CONFIG" "${OVERRIDES[@]}")
 
 RUN=runs/$NAME
@@ -87,15 +87,19 @@ stage 3 python -m stages.stage3_convert_to_megatron "${SETTINGS[@]}" --hf "$STAR
 stage 7 python -m stages.stage7_evaluate "${SETTINGS[@]}" --data "$DATA" --hf "$START" --server "$SERVER" --output "$RUN/evaluation/iteration_0000"
 
 # 4, 5, 6. Rollouts, PAPO, back to Hugging Face: once per iteration
-HF=$START MEGATRON=$REFERENCE PREVIOUS=()
+HF=$START MEGATRON=$REFERENCE PREVIOUS=() ROLLBACK=() CHECKPOINTS=("$REFERENCE")
 for ((i = 1; i <= ITERATIONS; i++)); do
   IT=$RUN/iterations/$(printf %04d "$i")
   stage 4 python -m stages.stage4_rollout "${SETTINGS[@]}" --iteration "$i" --data "$DATA" --hf "$HF" --server "$SERVER" "${PREVIOUS[@]}" \
     --output "$IT/rollouts"
   stage 5 "${TRAIN_LAUNCHER[@]}" -m stages.stage5_train "${SETTINGS[@]}" --iteration "$i" --data "$DATA" --rollouts "$IT/rollouts" \
-    --megatron "$MEGATRON" --reference "$REFERENCE" --output "$IT/megatron"
+    --megatron "$MEGATRON" --reference "$REFERENCE" "${ROLLBACK[@]}" --output "$IT/megatron"
   stage 6 python -m stages.stage6_convert_to_hf "${SETTINGS[@]}" --megatron "$IT/megatron" --output "$IT/hf"
   HF=$IT/hf MEGATRON=$IT/megatron PREVIOUS=(--previous "$IT/rollouts")
+  CHECKPOINTS+=("$MEGATRON")
+  if ((ROLLBACK_ITERATIONS > 0)); then # where the hacking guard of the next iteration may go back to
+    ROLLBACK=(--rollback "${CHECKPOINTS[i > ROLLBACK_ITERATIONS ? i - ROLLBACK_ITERATIONS : 0]}")
+  fi
 done
 
 # 7. And after?

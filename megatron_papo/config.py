@@ -192,6 +192,28 @@ class RolloutConfig(Section):
     """Requests under way at once."""
     request_timeout_seconds: float = Field(default=600.0, gt=0)
 
+    @property
+    def prompts_per_round(self) -> int:
+        dynamic = self.dynamic_sampling
+        return self.rollout_batch_size if dynamic is None else dynamic.generation_batch_size or self.rollout_batch_size
+
+    @model_validator(mode="after")
+    def _dynamic_sampling_can_end(self):
+        dynamic = self.dynamic_sampling
+        if dynamic is None:
+            return self
+        if self.prompts_per_round * dynamic.max_rounds < self.rollout_batch_size:
+            raise ValueError(
+                f"dynamic_sampling cannot fill rollout_batch_size {self.rollout_batch_size} in max_rounds {dynamic.max_rounds} of"
+                f" {self.prompts_per_round} prompts: raise max_rounds or generation_batch_size"
+            )
+        if not any(dynamic.lowest_accuracy < right / self.group_size < dynamic.highest_accuracy for right in range(self.group_size + 1)):
+            raise ValueError(
+                f"no group of {self.group_size} can have a mean accuracy between dynamic_sampling.lowest_accuracy"
+                f" {dynamic.lowest_accuracy} and highest_accuracy {dynamic.highest_accuracy}"
+            )
+        return self
+
 
 class RewardConfig(Section):
     accuracy_weight: float = 0.9
@@ -300,6 +322,9 @@ class HackingGuardConfig(Section):
     action: Literal["off", "warn", "lower_gamma", "rollback_and_lower_gamma", "stop"] = "warn"
     """On an alarm. warn: only say so. lower_gamma: multiply kl_prcp_coef by gamma_factor from the next step on. rollback_and_lower_gamma:
     the same, after going back to the checkpoint that the stage started from (or its --rollback). stop: end with an error."""
+    rollback_iterations: int = Field(default=0, ge=0)
+    """How many iterations before the start of the current one a rollback goes (run_all.sh hands stage 5 that checkpoint). 0: to its
+    start, and its rollouts are used again; else the rest of its rollouts, which another policy made, is left unused."""
     gamma_factor: float = Field(default=0.25, gt=0, lt=1)
     lowest_gamma_scale: float = Field(default=0.01, gt=0, le=1)
     """Once kl_prcp_coef has been lowered to less than this share of its value, an alarm is only a warning."""
@@ -345,7 +370,8 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(gt=0)
     """Prompts (groups) per optimizer step; rollout_batch_size / global_batch_size steps per iteration."""
     micro_batch_size: int = Field(gt=0)
-    """Rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the result."""
+    """Rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the result, unless objective.average
+    is micro_batch."""
     log_prob_micro_batch_size: int = Field(gt=0)
     """Rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
     max_rollout_log_prob_difference: float | None = Field(default=None, gt=0)

@@ -101,6 +101,7 @@ def run_case(case: dict, **changes):
 
     parallel.connect()
     over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)
+
     def table(name: str) -> torch.Tensor:
         values = torch.tensor(case[name])
         if values.shape != mask.shape:

@@ -47,6 +47,7 @@ def main() -> None:
         "ITERATIONS": config.iterations,
         "SFT_PROCESSES": config.sft.processes if config.sft else 0,
         "TRAIN_PROCESSES": config.parallel.world_size,
+        "ROLLBACK_ITERATIONS": config.hacking_guard.rollback_iterations,
         "STAGES": " ".join(map(str, parse_stages(args.stages))),
     }.items():
         print(f"{name}={shlex.quote(str(value))}")

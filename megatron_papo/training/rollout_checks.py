@@ -1,18 +1,20 @@
-"""How far SGLang's log-probs of the rollouts are from Megatron's: the first sign of a wrong picture, weight or position."""
+"""What the first sweep over the rollouts tells about them: were they sampled from the policy that is about to be trained?"""
 
 import torch
 from torch import Tensor
 
 from megatron_papo.errors import UserError
-from megatron_papo.objective.rollout_mismatch import mismatch_metrics, mismatch_sums
-from megatron_papo.training import collectives
+from megatron_papo.objective.rollout_mismatch import mismatch_metrics, mismatch_sums, sampling_bias_metrics, sampling_bias_sums
+from megatron_papo.training import collectives, parallel
 from megatron_papo.training.batching import Row
 
 WORST_SHOWN = 5
 
 
 def compare_with_server(rows: list[Row], old_log_probs: list[Tensor], limit: float | None) -> dict[str, float]:
-    """-> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows.
+    """How far SGLang's log-probs are from Megatron's: the first sign of a wrong picture, weight or position.
+
+    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows.
 
     old_log_probs: one [response_length] per row on the last stage, else []. Collective over all ranks. Raises UserError, listing the
     worst tokens, where the mean difference exceeds limit.
@@ -30,5 +32,21 @@ def compare_with_server(rows: list[Row], old_log_probs: list[Tensor], limit: flo
         raise UserError(
             f"log-probs of the rollouts differ by {mean:.3g} nats on average, {maximum:.3g} at most (limit {limit}): the server did not run"
             f" these weights or did not see these pictures. Worst here: {shown}"
+        )
+    return metrics
+
+
+def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:
+    """sampling_bias of the rollouts of all ranks; said aloud where top_p makes one. old: compute_log_probs of the old policy.
+
+    Collective over all ranks.
+    """
+    log_probs, entropy = (torch.cat([torch.zeros(0), *(values.cpu() for values in old[name])]) for name in ("log_probs", "entropy"))
+    metrics = sampling_bias_metrics(collectives.sum_from_last_stage(sampling_bias_sums(log_probs, entropy)))
+    if top_p < 1 and parallel.is_main_rank():
+        print(
+            f"rollout.top_p {top_p}: the sampled tokens are {-metrics['sampling_bias']:.4f} +- {metrics['sampling_bias_error']:.4f} nats less"
+            " surprising on average than samples of the policy that is trained: a bias of the gradient; 1.0 has none",
+            flush=True,
         )
     return metrics

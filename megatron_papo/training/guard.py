@@ -1,0 +1,77 @@
+"""The hacking guard of a run: what objective/hacking_guard.py sees, turned into the configured action."""
+
+from dataclasses import dataclass
+
+from megatron_papo.config import HackingGuardConfig, ObjectiveConfig
+from megatron_papo.objective.hacking_guard import GuardState, Verdict, lowered, observe, watched_quantities
+
+THRESHOLDS = (
+    "warmup_steps", "level_factor", "variance_factor", "clip_fraction_factor", "entropy_factor", "signs_needed", "patience_steps",
+    "cooldown_steps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One alarm and what follows from it; a line of guard.jsonl."""
+
+    step: int
+    attempt: int
+    action: str
+    """warn, lower_gamma, rollback (with a lower gamma) or stop."""
+    signs: tuple[str, ...]
+    ratios: dict[str, float]
+    """Recent value / baseline of every watched quantity."""
+    kl_prcp_scale: float
+    """Of kl_prcp_coef, from the next step on."""
+
+    @property
+    def message(self) -> str:
+        seen = ", ".join(f"{name} {self.ratios[name]:.1f} x its baseline" for name in self.signs)
+        what = {
+            "warn": "nothing is changed",
+            "lower_gamma": f"kl_prcp_coef is now {self.kl_prcp_scale:.4g} x its value",
+            "rollback": f"back to the checkpoint, kl_prcp_coef {self.kl_prcp_scale:.4g} x its value",
+            "stop": "stopped: lower objective.kl_prcp_coef, or choose another hacking_guard.action",
+        }[self.action]
+        return f"hacking guard: step {self.step}: {seen}: {what}"
+
+
+class Guard:
+    """Holds the state over the steps of a stage. Every rank has one and, given the same metrics, decides alike."""
+
+    def __init__(self, config: HackingGuardConfig, objective: ObjectiveConfig, saved: dict | None):
+        self.config = config
+        self.watches = config.action != "off" and objective.kl_prcp_coef > 0
+        self.state = GuardState(**saved) if saved else GuardState()
+        self.signs: tuple[str, ...] = ()
+
+    @property
+    def kl_prcp_scale(self) -> float:
+        """What kl_prcp_coef is multiplied by: 1 unless this guard is one that lowers it."""
+        return self.state.kl_prcp_scale if self.config.lowers_gamma else 1.0
+
+    def observe(self, metrics: dict[str, float], step: int, attempt: int) -> Decision | None:
+        """Takes the metrics of a finished step; the decision, if there is an alarm."""
+        if not self.watches:
+            return None
+        thresholds = {name: getattr(self.config, name) for name in THRESHOLDS}
+        self.state, verdict = observe(self.state, watched_quantities(metrics), **thresholds)
+        self.signs = verdict.signs
+        return self._decide(verdict, step, attempt) if verdict.alarm else None
+
+    def _decide(self, verdict: Verdict, step: int, attempt: int) -> Decision:
+        action = self.config.action
+        if self.config.lowers_gamma:
+            if self.state.kl_prcp_scale < self.config.lowest_gamma_scale:
+                action = "warn"
+            else:
+                self.state = lowered(self.state, self.config.gamma_factor)
+                action = {"rollback_and_lower_gamma": "rollback"}.get(action, action)
+        return Decision(step, attempt, action, verdict.signs, verdict.ratios, self.state.kl_prcp_scale)
+
+    def went_back(self, saved: dict | None) -> None:
+        """After a rollback: the statistics of the checkpoint, the lowered gamma of now."""
+        then = GuardState(**saved) if saved else GuardState()
+        self.state = GuardState(**then.as_dict() | {"kl_prcp_scale": self.state.kl_prcp_scale, "interventions": self.state.interventions})
+        self.signs = ()

@@ -1,0 +1,43 @@
+"""What a training stage writes about its optimizer steps: metrics.jsonl, guard.jsonl and TensorBoard."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_papo.training.guard import Decision
+
+
+class MetricsLog:
+    """One entry per optimizer step. A step that the hacking guard has undone stays, under its `attempt`: the last one counts."""
+
+    def __init__(self, directory: Path, iteration: int):
+        self.directory, self.iteration = directory, iteration
+
+    def __enter__(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.lines = open(self.directory / "metrics.jsonl", "w")
+        self.decisions = open(self.directory / "guard.jsonl", "w")
+        self.board = SummaryWriter(self.directory / "tensorboard")
+        return self
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.lines.write(json.dumps({"step": step, "iteration": self.iteration} | metrics) + "\n")
+        self.lines.flush()
+        for name, value in metrics.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+
+    def write_decision(self, decision: Decision) -> None:
+        self.decisions.write(json.dumps({"iteration": self.iteration} | asdict(decision)) + "\n")
+        self.decisions.flush()
+
+    def __exit__(self, *_):
+        self.lines.close()
+        self.decisions.close()
+        self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The steps of a metrics.jsonl that count, in order: of each step number the last attempt."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({row["step"]: row for row in rows}.values())
