@@ -94,8 +94,9 @@ def roll_out(
     pictures = picture_loader(data, config, config.data.max_pixels, kept=2 * settings.concurrency)
     client, version = client_with_weights(where, hf, fingerprint, config)
 
-    def rounds(count: int) -> Iterator[list[Group]]:
-        """Rounds of `count` prompts, without end; each is sampled when it is asked for."""
+    def rounds() -> Iterator[list[Group]]:
+        """Without end; each is sampled when it is asked for."""
+        count = settings.prompts_per_round
         for number in itertools.count():
             drawn = prompts_at(len(prompts), first_position + number * count, count, config.seed)
             jobs = [job for epoch, index in drawn for job in _jobs(config, iteration, epoch, prompts[index])]
@@ -106,10 +107,7 @@ def roll_out(
             yield [Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)]
 
     started = time.monotonic()
-    if dynamic is None:
-        batch = one_round(next(rounds(settings.rollout_batch_size)))
-    else:
-        batch = fill_batch(rounds(dynamic.generation_batch_size or settings.rollout_batch_size), settings.rollout_batch_size, dynamic)
+    batch = one_round(next(rounds())) if dynamic is None else fill_batch(rounds(), settings.rollout_batch_size, dynamic)
     seconds = time.monotonic() - started
 
     write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept))
@@ -181,6 +179,7 @@ def _records(config: Config, iteration: int, groups: list) -> Iterator:
                 prompt_token_ids=job.prompt.token_ids,
                 prompt_num_tokens=job.prompt.num_tokens,
                 images=job.prompt.images,
+                saliency=job.prompt.saliency,
                 response_token_ids=result.sample.token_ids,
                 rollout_log_probs=result.sample.log_probs,
                 text=result.text,

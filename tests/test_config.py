@@ -26,6 +26,14 @@ def test_overrides_are_yaml_values():
     assert load_config(DEMO).optimizer.learning_rate != 1e-6
 
 
+def test_dynamic_sampling_and_overlong_settings_at_their_limits():
+    """Controls of the refusals below."""
+    config = load_config(DEMO, ["rollout.dynamic_sampling={generation_batch_size: 13}", "reward.soft_overlong_buffer_tokens=20"])
+    assert config.rollout.prompts_per_round == 13
+    config = load_config(DEMO, ["rollout.dynamic_sampling={lowest_accuracy: 0.51, highest_accuracy: 0.63}"])  # 5 of 8
+    assert config.rollout.prompts_per_round == load_config(DEMO).rollout.prompts_per_round == 256
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1E6", "2e+3", ".5e1", "3.e2"])
 def test_exponents_without_a_point_are_numbers(text):
     """Plain YAML 1.1 reads 1e-6 as a string (the control)."""
@@ -61,6 +69,9 @@ def test_the_published_prompt_is_the_default():
         ("data.prompt_template='{problem} {}'", "prompt_template is not a format string"),
         ("data.train.source=x.jsonl", "model.path is null, which is only possible with the synthetic task"),
         ("rollout.group_size=1", "rollout.group_size: Input should be greater than 1 (got 1)"),
+        ("rollout.dynamic_sampling={generation_batch_size: 12}", "cannot fill rollout_batch_size 256 in max_rounds 20 of 12 prompts"),
+        ("rollout.dynamic_sampling={lowest_accuracy: 0.51, highest_accuracy: 0.62}", "no group of 8 can have a mean accuracy between"),
+        ("rollout.dynamic_sampling={lowest_accuracy: 0.5, highest_accuracy: 0.5}", "lowest_accuracy 0.5 is not below highest_accuracy"),
         ("reward.soft_overlong_buffer_tokens=21", "soft_overlong_buffer_tokens 21 is larger than rollout.max_response_tokens 20"),
         ("seed", "expected section.key=value"),
         ("seed.x=1", "seed is not a section"),

@@ -102,3 +102,10 @@ def test_dry_run_prints_every_command_and_makes_nothing():
     lines = result.stdout.splitlines()
     assert [f"stage{n}_" for n in (1, 2, 3, 7, 4, 5, 6, 7)] == [f"stage{line.split('stages.stage')[1][0]}_" for line in lines if "stages.stage" in line]
     assert not (ROOT / "runs" / "test-dry").exists()
+
+
+def test_each_iteration_is_told_where_the_one_before_stopped():
+    overrides = ["--set", "iterations=3", "--stages", "4"]
+    result = subprocess.run(command("test-dry", "--dry-run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    told = [line.partition("--previous ")[2].partition(" ")[0] for line in result.stdout.splitlines() if "stages.stage4" in line]
+    assert told == ["", "runs/test-dry/iterations/0001/rollouts", "runs/test-dry/iterations/0002/rollouts"]

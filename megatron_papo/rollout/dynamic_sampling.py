@@ -63,8 +63,8 @@ def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: Dynamic
         if len(between) >= wanted:
             return Batch(between[:wanted], sampled, number, all_right, all_wrong, len(between) - wanted)
     raise UserError(
-        f"rollout.dynamic_sampling: after max_rounds = {settings.max_rounds} rounds, {len(sampled)} prompts gave {len(between)} groups of"
-        f" the {wanted} wanted: {all_right} were all right, {all_wrong} all wrong: {_advice(all_right, all_wrong)}, lower"
+        f"rollout.dynamic_sampling: after max_rounds = {settings.max_rounds} rounds, {len(sampled)} prompts gave {len(between)} of the"
+        f" {wanted} groups wanted: {all_right} were all right, {all_wrong} all wrong: {_advice(all_right, all_wrong)}, lower"
         " rollout.rollout_batch_size, or raise rollout.group_size or rollout.dynamic_sampling.max_rounds"
     )
 

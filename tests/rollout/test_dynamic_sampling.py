@@ -95,7 +95,7 @@ def test_any_rounds(rounds, wanted, max_rounds):
 def test_giving_up_says_what_was_found_and_what_to_do():
     with pytest.raises(UserError) as hard:
         fill_batch(iter(numbered([[0, 0, 1], [0, 5, 0]])), 4, DynamicSamplingConfig(max_rounds=2))
-    assert "after max_rounds = 2 rounds, 6 prompts gave 1 groups of the 4 wanted: 1 were all right, 4 all wrong" in str(hard.value)
+    assert "after max_rounds = 2 rounds, 6 prompts gave 1 of the 4 groups wanted: 1 were all right, 4 all wrong" in str(hard.value)
     assert "easier prompts" in str(hard.value) and "max_rounds" in str(hard.value)
     with pytest.raises(UserError) as easy:
         fill_batch(iter(numbered([[5, 5, 0]])), 4, DynamicSamplingConfig(max_rounds=1))
