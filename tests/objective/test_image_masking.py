@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_papo.config import MaskedImageConfig
 from megatron_papo.errors import UserError
-from megatron_papo.images import load_images, load_masked_images, to_patches
+from megatron_papo.images import load_images, load_masked_images, resize, to_patches
 from megatron_papo.objective.image_masking import black_squares, blacken, mean_saliency
 from megatron_papo.picture_files import decode_saliency
 
@@ -61,7 +61,8 @@ def test_ratio_and_independence_on_a_real_size():
 def test_a_mask_always_masks():
     """A picture no larger than a square is all black; of few squares at least one is, each equally likely. Drawn 3000 times."""
     for size in ((10, 8), (1, 1), (14, 14)):
-        assert all(black(mask_image(picture(*size), strategy="random", ratio=0.01, square_pixels=14, seed=s)).all() for s in range(50))
+        for seed in range(50):
+            assert black(mask_image(picture(*size), strategy="random", ratio=0.01, square_pixels=14, seed=seed)).all()
     counts = np.zeros((2, 3))
     for seed in range(3000):
         squares = black_squares((40, 20), strategy="random", ratio=0.05, square_pixels=14, seed=seed)
@@ -128,7 +129,8 @@ def test_ties_are_drawn():
     drawn = [black_squares((140, 84), strategy="semantic", ratio=0.6, square_pixels=14, seed=s, saliency=flat) for s in range(2000)]
     assert {int(squares.sum()) for squares in drawn} == {36}
     np.testing.assert_allclose(np.mean(drawn, axis=0), 0.6, atol=5 * (0.24 / 2000) ** 0.5)
-    np.testing.assert_array_equal(drawn[3], black_squares((140, 84), strategy="semantic", ratio=0.6, square_pixels=14, seed=3, saliency=flat))
+    again = black_squares((140, 84), strategy="semantic", ratio=0.6, square_pixels=14, seed=3, saliency=flat)
+    np.testing.assert_array_equal(drawn[3], again)
     assert (drawn[3] != drawn[4]).any()
     peak = np.full((6, 10), 0.3)
     peak[2, 7], peak[4] = 0.9, 0.0
@@ -159,7 +161,8 @@ def test_every_kind_of_map():
     expected = mean_saliency((50, 40), 14, levels)
     for name, content in files.items():
         values, kind = decode_saliency(content, name)
-        assert values.dtype == np.float64 and values.shape == (7, 11) and kind == {"npy": "NPY", "float": "TIFF"}.get(name.split()[0], "PNG")
+        assert values.dtype == np.float64 and values.shape == (7, 11)
+        assert kind == {"npy": "NPY", "float": "TIFF"}.get(name.split()[0], "PNG")
         np.testing.assert_allclose(mean_saliency((50, 40), 14, values), expected, atol=1e-7, err_msg=name)
     assert np.abs(mean_saliency((50, 40), 14, levels[::-1]) - expected).max() > 0.1  # control
 
@@ -233,6 +236,16 @@ def test_native_space_masks_before_the_resize(folder):
         assert original.size == native.size
         assert (np.asarray(native) != np.asarray(original)).any()
         assert (np.asarray(native) != np.asarray(patch)).any()
+
+
+def test_a_very_long_picture_keeps_its_size(folder):
+    """At 28 x 3164 pixels it is over max_pixels even after the resize, so a second resize would shrink it again."""
+    picture(50, 10000).save(folder / "long.png")
+    original = load_images(folder, ["long.png"], *LIMITS)[0]
+    assert original.size == (28, 3164) != resize(original, *LIMITS).size
+    for space in ("native", "patch"):
+        masked = load_images(folder, ["long.png"], *LIMITS, masking=MaskedImageConfig(space=space), seed=1)[0]
+        assert masked.size == original.size and (np.asarray(masked) != np.asarray(original)).any()
 
 
 def test_each_picture_of_a_prompt_has_its_own_mask(folder):

@@ -193,6 +193,16 @@ BAD_ROWS = {
     "half a surrogate pair": ({**GOOD, "problem": "<image>\ud800"}, "problem is not valid Unicode (position 7)"),
     "a picture format that runs programs": ({**GOOD, "images": ["figure.eps"]}, "cannot be read as a picture"),
     "not an object": ([1], "expected a JSON object"),
+    "more maps than images": ({**GOOD, "saliency": ["map.npy", "map.npy"]}, "2 saliency maps for 1 images"),
+    "a map without image": ({"problem": "?", "answer": "1", "saliency": ["map.npy"]}, "1 saliency maps for 0 images"),
+    "an empty list of maps": ({**GOOD, "saliency": []}, "0 saliency maps for 1 images"),
+    "missing map": ({**GOOD, "saliency": ["none.npy"]}, "saliency map none.npy: no such file"),
+    "map outside": ({**GOOD, "saliency": ["../outside.png"]}, "saliency map ../outside.png: outside the data root"),
+    "map in colours": ({**GOOD, "saliency": ["good.png"]}, "saliency map good.png: cannot be read as a saliency map (a picture in colours"),
+    "map of three dimensions": ({**GOOD, "saliency": ["deep.npy"]}, "saliency map deep.npy: an array of shape (1, 4, 4)"),
+    "map with NaN": ({**GOOD, "saliency": ["nan.npy"]}, "saliency map nan.npy: holds NaN"),
+    "map that is text": ({**GOOD, "saliency": ["text.png"]}, "saliency map text.png: cannot be read as a saliency map"),
+    "map of a wrong type": ({**GOOD, "saliency": [None]}, "saliency[0]: expected a path"),
     "same id twice": ({**GOOD, "id": "set-1"}, "ids must be unique"),
 }
 
@@ -207,6 +217,9 @@ def test_bad_rows_are_named(case, stage, tmp_path):
     (folder / "narrow.png").write_bytes(png(201, 1))
     (folder / "text.png").write_text("hello")
     Image.new("RGB", (40, 40)).save(folder / "figure.eps")
+    np.save(folder / "map.npy", np.ones((4, 4)))
+    np.save(folder / "deep.npy", np.ones((1, 4, 4)))
+    np.save(folder / "nan.npy", np.full((4, 4), np.nan))
     (tmp_path / "outside.png").write_bytes(png(56, 56))
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     (folder / "set.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")
@@ -215,6 +228,80 @@ def test_bad_rows_are_named(case, stage, tmp_path):
     assert f"{folder / 'set.jsonl'}:2: " in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def npy(seed) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.random.default_rng(seed).random((3, 4 + seed), dtype=np.float32))
+    return stream.getvalue()
+
+
+def grey_png(seed) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 5), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+MAPS = [[npy(1)], [grey_png(2), npy(3)], [], [npy(1)]]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_saliency_maps_are_stored(kind, stage, tmp_path):
+    """One map per image, by path or as bytes, each content once; only rows that have them get them."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [row | {"attention": maps} for row, maps in zip(ROWS, MAPS)]
+    rows[3]["attention"] = None
+    if kind == "jsonl":
+        for row in rows:
+            for column, suffix in (("images", "png"), ("attention", "map")):
+                names = [f"{hashlib.md5(content).hexdigest()}.{suffix}" for content in row[column] or []]
+                for name, content in zip(names, row[column] or []):
+                    (folder / name).write_bytes(content)
+                row |= {column: None if row[column] is None else names}
+        source = folder / "set.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        source = folder / "set.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    output = stage(source, "data.saliency_key=attention")
+    prompts = read_jsonl(output / "prompts.jsonl", Prompt)
+    assert [[(output / name).read_bytes() for name in prompt.saliency] for prompt in prompts] == [*MAPS[:3], []]
+    for name in (name for prompt in prompts for name in prompt.saliency):
+        stem, suffix = name.removeprefix("saliency/").split(".")
+        content = (output / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == stem and suffix == ("npy" if content.startswith(b"\x93NUMPY") else "png")
+    assert read_manifest(output)["counts"]["saliency_maps"] == 3 == len(list((output / "saliency").iterdir()))
+    assert read_manifest(output)["counts"]["images"] == 5
+    # Under another column name they are not seen.
+    other = stage(source, output="other")
+    assert not (other / "saliency").exists() and all(prompt.saliency == [] for prompt in read_jsonl(other / "prompts.jsonl", Prompt))
+
+
+SEMANTIC = ["masked_image.strategy=semantic", "evaluation.masked_images=false"]
+
+
+def test_semantic_masking_asks_for_maps_here(stage, tmp_path):
+    """Before a rollout is sampled: of the set that will be masked, and also when the data was made for another strategy."""
+    rows = [{"problem": "?", "answer": "1"}, {**GOOD, "saliency": ["good.npy"]}, GOOD]
+    (tmp_path / "good.png").write_bytes(png(56, 56))
+    (tmp_path / "good.npy").write_bytes(npy(1))
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    needs = "no saliency map in column saliency, which masked_image.strategy semantic needs"
+    with pytest.raises(UserError, match=f"set.jsonl:3: {needs}"):
+        stage(tmp_path / "set.jsonl", *SEMANTIC)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    with pytest.raises(UserError, match=f"synthetic evaluation:1: {needs}"):
+        stage(tmp_path / "set.jsonl", "data.train.count=2", "masked_image.strategy=semantic")
+    output = stage(tmp_path / "set.jsonl")
+    with pytest.raises(UserError, match="prompts.jsonl:3: prompt set-3: image images/.*png: no saliency map"):
+        stage(tmp_path / "set.jsonl", *SEMANTIC)
+    # Where nothing is masked, or the maps are there, the strategy is no part of what stage 1 makes.
+    stage(tmp_path / "set.jsonl", *SEMANTIC, "objective.kl_prcp_coef=0", "objective.masked_image_entropy_coef=0")
+    fingerprint = read_manifest(output)["fingerprint"]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with_maps = [read_manifest(stage(tmp_path / "set.jsonl", *more, output="with_maps"))["fingerprint"] for more in (SEMANTIC, [])]
+    assert with_maps[0] == with_maps[1] != fingerprint
 
 
 def test_bad_files_are_named(stage, tmp_path):
@@ -271,6 +358,8 @@ def test_hugging_face_data_set_is_read_undecoded():
         table = table.cast_column("images", feature)
         assert "PIL" in str(type(table[0]["images"][0] if isinstance(value, list) else table[0]["images"]))
         assert next(iter(undecoded(table, "images")))["images"] == value
+        assert next(iter(undecoded(table, "saliency", "images")))["images"] == value
+        assert next(iter(undecoded(table, "saliency")))["images"] != value  # control: another column stays decoded
 
 
 def test_unreachable_hugging_face_data_set(stage, tmp_path):
