@@ -288,8 +288,8 @@ class ObjectiveConfig(Section):
     masked_image_entropy_coef: float = Field(default=0.0, ge=0)
     """eta_2: the masked-image policy's. Reaches the gradient only with masked_branch `recompute_with_grad`; otherwise (as published) it
     changes the logged loss alone."""
-    entropy_estimator: Literal["sampled", "true"] = "sampled"
-    """sampled: -log pi of the sampled tokens (published). true: the entropy over the vocabulary. Of both entropy terms."""
+    entropy_estimator: Literal["sampled", "exact"] = "sampled"
+    """sampled: -log pi of the sampled tokens (published). exact: the entropy over the vocabulary. Of both entropy terms."""
     sft_coef: float = Field(default=0.0, ge=0)
     """Weight of -log pi averaged over the response tokens of correct rollouts (1e-3 in the authors' code, where it is off)."""
 

@@ -169,7 +169,7 @@ def papo_loss(
     the whole step; num_correct_tokens: response tokens of its correct rollouts (correct: [B, 1] of 0 and 1). A tensor may be None when
     no option with a weight needs it: ref_log_probs for kl_ref_coef, masked_image_log_probs for kl_prcp_coef and
     masked_image_entropy_coef, rollout_log_probs for importance_sampling_cap, entropy and masked_image_entropy (over the vocabulary) for
-    entropy_estimator `true`, exact_kl_prcp for the estimator `exact`. Gradient flows into whatever requires it: a cached masked-image
+    entropy_estimator `exact`, exact_kl_prcp for the KL_prcp estimator `exact`. Gradient flows into whatever requires it: a cached masked-image
     branch does not. Entropies and clip fractions are averages over tokens whatever `average` says. The metrics are contributions too:
     sum them over micro-batches and ranks, then call finish_metrics.
     """
@@ -195,7 +195,7 @@ def papo_loss(
     terms = {"policy_loss": (weights * policy).sum(), "entropy_sampled": (token_weights * -log_probs).sum()}
     if entropy is not None:
         terms["entropy"] = (token_weights * clean(entropy)).sum()
-    loss = terms["policy_loss"] + entropy_coef * terms["entropy" if entropy_estimator == "true" else "entropy_sampled"]
+    loss = terms["policy_loss"] + entropy_coef * terms["entropy" if entropy_estimator == "exact" else "entropy_sampled"]
 
     if ref_log_probs is not None:
         terms["kl_ref"] = (weights * KL_ESTIMATORS[kl_ref_estimator](log_probs, ref_log_probs)).sum()
@@ -216,7 +216,7 @@ def papo_loss(
         terms["masked_image_entropy_sampled"] = (token_weights * -masked_image_log_probs).sum()
         if masked_image_entropy is not None:
             terms["masked_image_entropy"] = (token_weights * clean(masked_image_entropy)).sum()
-        masked_entropy = terms["masked_image_entropy" if entropy_estimator == "true" else "masked_image_entropy_sampled"]
+        masked_entropy = terms["masked_image_entropy" if entropy_estimator == "exact" else "masked_image_entropy_sampled"]
         loss = loss - kl_prcp_coef * terms["kl_prcp"] + masked_image_entropy_coef * masked_entropy
         terms["kl_prcp_mean"] = (token_weights * per_token).sum()
         terms["kl_prcp_second_moment"] = (token_weights * per_token.square()).sum()

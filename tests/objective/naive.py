@@ -45,7 +45,7 @@ def kept_tokens(values, share):
 
 def naive_papo_loss(
     rollouts, *, average="token", low=0.2, high=0.3, dual=3.0, beta=0.0, gamma=0.0, eta_1=0.0, eta_2=0.0, estimator="k3", ref_estimator="k3",
-    ratio_level="token", importance_cap=None, kl_clip=None, top_p=None, true_entropy=False, sft=0.0,
+    ratio_level="token", importance_cap=None, kl_clip=None, top_p=None, exact_entropy=False, sft=0.0,
 ):  # fmt: skip
     """rollouts: dicts with advantage, correct, and a list per kind of number (log_probs, old, ref, masked, rollout, entropy,
     masked_entropy, exact_kl), one entry per response token: scalar float64 tensors or floats. -> scalar tensor, metrics."""
@@ -105,7 +105,7 @@ def naive_papo_loss(
     }
     if sft:
         metrics["sft_loss"] = mean(sft_tokens)
-    h, h_masked = ("entropy", "masked_image_entropy") if true_entropy else ("entropy_sampled", "masked_image_entropy_sampled")
+    h, h_masked = ("entropy", "masked_image_entropy") if exact_entropy else ("entropy_sampled", "masked_image_entropy_sampled")
     loss = (
         metrics["policy_loss"] + beta * metrics["kl_ref"] - gamma * metrics["kl_prcp"] + eta_1 * metrics[h] + eta_2 * metrics[h_masked]
         + sft * metrics.get("sft_loss", 0.0)

@@ -27,7 +27,7 @@ TOLERANCE = dict(rtol=2e-5, atol=2e-6)  # fp32 sums of at most 20 terms
 def option_names(options):
     """naive.py's words -> papo_loss's."""
     named = {NAMES[name]: value for name, value in options.items() if name in NAMES}
-    return named | {"entropy_estimator": "true" if options.get("true_entropy") else "sampled"}
+    return named | {"entropy_estimator": "exact" if options.get("exact_entropy") else "sampled"}
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,9 @@ CHANGES = {
     "clip low": dict(low=0.02), "clip high": dict(high=0.02), "dual": dict(dual=1.1),
     "beta": dict(beta=0.5), "gamma": dict(gamma=0.6), "eta 1": dict(eta_1=0.3), "eta 2": dict(eta_2=0.5),
     "KL_prcp clipped": dict(kl_clip=0.05), "top-p": dict(top_p=0.4), "top-p, then clipped": dict(top_p=0.4, kl_clip=0.05),
-    "true entropy": dict(true_entropy=True, eta_1=0.3, eta_2=0.5),
+    "exact entropy": dict(exact_entropy=True, eta_1=0.3, eta_2=0.5),
     "GSPO": dict(ratio_level="sequence"), "TIS": dict(importance_cap=1.2), "SFT": dict(sft=0.3),
-    "everything": dict(average="sequence", estimator="exact", ref_estimator="k2", true_entropy=True, top_p=0.6, kl_clip=0.3, ratio_level="sequence", importance_cap=0.9, sft=0.2),
+    "everything": dict(average="sequence", estimator="exact", ref_estimator="k2", exact_entropy=True, top_p=0.6, kl_clip=0.3, ratio_level="sequence", importance_cap=0.9, sft=0.2),
 }  # fmt: skip
 
 

@@ -55,7 +55,9 @@ def test_rollouts(rollouts, demo_data):
     assert len({one.masked_image_seed for one in records}) == len(groups)
     assert len({tuple(one.response_token_ids) for one in groups[0]}) == 3
     manifest = json.loads((rollouts / "manifest.json").read_text())
-    assert manifest["counts"]["responses"] == 48 and manifest["counts"]["prompts"] == 16
+    counts = manifest["counts"]
+    assert counts["responses_sampled"] == counts["responses_kept"] == 48 and counts["prompts"] == counts["prompts_used"] == 16
+    assert counts["next_position"] == 3 * 16
     assert records[0].weight_version == manifest["recipe"]["inputs"]["hf"][:16]
 
 

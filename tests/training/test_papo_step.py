@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from megatron_papo import images
 from megatron_papo.checkpoint import convert
-from megatron_papo.objective.advantages import ADVANTAGES
+from megatron_papo.checkpoint.name_map import disk_name
+from megatron_papo.objective.advantages import advantages_of
 from megatron_papo.objective.image_masking import black_squares, blacken
-from megatron_papo.records import Rewards, Rollout, write_jsonl
+from megatron_papo.records import Rewards, Rollout, read_jsonl, write_jsonl
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
 
+from tests.objective.naive import naive_papo_loss
+
 ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "objective"))
-from naive import naive_papo_loss  # noqa: E402
 
 GROUP, TEMPERATURE = 3, 0.7
 PIXELS = dict(min_pixels=3136, max_pixels=50176)
@@ -59,28 +61,76 @@ def make_rollouts(config: dict) -> list[Rollout]:
                 Rollout(
                     prompt_id=f"p{group}", iteration=1, epoch=0, group=group, sample=sample, answer="1", prompt_token_ids=prompt,
                     prompt_num_tokens=len(prompt) - len(names) + tokens, images=names,
-                    response_token_ids=[rng.randrange(300) for _ in range(length)], rollout_log_probs=[0.0] * length, text="",
-                    finish_reason="stop", rewards=Rewards(overall=rng.choice([0.0, 0.1, 0.9, 1.0]), accuracy=0, format=0),
+                    response_token_ids=[rng.randrange(300) for _ in range(length)],
+                    rollout_log_probs=[-6 + rng.random() for _ in range(length)], text="", finish_reason="length" if length == 6 else "stop",
+                    rewards=Rewards(overall=rng.choice([0.0, 0.1, 0.9, 1.0]), accuracy=sample % 2, format=0),
                     temperature=TEMPERATURE, top_p=1.0, sampling_seed=0, masked_image_seed=derive_seed(7, group), weight_version="w",
                 )  # fmt: skip
             )
     return records
 
 
+@dataclass(frozen=True)
+class Objective:
+    """One objective: how the configuration says it, and how naive_papo_loss does."""
+
+    overrides: list[str]
+    options: dict
+    masked: str = "cached"
+    """Which policy the masked branch is of, and whether gradient flows: objective.masked_branch."""
+    filtered: bool = False
+    """Cut-off rollouts do not count."""
+
+
+COEFFICIENTS = dict(beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
+OBJECTIVES = {
+    "token": Objective([], COEFFICIENTS),
+    "sequence": Objective(["average=sequence"], COEFFICIENTS | dict(average="sequence")),
+    "paper": Objective(
+        ["masked_branch=recompute_with_grad", "kl_prcp_estimator=exact", "entropy_estimator=exact", "sft_coef=0.1", "overlong_filtering=true"],
+        COEFFICIENTS | dict(estimator="exact", exact_entropy=True, sft=0.1), "recompute_with_grad", filtered=True,
+    ),
+    "sampled through both": Objective(["masked_branch=recompute_with_grad"], COEFFICIENTS, "recompute_with_grad"),
+    "recompute": Objective(
+        ["masked_branch=recompute", "kl_prcp_estimator=k2", "ratio_level=sequence", "importance_sampling_cap=1.1", "kl_prcp_top_p=0.5"],
+        COEFFICIENTS | dict(estimator="k2", ratio_level="sequence", importance_cap=1.1, top_p=0.5), "recompute",
+    ),
+    "recompute exact": Objective(
+        ["masked_branch=recompute", "kl_prcp_estimator=exact", "kl_prcp_clip=0.02", "kl_prcp_annealing={end: 0.1, steps: 4}"],
+        dict(beta=0.3, gamma=0.15, eta_1=0.05 * 0.75, eta_2=0.07 * 0.75, estimator="exact", kl_clip=0.02), "recompute",
+    ),
+}  # fmt: skip
+STEP = 2
+"""Of the run: half way through the annealing from 0.2 to 0.1."""
+
+
 def make_cases() -> list[dict]:
+    """Every layout with the first objective; the layouts with most in them with all of them, and several micro-batch sizes."""
     cases = []
     for name, (tp, pp, dp, sequence) in LAYOUTS.items():
         layout = [f"parallel.{k}={v}" for k, v in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp))]
-        for micro, average in ((1, "token"), (5, "sequence")) if name in ("dp4", "tp2pp2sp") else ((3, "token"),):
+        micros = {"dp4": (1, 2, 3, 1, 2, 1), "tp2pp2sp": (5, 3, 4, 12, 5, 4)}.get(name, (3,))
+        for micro, objective in zip(micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]):
             cases.append(
                 {
-                    "name": f"{name}-{micro}-{average}",
-                    "average": average,
+                    "name": f"{name}-{micro}-{objective}",
+                    "objective": objective,
+                    "step": STEP,
                     "overrides": [*layout, f"parallel.sequence_parallel={str(sequence).lower()}", f"training.micro_batch_size={micro}",
-                                  f"training.log_prob_micro_batch_size={micro + 1}", f"objective.average={average}"],
+                                  f"training.log_prob_micro_batch_size={micro + 1}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)],
                 }  # fmt: skip
             )
-    return cases
+    return cases + [micro_batch_case()]
+
+
+MICRO_BATCH = 4
+"""Of the case with the authors' average, in layout tp2dp2: ranks take every other rollout, four at a time."""
+
+
+def micro_batch_case() -> dict:
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1", "parallel.data_parallel_size=2", "parallel.sequence_parallel=false"]
+    overrides = [*layout, f"training.micro_batch_size={MICRO_BATCH}", "training.log_prob_micro_batch_size=5", "objective.average=micro_batch"]
+    return {"name": "tp2dp2-micro_batch", "objective": "micro_batch", "step": STEP, "overrides": overrides}
 
 
 CASES = make_cases()
@@ -107,7 +157,7 @@ def work(tmp_path_factory):
     rollouts = make_rollouts(json.loads((work / "policy" / "config.json").read_text()))
     write_jsonl(work / "rollouts.jsonl", rollouts)
     rewards = torch.tensor([r.rewards.overall for r in rollouts]).view(-1, GROUP)
-    advantages = ADVANTAGES["grpo"](rewards).flatten().tolist()
+    advantages = advantages_of("grpo", rewards, torch.ones_like(rewards)).flatten().tolist()
     (work / "cases.json").write_text(json.dumps([case | {"advantages": advantages, "overrides": SETTINGS + case["overrides"]} for case in CASES]))
     (work / "config.yaml").write_text((ROOT / "configs" / "demo.yaml").read_text())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(ROOT / "tests/workers/training_worker.py")]
@@ -117,14 +167,14 @@ def work(tmp_path_factory):
     return work
 
 
-def expected_log_probs(model, rollout: Rollout, data: Path, masked: bool) -> torch.Tensor:
-    """Of one rollout by transformers in the model's dtype, one row at a time, its own positions from its own get_rope_index."""
+def expected_tokens(model, rollout: Rollout, data: Path, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T] log-probs and [T, V] log-probs of all tokens of one rollout by transformers, in the model's dtype, one row at a time."""
     pictures = []
     for number, name in enumerate(rollout.images):
         picture = images.resize(images.open_image(data, name), **PIXELS)
         if masked:
             seed = derive_seed(rollout.masked_image_seed, number)
-            picture = blacken(picture, black_squares(picture.size, strategy="random", ratio=0.6, square_pixels=14, seed=seed), 14)
+            picture = mask_image(picture, strategy="random", ratio=0.6, square_pixels=14, seed=seed)
         pictures.append(picture)
     ids, remaining = [], iter(pictures)
     for token in rollout.prompt_token_ids:
@@ -138,7 +188,8 @@ def expected_log_probs(model, rollout: Rollout, data: Path, masked: bool) -> tor
         vision["image_grid_thw"] = torch.tensor([images.grid_of(p) for p in pictures])
     kinds = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **vision).logits[0, start - 1 : -1]
-    return torch.log_softmax(logits / TEMPERATURE, -1).gather(-1, ids[0, start:, None])[:, 0]
+    all_tokens = torch.log_softmax(logits / TEMPERATURE, -1)
+    return all_tokens.gather(-1, ids[0, start:, None])[:, 0], all_tokens
 
 
 def load_double(directory: Path):
@@ -147,43 +198,67 @@ def load_double(directory: Path):
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).double().eval()
 
 
+def entropies(all_tokens):
+    return list(-(all_tokens.exp() * all_tokens).sum(-1))
+
+
 @pytest.fixture(scope="module")
 def reference(work):
-    """Per average: loss metrics and the gradient by official tensor name; and the cached log-probs."""
-    from megatron_papo.checkpoint.name_map import disk_name
-    from megatron_papo.records import read_jsonl
-
+    """Per objective: loss and metrics, the gradient by official tensor name, the numbers of each rollout; and the cached log-probs."""
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     advantages = json.loads((work / "cases.json").read_text())[0]["advantages"]
+    data = work / "data"
     with torch.no_grad():
         old_model, ref_model = load_double(work / "old"), load_double(work / "reference")
-        old = [expected_log_probs(old_model, r, work / "data", False) for r in rollouts]
-        masked = [expected_log_probs(old_model, r, work / "data", True) for r in rollouts]
-        ref = [expected_log_probs(ref_model, r, work / "data", False) for r in rollouts]
-    found = {"old_log_probs": old, "masked_image_log_probs": masked, "ref_log_probs": ref}
+        old = [expected_tokens(old_model, r, data, False)[0] for r in rollouts]
+        masked = [expected_tokens(old_model, r, data, True) for r in rollouts]
+        ref = [expected_tokens(ref_model, r, data, False)[0] for r in rollouts]
+    found = {"old_log_probs": old, "masked_image_log_probs": [log_probs for log_probs, _ in masked], "ref_log_probs": ref}
     model = load_double(work / "policy")
-    for average in ("token", "sequence"):
+
+    def rows_of(objective: Objective) -> list[dict]:
+        rows = []
+        for i, rollout in enumerate(rollouts):
+            if objective.filtered and rollout.finish_reason == "length":
+                continue
+            log_probs, all_tokens = expected_tokens(model, rollout, data, False)
+            if objective.masked == "cached":
+                masked_log_probs, masked_all = masked[i]
+            else:
+                with torch.set_grad_enabled(objective.masked == "recompute_with_grad"):
+                    masked_log_probs, masked_all = expected_tokens(model, rollout, data, True)
+            rows.append(
+                {
+                    "advantage": advantages[i], "correct": rollout.rewards.accuracy == 1, "log_probs": list(log_probs), "old": list(old[i]),
+                    "ref": list(ref[i]), "masked": list(masked_log_probs), "rollout": rollout.rollout_log_probs, "entropy": entropies(all_tokens),
+                    "masked_entropy": entropies(masked_all), "exact_kl": list((all_tokens.exp() * (all_tokens - masked_all)).sum(-1)),
+                }  # fmt: skip
+            )
+        return rows
+
+    def differentiate(loss, metrics):
         model.zero_grad()
-        rows = [
-            {"advantage": a, "log_probs": list(expected_log_probs(model, r, work / "data", False)), "old": o.tolist(), "ref": f.tolist(), "masked": m.tolist()}
-            for r, a, o, f, m in zip(rollouts, advantages, old, ref, masked)
-        ]  # fmt: skip
-        loss, metrics = naive_papo_loss(rows, average=average, low=0.2, high=0.3, dual=3.0, beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
         loss.backward()
         gradient = {disk_name(name): p.grad.clone() for name, p in model.named_parameters()}
-        found[average] = {name: float(value) for name, value in metrics.items()}, gradient
-        found[f"{average}_ratios"] = [float((lp - o).detach().exp()) for row, o in zip(rows, old) for lp, o in zip(row["log_probs"], o)]
-        found[f"{average}_micro_batch_mean"] = sum(
-            float(naive_papo_loss(rows[i : i + 2], average=average, low=0.2, high=0.3, dual=3.0, beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)[0])
-            for i in range(0, len(rows), 2)
-        ) / (len(rows) / 2)
+        return {name: float(torch.as_tensor(value).detach()) for name, value in metrics.items()}, gradient
+
+    for name, objective in OBJECTIVES.items():
+        rows = rows_of(objective)
+        found[name] = differentiate(*naive_papo_loss(rows, **objective.options))
+        found[f"{name} ratios"] = [float((lp - o).detach().exp()) for row in rows for lp, o in zip(row["log_probs"], row["old"])]
+        found[f"{name} micro-batch mean"] = sum(float(naive_papo_loss(rows[i : i + 2], **objective.options)[0].detach()) for i in range(0, len(rows), 2)) / -(-len(rows) // 2)
+    # the authors' average: each data-parallel rank's own micro-batches, then the mean over all of them
+    rows = rows_of(OBJECTIVES["token"])
+    parts = [rows[rank::2][start : start + MICRO_BATCH] for rank in range(2) for start in range(0, len(rows) // 2, MICRO_BATCH)]
+    losses = [naive_papo_loss(part, **COEFFICIENTS)[0] for part in parts]
+    found["micro_batch"] = differentiate(sum(losses) / len(losses), {"loss": sum(losses) / len(losses)})
     return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_metrics_equal_the_loop_over_tokens(work, reference, case):
     metrics = json.loads((work / case["name"] / "metrics.json").read_text())
-    expected = reference[case["average"]][0]
+    expected = reference[case["objective"]][0]
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name  # fp32 log-probs of ~20 layers' worth of sums
 
@@ -193,16 +268,17 @@ def test_every_gradient_equals_transformers(work, reference, case, tmp_path):
     tmp_path.joinpath("hf").mkdir()
     convert.megatron_to_hf(convert.MegatronCheckpoint(work / case["name"] / "gradient"), tmp_path / "hf")
     got = load_file(tmp_path / "hf" / "model.safetensors")
-    expected = reference[case["average"]][1]
+    expected = reference[case["objective"]][1]
     assert got.keys() == expected.keys()
     scale = max(float(g.abs().max()) for g in expected.values())
     worst = {name: float((got[name].double() - expected[name]).abs().max()) / scale for name in expected}
     assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda row: -row[1])[:5]
-    other = reference["sequence" if case["average"] == "token" else "token"][1]
-    assert max(float((got[name].double() - other[name]).abs().max()) / scale for name in expected) > 1e-2
+    others = [reference[other][1] for other in (*OBJECTIVES, "micro_batch") if other != case["objective"]]
+    for other in others:  # negative control: no other objective would have passed
+        assert max(float((got[name].double() - other[name]).abs().max()) / scale for name in expected) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["tp2pp2-3-token", "tp2pp2sp-5-sequence", "pp4-3-token"])
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["objective"] in ("token", "sequence") and "dp" not in case["name"]])
 def test_cached_log_probs_equal_transformers(work, reference, name):
     got = json.loads((work / name / "log_probs.json").read_text())
     for kind in ("old_log_probs", "ref_log_probs", "masked_image_log_probs"):
@@ -215,7 +291,7 @@ def test_cached_log_probs_equal_transformers(work, reference, name):
 
 def test_the_example_is_a_hard_one(reference):
     """Both clips are hit, and a mean of micro-batch means is far from the true mean: the invariance above can fail."""
-    ratios = reference["token_ratios"]
+    ratios = reference["token ratios"]
     assert min(ratios) < 0.8 and max(ratios) > 1.3
-    for average in ("token", "sequence"):
-        assert abs(reference[f"{average}_micro_batch_mean"] - reference[average][0]["loss"]) > 1e-3
+    for objective in ("token", "sequence", "paper"):
+        assert abs(reference[f"{objective} micro-batch mean"] - reference[objective][0]["loss"]) > 1e-3

@@ -15,8 +15,9 @@ from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model
 from megatron_papo.records import Rollout, read_jsonl
 from megatron_papo.training import collectives, parallel
+from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.training.batching import Collator, make_rows
-from megatron_papo.training.forward_step import compute_log_probs, papo_step
+from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
 from megatron_papo.training.optimizer import build_optimizer
 
 
@@ -31,11 +32,16 @@ def run_case(work: Path, case: dict) -> None:
     collator = Collator(config, hf, work / "data", with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=torch.float32)
     size = config.training.log_prob_micro_batch_size
 
-    def sweep(name, masked=False):
+    def sweep(name, pictures="original"):
         megatron_files.load_weights(work / f"{name}_megatron", model)
-        return compute_log_probs(model, collator, mine, size, config.rollout.temperature, lambda _: None, masked)
+        return compute_log_probs(model, collator, mine, size, config.rollout.temperature, lambda _: None, pictures)
 
-    cached = {"ref_log_probs": sweep("reference"), "old_log_probs": sweep("old"), "masked_image_log_probs": sweep("old", masked=True)}
+    cached = {"ref_log_probs": sweep("reference")["log_probs"], "old_log_probs": sweep("old")["log_probs"]}
+    if not config.objective.masked_rows_ride:
+        masked = sweep("old" if config.objective.masked_branch == "cached" else "policy", "masked")
+        cached |= {"masked_image_log_probs": masked["log_probs"], "masked_image_entropy": masked["entropy"]}
+    if parallel.is_last_stage():
+        cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs) for row in mine]
     megatron_files.load_weights(work / "policy_megatron", model)
     wrapped, optimizer = build_optimizer(model, config.optimizer, torch.float32)
     wrapped.zero_grad_buffer()
@@ -48,11 +54,11 @@ def run_case(work: Path, case: dict) -> None:
         config.training.micro_batch_size,
         config.rollout.temperature,
         config.objective,
-        num_tokens=sum(row.response_length for row in rows),
-        num_sequences=len(rows),
+        totals=StepTotals.of(rows),
+        settings=loss_settings(config.objective, case["step"]),
         progress=lambda _: None,
     )
-    metrics = collectives.sum_from_last_stage(metrics)
+    metrics = finish_metrics(collectives.sum_from_last_stage(metrics))
     output = work / case["name"]
     output.mkdir(exist_ok=True)
     if parallel.is_main_rank():
