@@ -174,7 +174,7 @@ def expected_tokens(model, rollout: Rollout, data: Path, masked: bool) -> tuple[
         picture = images.resize(images.open_image(data, name), **PIXELS)
         if masked:
             seed = derive_seed(rollout.masked_image_seed, number)
-            picture = mask_image(picture, strategy="random", ratio=0.6, square_pixels=14, seed=seed)
+            picture = blacken(picture, black_squares(picture.size, strategy="random", ratio=0.6, square_pixels=14, seed=seed), 14)
         pictures.append(picture)
     ids, remaining = [], iter(pictures)
     for token in rollout.prompt_token_ids:
