@@ -73,34 +73,44 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx, grad_log_probs, grad_entropy, grad_kl):
         logits, positions, local, mine, log_total, entropy, kl, unclamped = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
-        count = len(positions) // 2 if not ctx.second_half_gradient else len(positions)
+        half = len(positions) // 2
+
+        def log_pi(rows: slice) -> Tensor:
+            return _log_softmax(logits, positions[rows], log_total[rows], ctx.temperature)
 
         def add(rows: slice, values: Tensor) -> None:
             gradient.index_add_(0, positions[rows], values.mul_(1 / ctx.temperature).to(gradient.dtype))
 
-        for rows in _chunks(count, logits) if grad_log_probs is not None or grad_entropy is not None else ():
-            log_pi = _log_softmax(logits, positions[rows], log_total[rows], ctx.temperature)
+        def of_log_probs_and_entropy(rows: slice, log_pi: Tensor) -> Tensor:
+            """d log pi(token) / dlogit = [token] - pi;  dH / dlogit = -pi (log pi + H)."""
             values = log_pi.exp()
-            if grad_entropy is None:
+            if grad_entropy is not None:
+                per_token = 0.0 if grad_log_probs is None else grad_log_probs[rows, None]
+                values.mul_((log_pi + entropy[rows, None]).mul_(-grad_entropy[rows, None]).sub_(per_token))
+            elif grad_log_probs is not None:
                 values.mul_(-grad_log_probs[rows, None])
-            else:  # dH / dlogit = -pi (log pi + H)
-                factor = log_pi.add_(entropy[rows, None]).mul_(-grad_entropy[rows, None])
-                values.mul_(factor if grad_log_probs is None else factor.sub_(grad_log_probs[rows, None]))
+            else:
+                values.zero_()
             if grad_log_probs is not None:
                 values.scatter_add_(-1, local[rows, None], (grad_log_probs[rows] * mine[rows])[:, None])
-            add(rows, values)
+            return values
 
-        for rows in _chunks(len(kl), logits) if grad_kl is not None else ():
-            other = slice(rows.start + len(kl), rows.stop + len(kl))
-            log_pi = _log_softmax(logits, positions[rows], log_total[rows], ctx.temperature)
-            log_other = _log_softmax(logits, positions[other], log_total[other], ctx.temperature)
-            pi, inside = log_pi.exp(), (log_pi - log_other).abs_() < LOG_RATIO_LIMIT
-            moves, weight = pi * inside, grad_kl[rows, None]
-            if ctx.second_half_gradient:  # dKL / dlogit_other = pi_other U - pi u
-                add(other, log_other.exp().mul_(unclamped[rows, None]).sub_(moves).mul_(weight))
+        if grad_kl is None:
+            for rows in _chunks(len(positions) if ctx.second_half_gradient else half, logits):
+                add(rows, of_log_probs_and_entropy(rows, log_pi(rows)))
+            return gradient, None, None, None, None, None, None
+
+        for rows in _chunks(half, logits):
+            other, weight = slice(rows.start + half, rows.stop + half), grad_kl[rows, None]
+            log_first, log_second = log_pi(rows), log_pi(other)
+            first, difference = log_first.exp(), log_first - log_second
+            moves = first * (difference.abs() < LOG_RATIO_LIMIT)
             # dKL / dlogit = pi (d - KL) + pi u - pi U;  u = 1 where d is not clamped, U = sum pi u
-            difference = log_pi.sub_(log_other).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-            add(rows, difference.sub_((kl[rows] + unclamped[rows])[:, None]).mul_(pi).add_(moves).mul_(weight))
+            difference.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).sub_((kl[rows] + unclamped[rows])[:, None])
+            add(rows, of_log_probs_and_entropy(rows, log_first).add_(difference.mul_(first).add_(moves).mul_(weight)))
+            if ctx.second_half_gradient:  # dKL / dlogit_other = pi_other U - pi u
+                of_kl = log_second.exp().mul_(unclamped[rows, None]).sub_(moves).mul_(weight)
+                add(other, of_log_probs_and_entropy(other, log_second).add_(of_kl))
         return gradient, None, None, None, None, None, None
 
 

@@ -1,0 +1,34 @@
+"""Run under torchrun: token_statistics over a vocabulary sharded over 2 and 4 ranks; each rank saves its values and gradient.
+
+torchrun --nproc-per-node 4 sharded_logits.py DIRECTORY   (the numbers: tests/model/test_log_probs.py)
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_papo.training import parallel
+from tests.model.test_log_probs import example, ours, weights_of
+
+
+def main() -> None:
+    parallel.connect()
+    rank = parallel.rank()
+    for size in (2, 4):
+        groups = [torch.distributed.new_group(list(range(start, start + size))) for start in range(0, 4, size)]
+        group = groups[rank // size]
+        for forbidden in (False, True):
+            logits, positions, tokens = example(seed=7)
+            if forbidden:
+                logits[:, 12:18] = -torch.inf
+                tokens = tokens % 12
+            mine = logits.chunk(size, dim=1)[group.rank()].contiguous()
+            found = ours(mine, positions, tokens, weights_of(positions), group)
+            if rank < size:
+                torch.save(found, Path(sys.argv[1]) / f"{size}_{forbidden}_{rank}.pt")
+    parallel.disconnect()
+
+
+if __name__ == "__main__":
+    main()
