@@ -54,13 +54,12 @@ class Verdict:
 
 def watched_quantities(metrics: dict[str, float]) -> dict[str, float]:
     """The guard's input from an optimizer step's metrics (objective.papo_loss.finish_metrics)."""
-    masked = metrics.get("masked_image_entropy", metrics["masked_image_entropy_sampled"])
     return {
         "kl_prcp": metrics["kl_prcp_mean"],
         "kl_prcp_variance": metrics["kl_prcp_variance"],
         "clip_fraction_high": metrics["clip_fraction_high"],
         "entropy": metrics["entropy"],
-        "masked_image_entropy": masked,
+        "masked_image_entropy": metrics["masked_image_entropy"],
     }
 
 
