@@ -23,9 +23,9 @@ from megatron_papo.config import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import StageOutput, require_input
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config
-from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.records import Rollout, read_jsonl
 from megatron_papo.training import collectives, parallel
+from megatron_papo.training.metrics_log import MetricsLog
 
 SECTIONS = [
     "seed", "model.dtype", "model.recompute", "parallel", "objective", "hacking_guard", "masked_image", "optimizer", "training", "rollout",
@@ -93,128 +93,171 @@ def main() -> None:
 
 
 def train(args, config, hf, rollouts, out) -> None:
-    import torch
-    from tqdm import tqdm
-
     from megatron_papo.checkpoint import megatron_files
-    from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training.batching import Collator, make_rows, rollout_advantages
-    from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
-    from megatron_papo.training.guard import Guard
-    from megatron_papo.training.metrics_log import MetricsLog
-    from megatron_papo.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-    from megatron_papo.training.rollout_checks import compare_with_server, measure_sampling_bias
+    from megatron_papo.training.batching import make_rows, rollout_advantages
 
-    objective, training, rollout = config.objective, config.training, config.rollout
-    where = args.rollouts / "rollouts.jsonl"
-    rows = make_rows(rollouts, rollout_advantages(rollouts, rollout.group_size, objective.advantage, where), args.data, config, hf, where)
-    rows_per_step = training.global_batch_size * rollout.group_size
+    where, objective = args.rollouts / "rollouts.jsonl", config.objective
+    advantages = rollout_advantages(rollouts, config.rollout.group_size, objective.advantage, where)
+    rows = make_rows(rollouts, advantages, args.data, config, hf, where)
+    rows_per_step = config.training.global_batch_size * config.rollout.group_size
     steps = [rows[start : start + rows_per_step] for start in range(0, len(rows), rows_per_step)]
-    mine = [step[parallel.dp_group().rank() :: parallel.dp_group().size()] for step in steps]
-    my_rows = [row for step in mine for row in step]
 
-    dtype = getattr(torch, config.model.dtype)
-    collator = Collator(config, hf, args.data, with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=dtype)
-    speaks = collectives.is_reporting_rank()
-    cached_twins = objective.uses_masked_image and objective.masked_branch == "cached"
-    stepwise_twins = objective.uses_masked_image and not cached_twins and not objective.masked_rows_ride
-    passes = 2 + objective.uses_reference + cached_twins + stepwise_twins
-    bar = tqdm(total=passes * len(my_rows), unit="rollout", disable=not speaks, mininterval=1.0)
+    iteration = Iteration(args, config, hf, steps)
+    model, cached, checks = first_sweeps(iteration)
+    with MetricsLog(out.partial, args.iteration) if iteration.speaks else nullcontext() as log:
+        model, optimizer, state, attempts = optimizer_steps(iteration, model, cached, checks, log)
+    iteration.bar.close()
 
-    def new_model():
-        return build_model(hf, dtype=dtype, sequence_parallel=config.parallel.sequence_parallel, recompute=config.model.recompute)
-
-    def sweep(model, rows, pictures="original"):
-        return compute_log_probs(model, collator, rows, training.log_prob_micro_batch_size, rollout.temperature, bar.update, pictures)
-
-    def masked_branch(model, rows):
-        """papo_loss's tensors of the masked-image branch, without gradient."""
-        masked = sweep(model, rows, "masked")
-        return {"masked_image_log_probs": masked["log_probs"], "masked_image_entropy": masked["entropy"]}
-
-    # 1, 2: what does not change while this iteration trains
-    model, cached = new_model(), {}
-    if objective.uses_reference:
-        bar.set_description(f"iteration {args.iteration}: reference")
-        megatron_files.load_weights(args.reference, model)
-        cached["ref_log_probs"] = sweep(model, my_rows)["log_probs"]
-    megatron_files.load_weights(args.megatron, model)
-    bar.set_description(f"iteration {args.iteration}: old policy")
-    old = sweep(model, my_rows)
-    cached["old_log_probs"] = old["log_probs"]
-    if cached_twins:
-        bar.set_description(f"iteration {args.iteration}: masked images")
-        cached |= masked_branch(model, my_rows)
-    if objective.importance_sampling_cap is not None and parallel.is_last_stage():
-        cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs, device=parallel.device()) for row in my_rows]
-    checks = compare_with_server(my_rows, old["log_probs"], training.max_rollout_log_prob_difference)
-    checks |= measure_sampling_bias(old, rollout.top_p)
-
-    def start_from(checkpoint, model):
-        """-> (the model in its data-parallel wrapper, optimizer, state) as the checkpoint holds them; model: with its weights."""
-        wrapped, optimizer = build_optimizer(model, config.optimizer, dtype)
-        state = {"step": 0}
-        if megatron_files.has_optimizer(checkpoint):
-            state = megatron_files.load_optimizer(checkpoint, model, optimizer)
-        return wrapped, optimizer, state
-
-    # 3: the optimizer steps, once, or again with a lower gamma from where the guard has gone back to
-    model, optimizer, state = start_from(args.megatron, model)
-    guard = Guard(config.hacking_guard, objective, state.get("guard"))
-    with MetricsLog(out.partial, args.iteration) if speaks else nullcontext() as log:
-        number, attempt = 0, 1
-        while number < len(steps):
-            step, my_step, first = steps[number], mine[number], number * len(mine[number])
-            bar.set_description(f"iteration {args.iteration}: step {number + 1}/{len(steps)}")
-            started = time.time()
-            settings = loss_settings(objective, state["step"], guard.kl_prcp_scale)
-            here = {name: values[first : first + len(my_step)] for name, values in cached.items()}
-            if stepwise_twins:
-                here |= masked_branch(model, my_step)
-            rate = learning_rate(state["step"], config.optimizer)
-            set_learning_rate(optimizer, rate)
-            model.zero_grad_buffer()
-            optimizer.zero_grad()
-            contributions = papo_step(
-                model, collator, my_step, here, training.micro_batch_size, rollout.temperature, objective,
-                totals=StepTotals.of(step), settings=settings, progress=bar.update,
-            )  # fmt: skip
-            _, gradient_norm, _ = optimizer.step()
-            metrics = finish_metrics(collectives.sum_from_last_stage(contributions))
-            check_finite(metrics["loss"], gradient_norm, state["step"] + 1)
-            state["step"] += 1
-            number += 1
-
-            decision = guard.observe(metrics, state["step"], attempt)
-            if speaks:
-                update = {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": time.time() - started, "attempt": attempt}
-                used = {"kl_prcp_coef": settings["kl_prcp_coef"], "guard_signs": len(guard.signs)}
-                log.write(state["step"], metrics | step_statistics(step) | checks | update | used)
-                if decision is not None:
-                    log.write_decision(decision)
-                    bar.write(decision.message)
-            if decision is not None and decision.action == "stop":
-                raise UserError(f"{decision.message}: nothing of this iteration was saved")
-            if decision is not None and decision.action == "rollback":
-                back = args.rollback or args.megatron
-                del model, optimizer  # before the new ones take their memory
-                model = new_model()
-                megatron_files.load_weights(back, model)
-                model, optimizer, state = start_from(back, model)
-                guard.went_back(state.get("guard"))
-                if back != args.megatron:  # not the policy that made these rollouts: leave them
-                    break
-                number, attempt = 0, attempt + 1
-                bar.total += (1 + stepwise_twins) * len(my_rows)
-    bar.close()
-
-    state["guard"] = guard.state.as_dict()
     megatron_files.save(out.partial, model.module, optimizer, state)
     if parallel.is_main_rank():
         megatron_files.copy_hf_files(args.megatron, out.partial)
         tokens = sum(row.response_length for row in rows)
         out.counts |= {"rollouts": len(rows), "steps": len(steps), "total_steps": state["step"], "response_tokens": tokens}
-        out.counts |= {"guard_interventions": guard.state.interventions, "attempts": attempt}
+        out.counts |= {"attempts": attempts, "guard_interventions": state["guard"]["interventions"]}
+
+
+class Iteration:
+    """What the parts of the stage share: the rollouts of each optimizer step, this rank's among them, and how to sweep over them."""
+
+    def __init__(self, args, config, hf, steps):
+        import torch
+        from tqdm import tqdm
+
+        from megatron_papo.training.batching import Collator
+
+        self.args, self.config, self.hf, self.steps = args, config, hf, steps
+        self.mine = [step[parallel.dp_group().rank() :: parallel.dp_group().size()] for step in steps]
+        self.my_rows = [row for step in self.mine for row in step]
+        self.dtype = getattr(torch, config.model.dtype)
+        self.collator = Collator(
+            config, hf, args.data, with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=self.dtype
+        )
+        objective = config.objective
+        self.masked_branch_is_cached = objective.uses_masked_image and objective.masked_branch == "cached"
+        self.masked_branch_is_swept = objective.uses_masked_image and not self.masked_branch_is_cached and not objective.masked_rows_ride
+        passes = 1 + objective.uses_reference + self.masked_branch_is_cached + self.passes_of_steps
+        self.speaks = collectives.is_reporting_rank()
+        self.bar = tqdm(total=passes * len(self.my_rows), unit="rollout", disable=not self.speaks, mininterval=1.0)
+
+    @property
+    def passes_of_steps(self) -> int:
+        """Over the rollouts, that the optimizer steps make."""
+        return 1 + self.masked_branch_is_swept
+
+    def show(self, what: str) -> None:
+        self.bar.set_description(f"iteration {self.args.iteration}: {what}")
+
+    def load_model(self, checkpoint, model=None):
+        """The policy network with a checkpoint's weights: a new one, or the one given."""
+        from megatron_papo.checkpoint import megatron_files
+        from megatron_papo.model.qwen2_5_vl import build_model
+
+        if model is None:
+            settings = dict(sequence_parallel=self.config.parallel.sequence_parallel, recompute=self.config.model.recompute)
+            model = build_model(self.hf, dtype=self.dtype, **settings)
+        megatron_files.load_weights(checkpoint, model)
+        return model
+
+    def load_optimizer(self, checkpoint, model):
+        """-> (the model in its data-parallel wrapper, optimizer, state) as the checkpoint holds them; model: with its weights."""
+        from megatron_papo.checkpoint import megatron_files
+        from megatron_papo.training.optimizer import build_optimizer
+
+        wrapped, optimizer = build_optimizer(model, self.config.optimizer, self.dtype)
+        resumes = megatron_files.has_optimizer(checkpoint)
+        return wrapped, optimizer, megatron_files.load_optimizer(checkpoint, model, optimizer) if resumes else {"step": 0}
+
+    def sweep(self, model, rows, pictures="original") -> dict[str, list]:
+        """log_probs and entropy of this rank's rows, without gradient."""
+        from megatron_papo.training.forward_step import compute_log_probs
+
+        size = self.config.training.log_prob_micro_batch_size
+        return compute_log_probs(model, self.collator, rows, size, self.config.rollout.temperature, self.bar.update, pictures)
+
+    def masked_branch(self, model, rows) -> dict[str, list]:
+        """The loss's tensors of the masked-image branch, without gradient."""
+        masked = self.sweep(model, rows, "masked")
+        return {"masked_image_log_probs": masked["log_probs"], "masked_image_entropy": masked["entropy"]}
+
+
+def first_sweeps(iteration: Iteration):
+    """1 and 2. -> the policy as the iteration finds it, what stays fixed while it trains, and what that says about the rollouts."""
+    import torch
+
+    from megatron_papo.training.rollout_checks import compare_with_server, measure_sampling_bias
+
+    args, objective, rows = iteration.args, iteration.config.objective, iteration.my_rows
+    model, cached = None, {}
+    if objective.uses_reference:
+        iteration.show("reference")
+        model = iteration.load_model(args.reference)
+        cached["ref_log_probs"] = iteration.sweep(model, rows)["log_probs"]
+    model = iteration.load_model(args.megatron, model)
+    iteration.show("old policy")
+    old = iteration.sweep(model, rows)
+    cached["old_log_probs"] = old["log_probs"]
+    if iteration.masked_branch_is_cached:
+        iteration.show("masked images")
+        cached |= iteration.masked_branch(model, rows)
+    if objective.importance_sampling_cap is not None and parallel.is_last_stage():
+        cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs, device=parallel.device()) for row in rows]
+    checks = compare_with_server(rows, old["log_probs"], iteration.config.training.max_rollout_log_prob_difference)
+    return model, cached, checks | measure_sampling_bias(old, iteration.config.rollout.top_p)
+
+
+def optimizer_steps(iteration: Iteration, model, cached: dict, checks: dict, log):
+    """3. The steps, once, or again with a lower gamma from where the guard has gone back to. -> model, optimizer, state, attempts."""
+    from megatron_papo.objective.papo_loss import finish_metrics
+    from megatron_papo.training.forward_step import StepTotals, loss_settings, papo_step
+    from megatron_papo.training.guard import Guard
+    from megatron_papo.training.optimizer import learning_rate, set_learning_rate
+
+    args, config, bar = iteration.args, iteration.config, iteration.bar
+    model, optimizer, state = iteration.load_optimizer(args.megatron, model)
+    guard = Guard(config.hacking_guard, config.objective, state.get("guard"))
+    number, attempt = 0, 1
+    while number < len(iteration.steps):
+        step, my_step, first = iteration.steps[number], iteration.mine[number], number * len(iteration.mine[number])
+        iteration.show(f"step {number + 1}/{len(iteration.steps)}")
+        started = time.time()
+        settings = loss_settings(config.objective, state["step"], guard.kl_prcp_scale)
+        here = {name: values[first : first + len(my_step)] for name, values in cached.items()}
+        if iteration.masked_branch_is_swept:
+            here |= iteration.masked_branch(model, my_step)
+        rate = learning_rate(state["step"], config.optimizer)
+        set_learning_rate(optimizer, rate)
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        contributions = papo_step(
+            model, iteration.collator, my_step, here, config.training.micro_batch_size, config.rollout.temperature, config.objective,
+            totals=StepTotals.of(step), settings=settings, progress=bar.update,
+        )  # fmt: skip
+        _, gradient_norm, _ = optimizer.step()
+        metrics = finish_metrics(collectives.sum_from_last_stage(contributions))
+        check_finite(metrics["loss"], gradient_norm, state["step"] + 1)
+        state["step"] += 1
+        number += 1
+
+        decision = guard.observe(metrics, state["step"], attempt)
+        if iteration.speaks:
+            update = {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": time.time() - started, "attempt": attempt}
+            used = {"kl_prcp_coef": settings["kl_prcp_coef"], "guard_signs": len(guard.signs)}
+            log.write(state["step"], metrics | step_statistics(step) | checks | update | used)
+            if decision is not None:
+                log.write_decision(decision)
+                bar.write(decision.message)
+        if decision is not None and decision.action == "stop":
+            raise UserError(f"{decision.message}: nothing of this iteration was saved")
+        if decision is not None and decision.action == "rollback":
+            back = args.rollback or args.megatron
+            del model, optimizer  # before the new ones take their memory
+            model, optimizer, state = iteration.load_optimizer(back, iteration.load_model(back))
+            guard.went_back(state.get("guard"))
+            if back != args.megatron:  # another policy made these rollouts: leave them
+                break
+            number, attempt = 0, attempt + 1
+            bar.total += iteration.passes_of_steps * len(iteration.my_rows)
+    return model, optimizer, state | {"guard": guard.state.as_dict()}, attempt
 
 
 def step_statistics(step) -> dict[str, float]:

@@ -313,6 +313,7 @@ def test_the_plan_of_a_preset(name):
         "ITERATIONS": "202",
         "SFT_PROCESSES": "0",
         "TRAIN_PROCESSES": str(tp * pp * dp),
+        "ROLLBACK_ITERATIONS": "0",
         "STAGES": "'1 2 3 4 5 6 7'",
     }
 
