@@ -1,8 +1,10 @@
 """What all tests share: a small synthetic data set with its tiny model, made once through the command line, and a way to run commands."""
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,24 @@ def command_of(name: str, *arguments, processes: int | None = None) -> list[str]
 def settings(*overrides: str) -> list[str]:
     """`--set` arguments for run_module."""
     return [argument for override in overrides for argument in ("--set", override)]
+
+
+SMALL_RUN = [
+    "data.train.count=16", "data.sft.count=64", "data.evaluation.count=8", "sft.steps=4", "rollout.rollout_batch_size=16",
+    "evaluation.samples_per_prompt=2", "iterations=1",
+]  # fmt: skip
+"""What makes a run of configs/demo.yaml small."""
+
+
+@pytest.fixture(scope="session")
+def small_run() -> Path:
+    """The run directory of a finished `run_all.sh` with SMALL_RUN."""
+    name = f"test-{int(time.time())}"
+    command = ["bash", "run_all.sh", "--name", name, *settings(*SMALL_RUN)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    yield ROOT / "runs" / name
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

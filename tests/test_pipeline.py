@@ -5,62 +5,47 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SMALL = [
-    "data.train.count=16", "data.sft.count=64", "data.evaluation.count=8", "sft.steps=4", "rollout.rollout_batch_size=16",
-    "evaluation.samples_per_prompt=2", "iterations=1",
-]  # fmt: skip
-
+from tests.conftest import ROOT, SMALL_RUN, settings
 
 def command(name: str, *extra: str) -> list[str]:
-    overrides = [part for override in SMALL for part in ("--set", override)]
-    return ["bash", "run_all.sh", "--name", name, *overrides, *extra]
+    return ["bash", "run_all.sh", "--name", name, *settings(*SMALL_RUN), *extra]
 
 
 @pytest.fixture(scope="module")
-def names():
-    names = [f"test-{int(time.time())}-{letter}" for letter in "ab"]
-    yield names
-    for name in names:
-        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+def second_name():
+    name = f"test-{int(time.time())}-again"
+    yield name
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def finished(names):
-    result = subprocess.run(command(names[0]), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return ROOT / "runs" / names[0]
-
-
-def test_summary_and_metrics(finished):
-    summary = json.loads((finished / "summary.json").read_text())
+def test_summary_and_metrics(small_run):
+    summary = json.loads((small_run / "summary.json").read_text())
     for key in ("accuracy_cold_start", "accuracy_papo", "accuracy_cold_start_masked", "accuracy_papo_masked"):
         assert 0 <= summary[key] <= 1
     assert len(summary["seconds"]) == 7
-    lines = (finished / "iterations/0001/megatron/metrics.jsonl").read_text().splitlines()
+    lines = (small_run / "iterations/0001/megatron/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [row["step"] for row in steps] == [1, 2]  # 16 prompts, 8 a step
     assert steps[0]["clip_fraction_high"] == 0 and abs(steps[0]["kl_old"]) < 1e-6  # the first step is on-policy
     assert steps[0]["kl_ref"] < 1e-8 < steps[1]["kl_ref"]  # the reference is the start of training
     assert steps[0]["kl_prcp"] > 0 and steps[0]["gradient_norm"] > 0
-    assert not (finished / "server" / "server.json").exists()
+    assert not (small_run / "server" / "server.json").exists()
 
 
-def test_the_second_time_nothing_is_made_again(finished, names):
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")}
-    result = subprocess.run(command(names[0]), cwd=ROOT, capture_output=True, text=True, timeout=300)
+def test_the_second_time_nothing_is_made_again(small_run):
+    before = {path: path.stat().st_mtime_ns for path in small_run.rglob("manifest.json")}
+    result = subprocess.run(command(small_run.name), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]
     assert result.stdout.count("nothing to do") == 8
-    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")}
+    assert before == {path: path.stat().st_mtime_ns for path in small_run.rglob("manifest.json")}
 
 
-def test_killed_in_training_and_started_again_gives_the_same_bits(finished, names):
-    run = ROOT / "runs" / names[1]
-    process = subprocess.Popen(command(names[1]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_killed_in_training_and_started_again_gives_the_same_bits(small_run, second_name):
+    run = ROOT / "runs" / second_name
+    process = subprocess.Popen(command(second_name), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 400
     while not (run / "iterations/0001/megatron.partial").exists():
         assert process.poll() is None and time.time() < deadline
@@ -68,12 +53,12 @@ def test_killed_in_training_and_started_again_gives_the_same_bits(finished, name
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     assert not (run / "iterations/0001/megatron").exists()
-    result = subprocess.run(command(names[1]), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command(second_name), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "nothing to do" in result.stdout
     for file in ("iterations/0001/hf/model.safetensors", "iterations/0001/megatron/__0_0.distcp", "iterations/0001/megatron/__3_0.distcp"):
-        assert (run / file).read_bytes() == (finished / file).read_bytes(), file
-    start = (finished / "sft/model.safetensors").read_bytes()
+        assert (run / file).read_bytes() == (small_run / file).read_bytes(), file
+    start = (small_run / "sft/model.safetensors").read_bytes()
     assert (run / "iterations/0001/hf/model.safetensors").read_bytes() != start  # and training did change them
 
 
