@@ -48,6 +48,8 @@ def test_large_vocabulary(report, kind, dtype):
     assert row["textbook_time_ratio"] == pytest.approx(row["textbook_seconds"] / row["objective_seconds"])
     # the gradient alone is 1; the textbook holds log-softmax, its gradient and the logits' gradient at once, in fp32
     assert 1.0 < row["peak_bytes_over_logits_bytes"] < row["textbook_peak_bytes_over_logits_bytes"]
+    if report["device"] == "CPU":  # a few chunks of 3 rows of the 48 beside the gradient; GPU-sized chunks, 27 rows, would be over
+        assert row["peak_bytes_over_logits_bytes"] < (2.5 if kind == "exact_with_gradient" else 1.3)
     assert row["textbook_peak_bytes_over_logits_bytes"] >= 3.0 * (2 if dtype == "bfloat16" else 1)
 
 
