@@ -6,6 +6,7 @@ invalidates training. Units are part of the names or stand in the docstring unde
 """
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -143,19 +144,32 @@ class ParallelConfig(Section):
 
 
 class ServerConfig(Section):
-    """The SGLang server that a stage starts when it is not given one. Not part of any fingerprint."""
+    """The SGLang servers that a stage starts when it is not given any, and what is done when one fails. Not part of any fingerprint."""
 
     python: str | None = None
     """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, lt=65536)
-    """0: any free port."""
+    """Of the first replica, the others count on from it. 0: any free ports."""
+    replicas: int = Field(default=1, gt=0)
+    """Servers with the same weights, which share the requests."""
     tensor_parallel_size: int = Field(default=1, gt=0)
+    """GPUs per replica."""
+    first_gpu: int = Field(default=0, ge=0)
+    """The replicas take the GPUs from this one on (SGLang's --base-gpu-id). Unused on a CPU."""
     memory_fraction: float = Field(default=0.8, gt=0, lt=1)
     """Share of GPU memory for weights and KV cache (SGLang's --mem-fraction-static). Unused on a CPU."""
     max_total_tokens: int | None = Field(default=None, gt=0)
     """Size of the KV cache in tokens; null: what the memory fraction allows."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
+    router: str | None = None
+    """URL of an sglang-router in front of the servers that --server lists by their URLs: samples go through it, control calls do not."""
+    health_interval_seconds: float = Field(default=10.0, gt=0)
+    """How often a server is asked for its health while it has requests."""
+    health_timeout_seconds: float = Field(default=30.0, gt=0)
+    """A server that does not answer /health for so long hangs: its requests are sent again. SGLang itself gives up after 20 s."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often one stage starts a lost server again; one more, and it is done without, or the stage ends with an error."""
     extra_arguments: list[str] = []
     """Passed to sglang.launch_server as they are."""
 
@@ -191,6 +205,16 @@ class RolloutConfig(Section):
     concurrency: int = Field(default=64, gt=0)
     """Requests under way at once."""
     request_timeout_seconds: float = Field(default=600.0, gt=0)
+    """For one response. After the second time-out on a server that is otherwise healthy the stage ends with an error."""
+    over_sampling: float = Field(default=0.0, ge=0)
+    """Draw this share of prompts more than rollout_batch_size, and cancel what still runs once rollout_batch_size groups are complete:
+    no waiting for the longest responses, but short ones are preferred, and which groups are complete first is a matter of timing: a
+    stage that is run again gives other rollouts."""
+
+    @property
+    def drawn_prompts(self) -> int:
+        """Prompts drawn for an iteration without dynamic sampling."""
+        return math.ceil(self.rollout_batch_size * (1 + self.over_sampling) - 1e-9)
 
     @property
     def prompts_per_round(self) -> int:
@@ -202,6 +226,8 @@ class RolloutConfig(Section):
         dynamic = self.dynamic_sampling
         if dynamic is None:
             return self
+        if self.over_sampling:
+            raise ValueError("over_sampling and dynamic_sampling do not go together: dynamic_sampling.generation_batch_size draws more")
         if self.prompts_per_round * dynamic.max_rounds < self.rollout_batch_size:
             raise ValueError(
                 f"dynamic_sampling cannot fill rollout_batch_size {self.rollout_batch_size} in max_rounds {dynamic.max_rounds} of"
@@ -325,7 +351,7 @@ class HackingGuardConfig(Section):
     rollback_iterations: int = Field(default=0, ge=0)
     """How many iterations before the start of the current one a rollback goes (run_all.sh hands stage 5 that checkpoint). 0: to its
     start, and its rollouts are used again; else the rest of its rollouts, which another policy made, is left unused."""
-    gamma_factor: float = Field(default=0.25, gt=0, lt=1)
+    gamma_factor: float = Field(default=0.1, gt=0, lt=1)
     lowest_gamma_scale: float = Field(default=0.01, gt=0, le=1)
     """Once kl_prcp_coef has been lowered to less than this share of its value, an alarm is only a warning."""
     warmup_steps: int = Field(default=8, gt=0)

@@ -252,7 +252,7 @@ def optimizer_steps(iteration: Iteration, model, cached: dict, checks: dict, log
             back = args.rollback or args.megatron
             del model, optimizer  # before the new ones take their memory
             model, optimizer, state = iteration.load_optimizer(back, iteration.load_model(back))
-            guard.went_back(state.get("guard"))
+            guard.went_back()
             if back != args.megatron:  # another policy made these rollouts: leave them
                 break
             number, attempt = 0, attempt + 1

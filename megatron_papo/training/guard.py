@@ -1,6 +1,6 @@
 """The hacking guard of a run: what objective/hacking_guard.py sees, turned into the configured action."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_papo.config import HackingGuardConfig, ObjectiveConfig
 from megatron_papo.objective.hacking_guard import GuardState, Verdict, lowered, observe, watched_quantities
@@ -70,8 +70,7 @@ class Guard:
                 action = {"rollback_and_lower_gamma": "rollback"}.get(action, action)
         return Decision(step, attempt, action, verdict.signs, verdict.ratios, self.state.kl_prcp_scale)
 
-    def went_back(self, saved: dict | None) -> None:
-        """After a rollback: the statistics of the checkpoint, the lowered gamma of now."""
-        then = GuardState(**saved) if saved else GuardState()
-        self.state = GuardState(**then.as_dict() | {"kl_prcp_scale": self.state.kl_prcp_scale, "interventions": self.state.interventions})
+    def went_back(self) -> None:
+        """After a rollback: what was normal before the alarm still is, and the steps that led to it are forgotten."""
+        self.state = replace(self.state, recent=self.state.baseline, alarming_steps=0, cooldown=0)
         self.signs = ()

@@ -132,13 +132,13 @@ def test_actions():
     guard, made = decisions("stop", run)
     assert made[0].action == "stop" and "lower objective.kl_prcp_coef" in made[0].message
     guard, made = decisions("lower_gamma", run)
-    assert made[0].action == "lower_gamma" and made[0].kl_prcp_scale == 0.25 and guard.state.interventions >= 2
-    assert guard.kl_prcp_scale == 0.25**guard.state.interventions
-    assert "kl_prcp_coef is now 0.25 x" in made[0].message and "kl_prcp_variance" in made[0].message
+    assert made[0].action == "lower_gamma" and made[0].kl_prcp_scale == 0.1 and guard.state.interventions >= 2
+    assert guard.kl_prcp_scale == pytest.approx(0.1**guard.state.interventions)
+    assert "kl_prcp_coef is now 0.1 x" in made[0].message and "kl_prcp_variance" in made[0].message
     guard, made = decisions("lower_gamma", run, gamma_factor=0.5)
     assert made[0].kl_prcp_scale == 0.5
     guard, made = decisions("rollback_and_lower_gamma", run)
-    assert made[0].action == "rollback" and made[0].kl_prcp_scale == 0.25
+    assert made[0].action == "rollback" and made[0].kl_prcp_scale == 0.1
     assert decisions("off", run)[1] == [] and json.loads(json.dumps(asdict(made[0])))["step"] == made[0].step
 
 
@@ -152,17 +152,18 @@ def test_without_gamma_there_is_nothing_to_watch():
     assert all(guard.observe(metrics, 1, 1) is None for metrics in run_of(90, HACKED))
 
 
-def test_going_back_keeps_the_lowered_gamma_and_the_old_statistics():
+def test_going_back_keeps_the_lowered_gamma_and_what_is_normal():
     run = run_of(90, HACKED)
-    states, _ = watch(run)
     guard = Guard(HackingGuardConfig(action="rollback_and_lower_gamma"), ObjectiveConfig(), None)
     step = next(step for step, metrics in enumerate(run) if guard.observe(metrics, step + 1, 1) is not None)
     assert step > 30
-    guard.went_back(states[20].as_dict())
-    assert (guard.state.steps, guard.state.baseline) == (21, states[20].baseline)
-    assert guard.kl_prcp_scale == 0.25 and guard.state.interventions == 1
-    guard.went_back(None)
-    assert guard.state.steps == 0 and guard.kl_prcp_scale == 0.25
+    before = guard.state
+    guard.went_back()
+    assert guard.state.baseline == before.baseline == guard.state.recent != before.recent
+    assert guard.kl_prcp_scale == 0.1 and guard.state.interventions == 1
+    assert [guard.observe(metrics, 1, 2) for metrics in run[:30]] == [None] * 30  # the healthy steps again
+    hacked_again = [guard.observe(metrics, 1, 2) for metrics in run[30:40]]
+    assert sum(d is not None for d in hacked_again) == 1 and guard.kl_prcp_scale == pytest.approx(0.01)
 
 
 def test_a_scale_saved_by_another_action_is_not_applied():

@@ -54,7 +54,7 @@ def test_the_papers_objective_without_a_reference(small_run, cached, tmp_path):
     assert first["entropy"] == pytest.approx(cached[0]["entropy"], rel=1e-4)  # the first step starts from the same weights
     assert first["masked_image_entropy"] == pytest.approx(cached[0]["masked_image_entropy"], rel=1e-4)
     assert first["kl_prcp"] != pytest.approx(cached[0]["kl_prcp"], rel=1e-3)  # exact, not k3
-    assert first["sft_loss"] > 0
+    assert (first["sft_loss"] > 0) == (first["accuracy"] > 0)
     assert "rollout.top_p 0.99: the sampled tokens are" in printed
 
 
@@ -82,8 +82,8 @@ def rolled_back(small_run, tmp_path_factory):
 def test_rollback_goes_back_exactly_and_lowers_gamma(rolled_back):
     output, metrics, printed = rolled_back
     decisions = [json.loads(line) for line in (output / "guard.jsonl").read_text().splitlines()]
-    assert decisions[0]["action"] == "rollback" and decisions[0]["kl_prcp_scale"] == 0.25
-    assert "hacking guard: step" in printed and "kl_prcp_coef 0.25 x its value" in printed
+    assert decisions[0]["action"] == "rollback" and decisions[0]["kl_prcp_scale"] == 0.1
+    assert "hacking guard: step" in printed and "kl_prcp_coef 0.1 x its value" in printed
     attempts = {attempt: [row for row in metrics if row["attempt"] == attempt] for attempt in {row["attempt"] for row in metrics}}
     last = attempts[max(attempts)]
     assert [row["step"] for row in last] == [1, 2, 3, 4]
@@ -91,7 +91,7 @@ def test_rollback_goes_back_exactly_and_lowers_gamma(rolled_back):
     first = metrics[0]
     for name in ("kl_prcp", "entropy", "kl_ref", "policy_loss", "learning_rate"):  # the same weights as at the start
         assert again[name] == first[name], name
-    assert (first["kl_prcp_coef"], again["kl_prcp_coef"]) == (0.01, 0.0025) and again["loss"] != first["loss"]
+    assert (first["kl_prcp_coef"], again["kl_prcp_coef"]) == (0.01, 0.001) and again["loss"] != first["loss"]
     second = [row for row in metrics if row["step"] == 2]
     assert second[0]["gradient_norm"] != second[1]["gradient_norm"]
     assert read_metrics(output / "metrics.jsonl") == last
