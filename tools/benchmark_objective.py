@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 from megatron_papo.command_line import run
@@ -67,7 +67,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def seconds_in_turns(functions: dict[str, Callable[[], object]], repeat: int) -> dict[str, float]:
+def seconds_in_turns(functions: dict[Hashable, Callable[[], object]], repeat: int) -> dict[Hashable, float]:
     """Median wall seconds of each function, after one call that does not count; the functions take turns."""
     import torch
 
@@ -330,23 +330,24 @@ def measure_vocabulary(width: Width, tokens: int, dtype_name: str, repeat: int) 
     from megatron_papo.training import parallel
 
     dtype = getattr(torch, dtype_name)
-    model = seconds_in_turns({"layer": decoder_layer(width, tokens, dtype), "output_layer": output_layer(width, tokens, dtype)}, repeat)
-    without = width.layers * model["layer"] + model["output_layer"]
-    found = {"layer_seconds": model["layer"], "output_layer_seconds": model["output_layer"], "step_seconds_without_objective": without}
     logits = torch.randn(tokens, VOCABULARY, device=parallel.device()).mul_(2).to(dtype).requires_grad_()
+    statistics_of = {"ours": token_statistics, "textbook": textbook_statistics}
+    objectives = {(kind, name): objective_alone(kind, logits, how) for kind in KINDS for name, how in statistics_of.items()}
+    model = {"layer": decoder_layer(width, tokens, dtype), "output_layer": output_layer(width, tokens, dtype)}
+    seconds = seconds_in_turns(model | objectives, repeat)
+    without = width.layers * seconds["layer"] + seconds["output_layer"]
+    found = {"layer_seconds": seconds["layer"], "output_layer_seconds": seconds["output_layer"], "step_seconds_without_objective": without}
     for kind in KINDS:
-        ours, textbook = (objective_alone(kind, logits, how) for how in (token_statistics, textbook_statistics))
-        seconds = seconds_in_turns({"ours": ours, "textbook": textbook}, repeat)
-        logits.grad = None  # the peak must hold the new one
         peaks = {}
-        for name, function in (("ours", ours), ("textbook", textbook)):
-            peaks[name] = peak_bytes(function) / (logits.numel() * logits.element_size())
-            logits.grad = None
+        for name in statistics_of:
+            logits.grad = None  # the peak must hold the new one
+            peaks[name] = peak_bytes(objectives[kind, name]) / (logits.numel() * logits.element_size())
+        ours, textbook = seconds[kind, "ours"], seconds[kind, "textbook"]
         found[kind] = {
-            "objective_seconds": seconds["ours"],
-            "objective_share": seconds["ours"] / (without + seconds["ours"]),
-            "textbook_seconds": seconds["textbook"],
-            "textbook_time_ratio": seconds["textbook"] / seconds["ours"],
+            "objective_seconds": ours,
+            "objective_share": ours / (without + ours),
+            "textbook_seconds": textbook,
+            "textbook_time_ratio": textbook / ours,
             "peak_bytes_over_logits_bytes": peaks["ours"],
             "textbook_peak_bytes_over_logits_bytes": peaks["textbook"],
         }
