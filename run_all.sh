@@ -53,7 +53,7 @@ CHILD=
 finish() {
   trap - EXIT INT TERM
   [[ -z $CHILD ]] || kill -TERM "$CHILD" 2>/dev/null || true
-  if [[ -f $SERVER/server.json ]]; then python -m tools.sglang_server stop --server "$SERVER" || true; fi
+  if [[ -d $SERVER ]]; then python -m tools.sglang_server stop --server "$SERVER" || true; fi
 }
 trap finish EXIT
 trap 'exit 130' INT

@@ -1,10 +1,11 @@
 """Stage 4: sample group_size responses to each prompt of an iteration's batch, and grade them.
 
 The batch is the iteration's slice of the seeded data order. With rollout.dynamic_sampling (DAPO) rounds of prompts are sampled until it
-is full of groups that are neither all right nor all wrong, and the next iteration starts where the last round ended. The SGLang server
-(a directory: found or started there; or a URL) gets the weights of --hf; every response has its own seed; vision tokens are forbidden;
-prompt lengths as the server counts them must equal ours. Token ids and log-probs are the server's. Grading: mathruler, in processes
-with a time limit; the soft overlong punishment, if there is one, is then added.
+is full of groups that are neither all right nor all wrong, and the next iteration starts where the last round ended. With
+rollout.over_sampling more prompts are drawn, and what still runs when enough groups are complete is cancelled. The SGLang servers (a
+directory: found or started there; or URLs) get the weights of --hf; every response has its own seed; vision tokens are forbidden;
+prompt lengths as the server counts them must equal ours. Token ids and log-probs are the server's. A server that fails is started
+again and its requests are sent again. Grading: mathruler, in processes with a time limit; then the soft overlong punishment, if any.
 
 Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic sampling the
         manifest of the iteration before.
@@ -39,7 +40,7 @@ def main() -> None:
         "data": require_input(arguments.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data"),
         "hf": input_fingerprint(arguments.hf, "give --hf the output of stage 2 or 6, or a downloaded checkpoint"),
     }
-    first_position = (arguments.iteration - 1) * config.rollout.rollout_batch_size
+    first_position = (arguments.iteration - 1) * config.rollout.drawn_prompts
     if config.rollout.dynamic_sampling is not None and arguments.iteration > 1:
         inputs["previous"], first_position = end_of_previous(arguments.previous, arguments.iteration - 1, config.seed, inputs["data"])
     out = StageOutput("stage4_rollout", arguments.output, config, SECTIONS, inputs, {"iteration": arguments.iteration})
@@ -82,8 +83,15 @@ def roll_out(
     from megatron_papo.records import Prompt, read_jsonl, write_jsonl
     from megatron_papo.rollout.data_order import prompts_at
     from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
-    from megatron_papo.rollout.sample_and_grade import Group, client_with_weights, matching_tokenizer, picture_loader, sample_and_grade
-    from megatron_papo.rollout.sglang_client import Sampling, forbidden_tokens
+    from megatron_papo.rollout.sample_and_grade import (
+        Group,
+        client_with_weights,
+        matching_tokenizer,
+        picture_loader,
+        probe_of,
+        sample_and_grade,
+    )
+    from megatron_papo.rollout.sglang_requests import Sampling, forbidden_tokens
 
     settings, dynamic = config.rollout, config.rollout.dynamic_sampling
     size = settings.group_size
@@ -92,37 +100,39 @@ def roll_out(
     forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, -1, settings.max_response_tokens, forbidden)
     pictures = picture_loader(data, config, config.data.max_pixels, kept=2 * settings.concurrency)
-    client, version = client_with_weights(where, hf, fingerprint, config)
+    client, version = client_with_weights(where, hf, fingerprint, config, probe_of(prompts, pictures))
+    count = settings.drawn_prompts if dynamic is None else settings.prompts_per_round
+    wanted = settings.rollout_batch_size if settings.over_sampling else None
 
     def rounds() -> Iterator[list[Group]]:
-        """Without end; each is sampled when it is asked for."""
-        count = settings.prompts_per_round
+        """Without end; each is sampled when it is asked for. Groups that were not finished are left out."""
         for number in itertools.count():
             drawn = prompts_at(len(prompts), first_position + number * count, count, config.seed)
-            jobs = [job for epoch, index in drawn for job in _jobs(config, iteration, epoch, prompts[index])]
+            jobs = [job for place, (epoch, index) in enumerate(drawn) for job in _jobs(config, iteration, epoch, prompts[index], place)]
             title = f"rollouts {iteration}" if dynamic is None else f"rollouts {iteration} round {number + 1}"
-            graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, title)
-            graded = [_punished(config, one) for one in graded]
+            graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, title, wanted)
+            graded = [one and _punished(config, one) for one in graded]
             starts = range(0, len(jobs), size)
-            yield [Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)]
+            groups = [Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)]
+            yield [group for group in groups if None not in group.graded]
 
     started = time.monotonic()
     batch = one_round(next(rounds())) if dynamic is None else fill_batch(rounds(), settings.rollout_batch_size, dynamic)
     seconds = time.monotonic() - started
 
     write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept))
-    counts = _counts(batch, seconds) | {"next_position": first_position + len(batch.sampled)}
+    counts = _counts(batch, batch.rounds * count, client.traffic, seconds) | {"next_position": first_position + batch.rounds * count}
     out.counts |= counts
     print(f"iteration {iteration}: {_in_words(counts)}", flush=True)
 
 
-def _jobs(config: Config, iteration: int, epoch: int, prompt) -> list:
-    """The Jobs of one group."""
+def _jobs(config: Config, iteration: int, epoch: int, prompt, group: int) -> list:
+    """The Jobs of one group; group: its number among those drawn."""
     from megatron_papo.rollout.sample_and_grade import Job
     from megatron_papo.seeds import derive_seed
 
     seeds = [derive_seed(config.seed, "sampling", iteration, epoch, prompt.id, sample) for sample in range(config.rollout.group_size)]
-    return [Job(prompt, sample, seed) for sample, seed in enumerate(seeds)]
+    return [Job(prompt, sample, seed, group=group) for sample, seed in enumerate(seeds)]
 
 
 def _punished(config: Config, result):
@@ -133,14 +143,18 @@ def _punished(config: Config, result):
     return replace(result, rewards=with_overlong_penalty(result.rewards, num_tokens, config.rollout.max_response_tokens, config.reward))
 
 
-def _counts(batch, seconds: float) -> dict[str, float | int]:
-    """For the manifest: of the groups; of all sampled responses (_sampled) and of those in the file (_kept)."""
+def _counts(batch, drawn: int, traffic, seconds: float) -> dict[str, float | int]:
+    """For the manifest: of the groups; of all sampled responses (_sampled) and of those in the file (_kept); of the requests.
+
+    drawn: prompts that the data order gave; those of them that are not in batch.sampled were cancelled.
+    """
     from megatron_papo.rollout.sample_and_grade import summary
 
     counts = {
         "prompts": len(batch.kept),
         "rounds": batch.rounds,
-        "prompts_used": len(batch.sampled),
+        "prompts_used": drawn,
+        "prompts_cancelled": drawn - len(batch.sampled),
         "groups_all_right": batch.all_right,
         "groups_all_wrong": batch.all_wrong,
         "groups_surplus": batch.surplus,
@@ -149,7 +163,8 @@ def _counts(batch, seconds: float) -> dict[str, float | int]:
         part = summary([one for group in groups for one in group.graded])
         counts |= {f"{name}_{suffix}": value for name, value in part.items()}
     tokens = sum(len(one.sample.token_ids) for group in batch.sampled for one in group.graded)
-    return counts | {"response_tokens_sampled": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    counts |= {"response_tokens_sampled": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    return counts | {f"requests_{name}": value for name, value in vars(traffic).items()}
 
 
 def _in_words(counts: dict[str, float | int]) -> str:
@@ -158,8 +173,18 @@ def _in_words(counts: dict[str, float | int]) -> str:
         f" {counts['groups_all_right']} all right, {counts['groups_all_wrong']} all wrong, {counts['groups_surplus']} surplus;"
         f" accuracy {counts['accuracy_sampled']:.3f} of all sampled, {counts['accuracy_kept']:.3f} of the kept;"
         f" format {counts['format_sampled']:.3f} of all sampled, {counts['format_kept']:.3f} of the kept;"
-        f" cut off {counts['cut_off_share_sampled']:.3f}, {counts['tokens_per_second']:.0f} tokens/s"
+        f" cut off {counts['cut_off_share_sampled']:.3f}, {counts['tokens_per_second']:.0f} tokens/s{_troubles(counts)}"
     )
+
+
+def _troubles(counts: dict[str, float | int]) -> str:
+    cancelled = counts["requests_cancelled_running"] + counts["requests_cancelled_waiting"]
+    words = ""
+    if cancelled:
+        words += f"; {counts['prompts_cancelled']} prompts not finished, {cancelled} requests cancelled"
+    if counts["requests_servers_lost"]:
+        words += f"; {counts['requests_servers_lost']} server(s) lost, {counts['requests_resent']} requests sent again"
+    return words
 
 
 def _records(config: Config, iteration: int, groups: list) -> Iterator:

@@ -41,8 +41,15 @@ def main() -> None:
 
 def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, fingerprint: str, out: StageOutput) -> None:
     from megatron_papo.records import Prompt, read_jsonl, write_jsonl
-    from megatron_papo.rollout.sample_and_grade import Job, client_with_weights, matching_tokenizer, picture_loader, sample_and_grade
-    from megatron_papo.rollout.sglang_client import Sampling, forbidden_tokens
+    from megatron_papo.rollout.sample_and_grade import (
+        Job,
+        client_with_weights,
+        matching_tokenizer,
+        picture_loader,
+        probe_of,
+        sample_and_grade,
+    )
+    from megatron_papo.rollout.sglang_requests import Sampling, forbidden_tokens
     from megatron_papo.seeds import derive_seed
 
     settings = config.evaluation
@@ -61,14 +68,15 @@ def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, finger
                 sample,
                 derive_seed(config.seed, "evaluation", prompt.id, sample),
                 derive_seed(config.seed, "evaluation_mask", prompt.id) if masked else None,
+                group=number + masked * len(prompts),
             )
-            for prompt in prompts
+            for number, prompt in enumerate(prompts)
             for sample in range(settings.samples_per_prompt)
         ]
 
     jobs = jobs_of(masked=False) + (jobs_of(masked=True) if settings.masked_images else [])
     pictures = picture_loader(data, config, max_pixels, kept=2 * config.rollout.concurrency)
-    client, version = client_with_weights(where, hf, fingerprint, config)
+    client, version = client_with_weights(where, hf, fingerprint, config, probe_of(prompts, pictures))
     graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, "evaluation")
     write_jsonl(out.partial / "predictions.jsonl", (_prediction(job, result) for job, result in zip(jobs, graded)))
     metrics = _metrics(jobs, graded, len(prompts), settings.samples_per_prompt)

@@ -1,7 +1,7 @@
-"""Start, find and stop the SGLang server of a run by hand; the stages do the same by themselves.
+"""Start, find and stop the SGLang servers of a run by hand; the stages do the same by themselves.
 
     python -m tools.sglang_server start  --server DIR --config FILE --model HF_DIR [--set SECTION.KEY=VALUE]
-    python -m tools.sglang_server status --server DIR      exit status 0 if it is healthy, 1 if not
+    python -m tools.sglang_server status --server DIR      exit status 0 if all are healthy, 1 if not
     python -m tools.sglang_server stop   --server DIR
 
 DIR holds server.json and server.log, for example runs/demo/server.
@@ -29,15 +29,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.action == "start":
         config = load_config(arguments.config, arguments.overrides)
-        server = sglang_server.connect_or_start(arguments.server, arguments.model, config.server, config.model.dtype)
-        print(f"{arguments.server}: running at {server.url}")
+        servers = sglang_server.connect_or_start_all(arguments.server, arguments.model, config.server, config.model.dtype)
+        print(f"{arguments.server}: running at {', '.join(server.url for server in servers)}")
     elif arguments.action == "status":
-        usable, line = sglang_server.status(arguments.server)
-        print(line)
-        sys.exit(0 if usable else 1)
+        found = sglang_server.status(arguments.server)
+        print("\n".join(line for _, line in found))
+        sys.exit(0 if all(usable for usable, _ in found) else 1)
     else:
-        stopped = sglang_server.stop(arguments.server)
-        print(f"{arguments.server}: {'stopped' if stopped else 'no server was running'}")
+        stopped = sglang_server.stop_all(arguments.server)
+        print(f"{arguments.server}: {f'stopped {stopped} server(s)' if stopped else 'no server was running'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Responses to prompts, graded: what stage 4 (rollouts) and stage 7 (evaluation) have in common."""
 
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -15,8 +17,10 @@ from megatron_papo.errors import UserError
 from megatron_papo.images import load_images, to_data_uri
 from megatron_papo.records import Prompt, Rewards
 from megatron_papo.rollout.rewards import Grader
-from megatron_papo.rollout.sglang_client import Request, Sample, Sampling, SglangClient
-from megatron_papo.rollout.sglang_server import open_server
+from megatron_papo.rollout.replicas import HealthLimits
+from megatron_papo.rollout.sglang_client import SglangClient
+from megatron_papo.rollout.sglang_requests import Request, Sample, Sampling
+from megatron_papo.rollout.sglang_server import Server, open_servers, restart
 
 WEIGHT_VERSION_CHARACTERS = 16
 
@@ -30,6 +34,8 @@ class Job:
     seed: int
     masked_image_seed: int | None = None
     """Show the pictures masked, drawn with this seed; None: as they are."""
+    group: int | None = None
+    """Jobs of one call with the same number have the same prompt and pictures, which are then computed once."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +66,29 @@ def matching_tokenizer(hf_dir: Path, data_dir: Path) -> Tokenizer:
     return Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
 
 
-def client_with_weights(where: str, hf_dir: Path, fingerprint: str, config: Config) -> tuple[SglangClient, str]:
-    """A client of the server that --server names, which then holds the weights of hf_dir, and their version."""
-    server = open_server(where, hf_dir, config.server, config.model.dtype)
-    client = SglangClient(server, config.rollout.concurrency, config.rollout.request_timeout_seconds)
+def client_with_weights(
+    where: str, hf_dir: Path, fingerprint: str, config: Config, probe: Request | None = None
+) -> tuple[SglangClient, str]:
+    """A client of the servers that --server names, which then hold the weights of hf_dir, and their version.
+
+    probe: see SglangClient.update_weights.
+    """
+    settings, dtype = config.server, config.model.dtype
+    if settings.router and not where.startswith("http"):
+        raise UserError("server.router: stands in front of servers that you started: list their URLs with --server, separated by commas")
+    client = SglangClient(
+        open_servers(where, hf_dir, settings, dtype),
+        config.rollout.concurrency,
+        config.rollout.request_timeout_seconds,
+        router=Server(settings.router.rstrip("/"), os.environ.get("SGLANG_API_KEY")) if settings.router else None,
+        restart=lambda lost: restart(lost, hf_dir, settings, dtype),
+        limits=HealthLimits(settings.health_interval_seconds, settings.health_timeout_seconds, settings.max_restarts),
+    )
     version = fingerprint[:WEIGHT_VERSION_CHARACTERS]
     started = time.monotonic()
-    if client.update_weights(hf_dir, version):
-        print(f"{server.url}: loaded {hf_dir} in {time.monotonic() - started:.1f} s", flush=True)
+    updated = client.update_weights(hf_dir, version, probe)
+    if updated:
+        print(f"{updated} of {len(client.servers)} server(s): loaded {hf_dir} in {time.monotonic() - started:.1f} s", flush=True)
     return client, version
 
 
@@ -83,6 +104,12 @@ def picture_loader(data_dir: Path, config: Config, max_pixels: int, kept: int) -
     return lambda job: load(tuple(job.prompt.images), tuple(job.prompt.saliency), job.masked_image_seed)
 
 
+def probe_of(prompts: Sequence[Prompt], pictures: Callable[[Job], Sequence[str]]) -> Request:
+    """The first prompt with a picture (or the first): what a server says about it must change with its weights."""
+    prompt = next((prompt for prompt in prompts if prompt.images), prompts[0])
+    return Request(prompt, 0, "probe", partial(pictures, Job(prompt, 0, 0)))
+
+
 def sample_and_grade(
     client: SglangClient,
     weight_version: str,
@@ -92,30 +119,45 @@ def sample_and_grade(
     tokenizer: Tokenizer,
     config: Config,
     title: str,
-) -> list[Graded]:
-    """One Graded per job, in order. Responses are graded in other processes while the rest is being sampled."""
+    groups_wanted: int | None = None,
+) -> list[Graded | None]:
+    """One Graded per job, in order. Responses are graded in other processes while the rest is being sampled.
+
+    groups_wanted: once so many groups are complete, the other jobs are cancelled; those that were not finished are None.
+    """
     requests = [
-        Request(job.prompt, job.seed, name=f"{title}-{number}-{weight_version}", images=partial(pictures, job))
+        Request(
+            job.prompt,
+            job.seed,
+            name=f"{title}-{number}-{weight_version}",
+            images=partial(pictures, job),
+            group=None if job.group is None else str(job.group),
+        )
         for number, job in enumerate(jobs)
     ]
     submitted = [None] * len(jobs)
     texts = [""] * len(jobs)
+    missing = Counter(job.group for job in jobs)
     with Grader(config.reward) as grader, tqdm(total=len(jobs), desc=title, unit=" samples", mininterval=1) as bar:
-        counts = {"tokens": 0, "cut off": 0}
+        counts = Counter()
 
         def on_sample(index: int, sample: Sample) -> None:
             texts[index] = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
             cut_off = sample.finish_reason == "length"
             submitted[index] = grader.submit(texts[index], jobs[index].prompt.answer, cut_off)
-            counts["tokens"] += len(sample.token_ids)
-            counts["cut off"] += cut_off
+            missing[jobs[index].group] -= 1
+            counts.update({"tokens": len(sample.token_ids), "cut off": cut_off, "groups": missing[jobs[index].group] == 0})
             rate = counts["tokens"] / max(bar.format_dict["elapsed"], 1e-3)
-            bar.set_postfix({"tokens/s": round(rate), "cut off": counts["cut off"]}, refresh=False)
+            shown = {"tokens/s": round(rate), "running": client.running, "finished": bar.n + 1, "cut off": counts["cut off"]}
+            bar.set_postfix(shown, refresh=False)
             bar.update()
 
-        samples = client.sample(requests, sampling, weight_version, on_sample)
-        rewards = [grader.result(one) for one in submitted]
-    return [Graded(*parts) for parts in zip(samples, texts, rewards)]
+        def enough() -> bool:
+            return groups_wanted is not None and counts["groups"] >= groups_wanted
+
+        samples = client.sample(requests, sampling, weight_version, on_sample, enough)
+        rewards = [None if one is None else grader.result(one) for one in submitted]
+    return [None if parts[0] is None else Graded(*parts) for parts in zip(samples, texts, rewards)]
 
 
 def summary(graded: Sequence[Graded]) -> dict[str, float | int]:

@@ -1,7 +1,8 @@
-"""SGLang servers: start one, find it again, stop it. It outlives the stage that started it; the iterations load their weights into it.
+"""SGLang servers: start them, find them again, stop them. They outlive the stage that started them; iterations load their weights into them.
 
-A server directory holds server.json (url, key, process, what it was started with) and server.log. The server runs in SGLang's own
-Python environment, detached, on the loopback interface unless the configuration says otherwise, with a random key.
+A server directory holds server.json (url, key, process, what it was started with) and server.log; those of further replicas are in
+replica_1, replica_2, ... below it. A server runs in SGLang's own Python environment, detached, on the loopback interface unless the
+configuration says otherwise, with a random key. Processes are ended by their number, which must still have its time of creation.
 """
 
 import json
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,10 @@ HEALTH_TIMEOUT_SECONDS = 30.0
 """/health generates a token, which takes about a second; SGLang itself gives up after 20."""
 STOP_SECONDS = 20.0
 LOG_LINES = 30
+NOT_OF_ONE_SERVER = {
+    "start_timeout_seconds", "replicas", "router", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
+}  # fmt: skip
+"""Fields of ServerConfig that a running server need not have been started with."""
 
 
 @dataclass(frozen=True)
@@ -35,43 +41,97 @@ class Server:
     api_key: str | None = None
     directory: Path | None = None
     """Where server.json and server.log are; None for a server given by its URL."""
+    replica: int = 0
 
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
-def open_server(where: str, model: Path, server: ServerConfig, dtype: str) -> Server:
-    """What --server names: a URL (http...) of a running server, or a server directory, in which one is started if need be."""
+def open_servers(where: str, model: Path, server: ServerConfig, dtype: str) -> list[Server]:
+    """What --server names: URLs (http..., separated by commas) of running servers, or a server directory, in which they are started."""
     if where.startswith(("http://", "https://")):
-        return connect(where, os.environ.get("SGLANG_API_KEY"))
-    return connect_or_start(Path(where), model, server, dtype)
+        return [connect(url, os.environ.get("SGLANG_API_KEY"), dtype) for url in where.split(",")]
+    return connect_or_start_all(Path(where), model, server, dtype)
 
 
-def connect(url: str, api_key: str | None) -> Server:
-    """A server that somebody else started. Raises UserError if it does not answer or refuses the key."""
-    server = Server(url.rstrip("/"), api_key)
+def connect(url: str, api_key: str | None, dtype: str | None = None) -> Server:
+    """A server that somebody else started. Raises UserError if it does not answer, refuses the key or computes in another dtype."""
+    server = Server(url.strip().rstrip("/"), api_key)
     problem = _problem(server)
     if problem:
         raise UserError(f"{server.url}: {problem}: start SGLang there, set SGLANG_API_KEY if it has a key, or give --server a directory")
+    with _client(server, HEALTH_TIMEOUT_SECONDS) as client:
+        check_settings(server.url, client.get("/server_info").json(), dtype)
     return server
 
 
-def connect_or_start(server_dir: Path, model: Path, server: ServerConfig, dtype: str) -> Server:
+def check_settings(url: str, info: dict, dtype: str | None) -> None:
+    """Settings of a foreign server, from its /server_info, that rollouts depend on. UserError for the dtype; the others are said aloud."""
+    if dtype is not None and info.get("dtype") not in (dtype, "auto"):
+        raise UserError(f"{url}: computes in {info.get('dtype')}, model.dtype is {dtype}: start that server with --dtype {dtype}")
+    if not info.get("enable_deterministic_inference"):
+        print(f"{url}: runs without --enable-deterministic-inference: it ignores seeds, so its rollouts cannot be made again", flush=True)
+
+
+def connect_or_start_all(server_dir: Path, model: Path, server: ServerConfig, dtype: str) -> list[Server]:
+    """server.replicas servers, all at once; further ones of a former configuration are stopped."""
+    for directory in _replica_dirs(server_dir):
+        if directory not in [replica_dir(server_dir, number) for number in range(server.replicas)]:
+            stop(directory)
+    with ThreadPoolExecutor(server.replicas) as threads:
+        started = [threads.submit(connect_or_start, server_dir, model, server, dtype, number) for number in range(server.replicas)]
+        return [one.result() for one in started]
+
+
+def replica_dir(server_dir: Path, number: int) -> Path:
+    """Of the replica with this number, from 0."""
+    return Path(server_dir) if number == 0 else Path(server_dir) / f"replica_{number}"
+
+
+def _replica_dirs(server_dir: Path) -> list[Path]:
+    return [Path(server_dir), *sorted(Path(server_dir).glob("replica_*"))]
+
+
+def connect_or_start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, replica: int = 0) -> Server:
     """The server of server_dir if it is alive, answers and was started with the same settings; else a new one, loaded with `model`."""
-    server_dir = Path(server_dir).resolve()
-    settings = {"dtype": dtype, **server.model_dump(exclude={"start_timeout_seconds"})}
-    record = _read_record(server_dir)
+    directory = replica_dir(Path(server_dir).resolve(), replica)
+    settings = {"dtype": dtype, **server.model_dump(exclude=NOT_OF_ONE_SERVER)}
+    record = _read_record(directory)
     process = _process_of(record)
     if process is not None and record["settings"] == settings:
-        running = Server(record["url"], record["api_key"], server_dir)
+        running = Server(record["url"], record["api_key"], directory, replica)
         problem = None if not record["ready"] else _problem(running)
         if problem is None:
             return running if record["ready"] else _wait_until_ready(running, process, record, server.start_timeout_seconds)
         print(f"{running.url}: {problem}: starting a new server", flush=True)
     if process is not None:
-        stop(server_dir)
-    return _start(server_dir, Path(model).resolve(), server, dtype, settings)
+        stop(directory)
+    return _start(directory, Path(model).resolve(), server, dtype, settings, replica)
+
+
+def restart(lost: Server, model: Path, server: ServerConfig, dtype: str) -> Server:
+    """A new server in the place of one that died or hangs; what is left of it is killed without asking."""
+    process = _process_of(_read_record(lost.directory))
+    if process is not None:
+        group = _group(process)
+        _signal_group(process.pid, signal.SIGKILL)
+        psutil.wait_procs(group, timeout=STOP_SECONDS)
+    settings = {"dtype": dtype, **server.model_dump(exclude=NOT_OF_ONE_SERVER)}
+    return _start(lost.directory, Path(model).resolve(), server, dtype, settings, lost.replica)
+
+
+def process_is_gone(server: Server) -> bool:
+    """Whether a server that this pipeline started has died; False for one given by its URL, of which nobody knows."""
+    if server.directory is None:
+        return False
+    record = _read_record(server.directory)
+    return record is None or record["url"] != server.url or _process_of(record) is None
+
+
+def stop_all(server_dir: Path) -> int:
+    """Ends all replicas of server_dir. -> how many were running."""
+    return sum(stop(directory) for directory in _replica_dirs(server_dir))
 
 
 def stop(server_dir: Path) -> bool:
@@ -89,8 +149,12 @@ def stop(server_dir: Path) -> bool:
     return process is not None
 
 
-def status(server_dir: Path) -> tuple[bool, str]:
-    """(usable, one line that says so)."""
+def status(server_dir: Path) -> list[tuple[bool, str]]:
+    """(usable, one line that says so) for each replica of server_dir."""
+    return [_status(directory) for directory in _replica_dirs(server_dir)]
+
+
+def _status(server_dir: Path) -> tuple[bool, str]:
     record = _read_record(Path(server_dir))
     process = _process_of(record)
     if process is None:
@@ -110,11 +174,11 @@ def log_tail(server_dir: Path, lines: int = LOG_LINES) -> str:
     return "\n".join("  " + line for line in text.splitlines()[-lines:])
 
 
-def _start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, settings: dict) -> Server:
+def _start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, settings: dict, replica: int) -> Server:
     python = _python(server)
-    port = _port(server)
+    port = _port(server.host, server.port + replica if server.port else 0)
     api_key = secrets.token_hex(16)
-    command = [*_launcher(python, server), "--model-path", str(model), "--dtype", dtype]
+    command = [*_launcher(python, server, replica), "--model-path", str(model), "--dtype", dtype]
     command += ["--host", server.host, "--port", str(port), "--api-key", api_key]
     if server.max_total_tokens is not None:
         command += ["--max-total-tokens", str(server.max_total_tokens)]
@@ -142,13 +206,15 @@ def _start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, sett
         "command": command,
     }
     _write_record(server_dir, record)
-    return _wait_until_ready(Server(record["url"], api_key, server_dir), process, record, server.start_timeout_seconds)
+    return _wait_until_ready(Server(record["url"], api_key, server_dir, replica), process, record, server.start_timeout_seconds)
 
 
-def _launcher(python: Path, server: ServerConfig) -> list[str]:
+def _launcher(python: Path, server: ServerConfig, replica: int) -> list[str]:
     if _has_gpu(server):
+        tp = server.tensor_parallel_size
         command = [str(python), "-m", "sglang.launch_server", "--enable-deterministic-inference"]
-        return command + ["--tp", str(server.tensor_parallel_size), "--mem-fraction-static", str(server.memory_fraction)]
+        command += ["--tp", str(tp), "--mem-fraction-static", str(server.memory_fraction)]
+        return command + ["--base-gpu-id", str(server.first_gpu + replica * tp)]
     if server.tensor_parallel_size > 1:
         raise UserError("server.tensor_parallel_size: a server on a CPU is one process: set it to 1")
     return [str(python), "-P", str(CPU_LAUNCHER)]
@@ -170,13 +236,13 @@ def _python(server: ServerConfig) -> Path:
     return python
 
 
-def _port(server: ServerConfig) -> int:
+def _port(host: str, port: int) -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((server.host, server.port))
+            probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"server.port {server.port} on {server.host}: {error.strerror}: choose another, or 0 for any free port")
+            raise UserError(f"server.port {port} on {host}: {error.strerror}: choose another, or 0 for any free port")
         return probe.getsockname()[1]
 
 
@@ -186,7 +252,8 @@ def _wait_until_ready(server: Server, process: psutil.Process, record: dict, tim
 
     started = time.monotonic()
     try:
-        with tqdm(desc="SGLang server starting", bar_format="{desc}: {elapsed} {postfix}", mininterval=1, leave=False) as bar:
+        name = "SGLang server" if server.replica == 0 else f"SGLang replica {server.replica}"
+        with tqdm(desc=f"{name} starting", position=server.replica, bar_format="{desc}: {elapsed} {postfix}", mininterval=1, leave=False) as bar:
             while True:
                 if not _is_running(process):
                     tail = f"{server.directory}/server.log ends:\n{log_tail(server.directory)}"
@@ -211,7 +278,7 @@ def _wait_until_ready(server: Server, process: psutil.Process, record: dict, tim
 def _problem(server: Server, timeout: float = HEALTH_TIMEOUT_SECONDS) -> str | None:
     """Why the server cannot be used; None if it can."""
     try:
-        with httpx.Client(base_url=server.url, headers=server.headers, timeout=timeout, trust_env=False) as client:
+        with _client(server, timeout) as client:
             key = client.get("/model_info").status_code
             if key in (401, 403):
                 return "refuses the API key"
@@ -219,6 +286,10 @@ def _problem(server: Server, timeout: float = HEALTH_TIMEOUT_SECONDS) -> str | N
     except httpx.HTTPError as error:
         return f"does not answer ({type(error).__name__})"
     return None if health == 200 else f"is not healthy (HTTP {health})"
+
+
+def _client(server: Server, timeout: float) -> httpx.Client:
+    return httpx.Client(base_url=server.url, headers=server.headers, timeout=timeout, trust_env=False)
 
 
 def _read_record(server_dir: Path) -> dict | None:

@@ -1,4 +1,13 @@
-"""What the first sweep over the rollouts tells about them: were they sampled from the policy that is about to be trained?"""
+"""What the first sweep over the rollouts tells about them: were they sampled from the policy that is about to be trained?
+
+Two causes make SGLang's log-prob of a token differ from Megatron's. One is a fault: other weights, another picture, other positions,
+kernels that round differently. The other is not: SGLang never samples vision tokens (logit_bias), so its log-probs are over the allowed
+tokens, Megatron's over the whole vocabulary. `only_allowed_tokens` removes the second, exactly, so that a limit can be tight.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,15 +18,91 @@ from megatron_papo.training import collectives, parallel
 from megatron_papo.training.batching import Row
 
 WORST_SHOWN = 5
+CONTEXT_TOKENS = 6
+PARITY_ROLLOUTS = 64
+"""Rollouts of an iteration that the gate looks at: spread evenly over the batch, all ranks together."""
 
 
-def compare_with_server(rows: list[Row], old_log_probs: list[Tensor], limit: float | None) -> dict[str, float]:
+@contextmanager
+def only_allowed_tokens(model: torch.nn.Module, forbidden: Sequence[int]) -> Iterator[None]:
+    """Within it the model's logits of forbidden tokens are -inf: its log-probs are over the allowed tokens, as SGLang's are.
+
+    model: Qwen2_5_VL or a wrapper of it, any layout. Only for sweeps without gradient.
+    """
+    while hasattr(model, "module"):
+        model = model.module
+    if not parallel.is_last_stage() or not forbidden:
+        yield
+        return
+
+    def forbid(module, inputs, output):
+        logits, bias = output
+        first = parallel.tp_group().rank() * logits.shape[-1]
+        local = torch.tensor([token - first for token in forbidden if first <= token < first + logits.shape[-1]], dtype=torch.long)
+        return logits.index_fill(-1, local.to(logits.device), -torch.inf), bias
+
+    handle = model.language_model.output_layer.register_forward_hook(forbid)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def parity_sample(rows: Sequence[Row], count: int = PARITY_ROLLOUTS) -> list[Row]:
+    """This rank's share of `count` rollouts, evenly spread over rows; at least one where there are any."""
+    mine = min(len(rows), max(1, count // parallel.dp_group().size()))
+    return [rows[i * len(rows) // mine] for i in range(mine)]
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """One response token, as both sides saw it."""
+
+    row: Row
+    position: int
+    """In the response, from 0."""
+    by_megatron: float
+    by_server: float
+
+    @property
+    def size(self) -> float:
+        return abs(self.by_megatron - self.by_server)
+
+    def in_context(self, decode: Callable[[list[int]], str] | None = None) -> str:
+        """One line. decode: token ids -> text; without it the ids are shown."""
+        ids, at = self.row.rollout.response_token_ids, self.position
+        before, token, after = ids[max(0, at - CONTEXT_TOKENS) : at], ids[at], ids[at + 1 : at + 1 + CONTEXT_TOKENS]
+        if decode is None:
+            shown = " ".join([*map(str, before), f">>{token}<<", *map(str, after)])
+        else:
+            shown = repr(f"{decode(before)}>>{decode([token])}<<{decode(after)}")
+        where = f"{self.row.rollout.prompt_id} sample {self.row.rollout.sample} token {at}"
+        return f"{where}: {self.size:.3g} (SGLang {self.by_server:.4f}, Megatron {self.by_megatron:.4f}) in {shown}"
+
+
+def worst_tokens(rows: Sequence[Row], log_probs: Sequence[Tensor], count: int = WORST_SHOWN) -> list[TokenDifference]:
+    """The largest differences first. log_probs: one [response_length] per row."""
+    found = [
+        TokenDifference(row, position, ours, theirs)
+        for row, values in zip(rows, log_probs)
+        for position, (ours, theirs) in enumerate(zip(values.tolist(), row.rollout.rollout_log_probs))
+    ]
+    return sorted(found, key=lambda one: -one.size)[:count]
+
+
+def compare_with_server(
+    rows: list[Row],
+    old_log_probs: list[Tensor],
+    limit: float | None,
+    decode: Callable[[list[int]], str] | None = None,
+    prefix: str = "",
+) -> dict[str, float]:
     """How far SGLang's log-probs are from Megatron's: the first sign of a wrong picture, weight or position.
 
-    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows.
+    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows, their names after `prefix`.
 
     old_log_probs: one [response_length] per row on the last stage, else []. Collective over all ranks. Raises UserError, listing the
-    worst tokens, where the mean difference exceeds limit.
+    worst tokens in their context (as text where `decode` turns ids into it), where the mean difference exceeds limit.
     """
     ours = torch.cat([torch.zeros(0), *(values.cpu() for values in old_log_probs)])
     theirs = torch.tensor([value for row, _ in zip(rows, old_log_probs) for value in row.rollout.rollout_log_probs])
@@ -25,15 +110,13 @@ def compare_with_server(rows: list[Row], old_log_probs: list[Tensor], limit: flo
     sums = collectives.sum_from_last_stage(mismatch_sums(ours, theirs))
     metrics = mismatch_metrics(sums, collectives.max_over_ranks(differences.max().item() if len(differences) else 0.0))
     mean, maximum = metrics["rollout_log_prob_difference_mean"], metrics["rollout_log_prob_difference_max"]
-    if limit is not None and mean > limit:
-        tokens = [(row.rollout, position) for row, _ in zip(rows, old_log_probs) for position in range(row.response_length)]
-        worst = differences.topk(min(WORST_SHOWN, len(differences))).indices.tolist()
-        shown = "; ".join(f"{tokens[i][0].prompt_id} sample {tokens[i][0].sample} token {tokens[i][1]}: {differences[i]:.3g}" for i in worst)
+    if limit is not None and not mean <= limit:  # nan fails too
+        worst = "; ".join(one.in_context(decode) for one in worst_tokens(rows, old_log_probs))
         raise UserError(
             f"log-probs of the rollouts differ by {mean:.3g} nats on average, {maximum:.3g} at most (limit {limit}): the server did not run"
-            f" these weights or did not see these pictures. Worst here: {shown}"
+            f" these weights or did not see these pictures (find out with: python -m tools.check_parity). Worst here: {worst}"
         )
-    return metrics
+    return {prefix + name: value for name, value in metrics.items()}
 
 
 def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:

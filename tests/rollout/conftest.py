@@ -11,7 +11,8 @@ from megatron_papo.config import load_config
 from megatron_papo.images import load_images, to_data_uri
 from megatron_papo.records import Prompt
 from megatron_papo.rollout import sglang_server
-from megatron_papo.rollout.sglang_client import Request, SglangClient
+from megatron_papo.rollout.sglang_client import SglangClient
+from megatron_papo.rollout.sglang_requests import Request
 from tests.conftest import DEMO_CONFIG
 
 MIN_PIXELS, MAX_PIXELS = 3136, 50176
@@ -58,7 +59,7 @@ def server(server_dir, checkpoints):
 @pytest.fixture
 def client(server, checkpoints) -> SglangClient:
     """With the first checkpoint's weights, under the version "first"."""
-    client = SglangClient(server, concurrency=32, timeout_seconds=60)
+    client = SglangClient([server], concurrency=32, timeout_seconds=60)
     client.update_weights(checkpoints.first, "first")
     return client
 
@@ -97,10 +98,10 @@ def processed(root: Path, files: list[str]) -> dict:
     return processor(images=[Image.open(root / file).convert("RGB") for file in files], return_tensors="pt")
 
 
-def request_for(prompt: Prompt, root: Path, seed: int) -> Request:
+def request_for(prompt: Prompt, root: Path, seed: int, group: str | None = None) -> Request:
     """As the stages make it: the resized pictures as data URIs."""
 
     def load():
         return [to_data_uri(picture) for picture in load_images(root, prompt.images, MIN_PIXELS, MAX_PIXELS)]
 
-    return Request(prompt, seed, name=f"test-{prompt.id}-{seed}", images=load)
+    return Request(prompt, seed, name=f"test-{prompt.id}-{seed}", images=load, group=group)

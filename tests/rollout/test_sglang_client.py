@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from megatron_papo.errors import UserError
-from megatron_papo.rollout import sglang_client
-from megatron_papo.rollout.sglang_client import Sampling, SglangClient, build_request, forbidden_tokens, parse_answer
+from megatron_papo.rollout import replicas, sglang_client
+from megatron_papo.rollout.replicas import HealthLimits
+from megatron_papo.rollout.sglang_client import SglangClient
+from megatron_papo.rollout.sglang_requests import VISION_TOKENS, Sampling, build_request, forbidden_tokens, parse_answer
 from megatron_papo.rollout.sglang_server import Server
 from tests.rollout.conftest import processed, request_for
 
@@ -38,7 +40,7 @@ def sampling(forbidden):
 
 
 def sample(client, requests, sampling, version="first"):
-    return client.sample(requests, sampling, version, lambda index, sample: None)
+    return client.sample(requests, sampling, version)
 
 
 def load(checkpoint):
@@ -89,7 +91,7 @@ def test_new_weights_reach_the_vision_tower(client, checkpoints, prompts, pictur
     """The same picture before and after an update: SGLang's cache of ViT outputs would survive it (sgl-project/sglang#36468)."""
     request = request_for(prompts["plain"], pictures, seed=3)
     before = sample(client, [request], sampling)[0]
-    assert client.update_weights(checkpoints.second, "second") is True
+    assert client.update_weights(checkpoints.second, "second") == 1
     after = sample(client, [request], sampling, "second")[0]
     assert after.token_ids != before.token_ids
     second = load(checkpoints.second)
@@ -97,15 +99,15 @@ def test_new_weights_reach_the_vision_tower(client, checkpoints, prompts, pictur
     # control: what a stale vision tower would give is far away
     second.model.visual.load_state_dict(load(checkpoints.first).model.visual.state_dict())
     assert difference(after.log_probs, reference_log_probs(second, request.prompt, pictures, after.token_ids, 1.0, forbidden)) > 0.1
-    assert client.update_weights(checkpoints.first, "first") is True
+    assert client.update_weights(checkpoints.first, "first") == 1
     assert sample(client, [request], sampling)[0] == before
-    assert client.update_weights(checkpoints.first, "first") is False
+    assert client.update_weights(checkpoints.first, "first") == 0
 
 
 def test_seeds_decide_and_batching_does_not(server, client, prompts, pictures, sampling):
     """Bit for bit: one at a time, 32 at once, another order. This is what makes a resumed run equal an uninterrupted one."""
     requests = [request_for(prompt, pictures, seed) for prompt in prompts.values() for seed in range(12)]
-    one_by_one = sample(SglangClient(server, concurrency=1, timeout_seconds=60), requests, sampling)
+    one_by_one = sample(SglangClient([server], concurrency=1, timeout_seconds=60), requests, sampling)
     assert sample(client, requests, sampling) == one_by_one
     order = random.Random(2).sample(range(len(requests)), len(requests))
     shuffled = sample(client, [requests[i] for i in order], sampling)
@@ -117,7 +119,7 @@ def test_seeds_decide_and_batching_does_not(server, client, prompts, pictures, s
 def test_forbidden_tokens_never_appear(client, checkpoints, prompts, pictures, sampling, forbidden):
     """Control: without the list a random model samples them. The log-probs are then over the whole vocabulary."""
     ids = json.loads((checkpoints.first / "tokenizer.json").read_text())["added_tokens"]
-    vision = {token["id"] for token in ids if token["content"] in sglang_client.VISION_TOKENS}
+    vision = {token["id"] for token in ids if token["content"] in VISION_TOKENS}
     assert len(vision) == 5 and vision < set(forbidden) and VOCABULARY - 1 in forbidden and VOCABULARY not in forbidden
     requests = [request_for(prompts["text"], pictures, seed) for seed in range(64)]
     allowed = {token for one in sample(client, requests, sampling) for token in one.token_ids}
@@ -168,12 +170,12 @@ def test_missing_picture_is_named(client, prompts, pictures, sampling, tmp_path)
 
 
 def test_server_that_is_not_there(prompts, pictures, sampling, monkeypatch):
-    monkeypatch.setattr(sglang_client, "RETRY_PAUSES_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(replicas, "UNREACHABLE_PAUSES_SECONDS", (0.1, 0.1))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    with pytest.raises(UserError, match=f"prompt plain: {url} not reachable .*--server"):
-        sample(SglangClient(Server(url), 4, 5.0), [request_for(prompts["plain"], pictures, 1)], sampling)
+    with pytest.raises(UserError, match=f"no SGLang server is left: {url} is not reachable .*--server"):
+        sample(SglangClient([Server(url)], 4, 5.0), [request_for(prompts["plain"], pictures, 1)], sampling)
 
 
 def test_server_that_never_answers_ends_in_time(prompts, pictures, sampling):
@@ -181,8 +183,9 @@ def test_server_that_never_answers_ends_in_time(prompts, pictures, sampling):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         started = time.monotonic()
-        with pytest.raises(UserError, match="prompt plain: no answer from"):
-            client = SglangClient(Server(f"http://127.0.0.1:{silent.getsockname()[1]}"), 4, 1.0)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"no SGLang server is left: {url} did not answer /health within 0.5 s"):
+            client = SglangClient([Server(url)], 4, 1.0, limits=HealthLimits(timeout_seconds=0.5))
             sample(client, [request_for(prompts["plain"], pictures, 1)], sampling)
         assert time.monotonic() - started < 5
 
@@ -194,6 +197,10 @@ def test_passing_faults_are_retried_with_the_same_seed(prompts, pictures, sampli
     bodies = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
         def do_POST(self):
             bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             if len(bodies) < 3 and fault == "dropped":
@@ -207,15 +214,18 @@ def test_passing_faults_are_retried_with_the_same_seed(prompts, pictures, sampli
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as faulty:
         threading.Thread(target=faulty.serve_forever, daemon=True).start()
-        client = SglangClient(Server(f"http://127.0.0.1:{faulty.server_port}"), 4, 5.0)
+        client = SglangClient([Server(f"http://127.0.0.1:{faulty.server_port}")], 4, 5.0)
         got = sample(client, [request_for(prompts["two"], pictures, 7)], sampling, "v")
         faulty.shutdown()
     assert got[0].token_ids == [5, 6]
+    rids = [body.pop("rid") for body in bodies]
     assert len(bodies) == 3 and bodies[0] == bodies[1] == bodies[2] and bodies[0]["sampling_params"]["sampling_seed"] == 7
+    assert len(set(rids)) == 3  # a server may still be busy with an attempt that was given up
+    assert client.traffic.resent == 2
 
 
 def good_answer(prompt):
-    meta = {"prompt_tokens": prompt.num_tokens, "completion_tokens": 2, "weight_version": "v", "finish_reason": {"type": "stop"}}
+    meta = {"prompt_tokens": prompt.num_tokens, "cached_tokens": 0, "completion_tokens": 2, "weight_version": "v", "finish_reason": {"type": "stop"}}
     return {"output_ids": [5, 6], "meta_info": {**meta, "output_token_logprobs": [[-1.0, 5, None], [-2.0, 6, None]]}}
 
 

@@ -14,7 +14,8 @@ import pytest
 from megatron_papo.config import ServerConfig, load_config
 from megatron_papo.errors import UserError
 from megatron_papo.rollout import sglang_client, sglang_server
-from megatron_papo.rollout.sglang_client import Sampling, SglangClient
+from megatron_papo.rollout.sglang_client import SglangClient
+from megatron_papo.rollout.sglang_requests import Sampling
 from tests.conftest import DEMO_CONFIG, run_module
 from tests.rollout.conftest import request_for
 
@@ -31,10 +32,11 @@ def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypa
     assert (server_dir / "server.json").stat().st_mode & 0o077 == 0  # it holds the key
     assert server.url.startswith("http://127.0.0.1:")
     monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
-    assert sglang_server.open_server(server.url, checkpoints.first, config.server, "float32").api_key == server.api_key
+    [found] = sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
+    assert (found.url, found.api_key, found.directory) == (server.url, server.api_key, None)
     monkeypatch.setenv("SGLANG_API_KEY", "wrong")
     with pytest.raises(UserError, match="refuses the API key"):
-        sglang_server.open_server(server.url, checkpoints.first, config.server, "float32")
+        sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
 
 
 def test_url_where_nothing_listens():
@@ -49,24 +51,6 @@ def test_server_flags(server, server_dir):
     info = httpx.get(server.url + "/server_info", headers=server.headers, trust_env=False).json()
     assert (info["dtype"], info["enable_deterministic_inference"], info["chunked_prefill_size"]) == ("float32", True, -1)
     assert info["max_total_tokens"] == load_config(DEMO_CONFIG).server.max_total_tokens
-
-
-def test_killed_server_is_noticed_and_replaced(server, server_dir, checkpoints, prompts, pictures, monkeypatch):
-    monkeypatch.setattr(sglang_client, "RETRY_PAUSES_SECONDS", (0.2, 0.2))
-    old = record(server_dir)["pid"]
-    children = psutil.Process(old).children(recursive=True)
-    os.kill(old, signal.SIGKILL)
-    sampling = Sampling(1.0, 1.0, -1, 500, ())
-    with pytest.raises(UserError, match=r"prompt text: .*start it again with: python -m tools.sglang_server start"):
-        SglangClient(server, 4, 30).sample([request_for(prompts["text"], pictures, 1)], sampling, "first", lambda i, s: None)
-    status = run_module("tools.sglang_server", "status", "--server", server_dir)
-    assert status.returncode == 1 and "no server is running" in status.stdout
-    command = ["--server", server_dir, "--config", DEMO_CONFIG, "--model", checkpoints.first]
-    started = run_module("tools.sglang_server", "start", *command)
-    assert started.returncode == 0, started.stderr
-    assert record(server_dir)["pid"] != old
-    assert run_module("tools.sglang_server", "status", "--server", server_dir).returncode == 0  # it outlives its starter
-    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 def stand_in(path, body):

@@ -216,7 +216,7 @@ def test_semantic_without_maps_stops_before_training(work):
 def test_every_prompt_epoch_and_run_has_its_seed():
     """The records of stage 4: one seed per (run seed, prompt, epoch), whatever the iteration and the place in the batch."""
     from megatron_papo.rollout.sample_and_grade import Graded, Group, Job
-    from megatron_papo.rollout.sglang_client import Sample
+    from megatron_papo.rollout.sglang_requests import Sample
     from stages.stage4_rollout import _records
 
     def seeds(run_seed: int, prompt_id: str, epoch: int, iteration: int = 1) -> set[int]:
