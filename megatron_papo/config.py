@@ -393,6 +393,12 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
+    layout: Literal["plain", "group"] = "plain"
+    """plain: a row per rollout. group: each prompt once, followed by its responses; the same numbers for fewer tokens, wherever prompts are
+    long against responses."""
+    max_tokens_per_micro_batch: int | None = Field(default=None, gt=0)
+    """layout group: tokens per micro-batch and data-parallel rank, masked-image twins included; it then replaces both micro-batch sizes.
+    A group that is larger is cut, its prompt repeated."""
     global_batch_size: int = Field(gt=0)
     """Prompts (groups) per optimizer step; rollout_batch_size / global_batch_size steps per iteration."""
     micro_batch_size: int = Field(gt=0)
@@ -454,7 +460,14 @@ class Config(Section):
                 f" rollout.max_response_tokens {self.rollout.max_response_tokens}"
             )
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
-        if rows % dp:
+        if self.training.layout == "group":
+            if self.training.max_tokens_per_micro_batch is None:
+                raise ValueError("training.layout group needs training.max_tokens_per_micro_batch")
+            if self.objective.average == "micro_batch":
+                raise ValueError("objective.average micro_batch is defined by micro_batch_size: use training.layout plain, or average token")
+            if self.training.global_batch_size < dp:
+                raise ValueError(f"training.layout group: {self.training.global_batch_size} groups a step cannot feed data_parallel_size {dp}")
+        elif rows % dp:
             raise ValueError(f"global_batch_size * group_size = {rows} rollouts cannot be split over data_parallel_size {dp}")
         return self
 

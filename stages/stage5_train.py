@@ -123,10 +123,11 @@ class Iteration:
         import torch
         from tqdm import tqdm
 
-        from megatron_papo.training.batching import Collator
+        from megatron_papo.training.batching import Collator, split_over_ranks
 
         self.args, self.config, self.hf, self.steps = args, config, hf, steps
-        self.mine = [step[parallel.dp_group().rank() :: parallel.dp_group().size()] for step in steps]
+        ranks = parallel.dp_group()
+        self.mine = [split_over_ranks(step, config.training.layout, ranks.size())[ranks.rank()] for step in steps]
         self.my_rows = [row for step in self.mine for row in step]
         self.dtype = getattr(torch, config.model.dtype)
         self.collator = Collator(
@@ -217,7 +218,7 @@ def optimizer_steps(iteration: Iteration, model, cached: dict, checks: dict, log
     guard = Guard(config.hacking_guard, config.objective, state.get("guard"))
     number, attempt = 0, 1
     while number < len(iteration.steps):
-        step, my_step, first = iteration.steps[number], iteration.mine[number], number * len(iteration.mine[number])
+        step, my_step, first = iteration.steps[number], iteration.mine[number], sum(map(len, iteration.mine[:number]))
         iteration.show(f"step {number + 1}/{len(iteration.steps)}")
         started = time.time()
         settings = loss_settings(config.objective, state["step"], guard.kl_prcp_scale)

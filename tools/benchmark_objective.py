@@ -256,7 +256,8 @@ def decoder_layer(width: Width, tokens: int, dtype) -> Callable[[], None]:
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.spec_utils import build_module
 
-    from megatron_papo.model.layer_specs import CausalAttention, transformer_config, transformer_layer
+    from megatron_papo.model.group_attention import GroupAttention
+    from megatron_papo.model.layer_specs import transformer_config, transformer_layer
     from megatron_papo.training import parallel
 
     head = width.hidden // width.heads
@@ -265,7 +266,7 @@ def decoder_layer(width: Width, tokens: int, dtype) -> Callable[[], None]:
         num_query_groups=width.kv_groups, kv_channels=head, ffn_hidden_size=width.intermediate,
         mrope_section=list(width.mrope_section), add_bias_linear=False,
     )  # fmt: skip
-    layer = build_module(transformer_layer(CausalAttention, AttnMaskType.causal), config=config, layer_number=1)
+    layer = build_module(transformer_layer(GroupAttention, AttnMaskType.causal), config=config, layer_number=1)
     positions = torch.arange(tokens, device=parallel.device()).expand(3, 1, tokens)
     rotary = MultimodalRotaryEmbedding(kv_channels=head, rotary_percent=1.0)(positions, list(width.mrope_section))
     hidden = torch.randn(tokens, 1, width.hidden, device=parallel.device(), dtype=dtype, requires_grad=True)

@@ -33,23 +33,6 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class CausalAttention(MegatronModule):
-    """Causal attention of right-padded rows: padding comes last, so no real token sees it and no mask is needed.
-
-    [s, b, heads, d], [s, b, groups, d] twice -> [s, b, heads * d]. megatron-core's own DotProductAttention keeps the whole score matrix.
-    """
-
-    def __init__(self, config: TransformerConfig, **_):
-        super().__init__(config)
-
-    def forward(self, query, key, value, attention_mask, **_):
-        if attention_mask is not None:
-            raise ValueError("rows are right-padded: attention_mask must be None")
-        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-        out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=query.shape[2] != key.shape[2])
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
 def transformer_layer(core_attention, mask_type: AttnMaskType) -> ModuleSpec:
     """A pre-norm layer: RMSNorm, attention with `core_attention`, RMSNorm, SwiGLU."""
     attention = SelfAttentionSubmodules(

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather, all_reduce
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits of one chunk: 16 MiB in fp32, large enough to fill a GPU."""
 CPU_CHUNK_ELEMENTS = 1 << 19
 """On a CPU: 2 MiB, so that the passes over a chunk find it in the cache; larger ones take up to twice as long."""
+OUTPUT_CHUNK_ELEMENTS = 1 << 27
+"""Logits that output_token_statistics lets exist at once: 256 MiB in bf16."""
 LOWEST = -1e4
 """Stands for log 0 inside the sums, where -inf would make 0 * -inf = nan; exp(-1e4) is 0 in fp32."""
 LOG_RATIO_LIMIT = 20.0
@@ -54,6 +59,49 @@ def token_statistics(
     """
     log_probs, entropy, kl = _TokenStatistics.apply(logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient)
     return TokenStatistics(log_probs, entropy, kl if kl_of_halves else None)
+
+
+def output_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    group: ProcessGroup,
+    *,
+    temperature: float = 1.0,
+    kl_of_halves: bool = False,
+    second_half_gradient: bool = True,
+    chunk_elements: int = OUTPUT_CHUNK_ELEMENTS,
+) -> TokenStatistics:
+    """token_statistics of logits = hidden weight^T that never exist whole. [N, h], [V / tp, h], [N] -> TokenStatistics.
+
+    hidden: the state that predicts each token, the same on every rank of the group, and so is its gradient. Tokens go through the output
+    layer in chunks of chunk_elements logits, which are computed again in the backward pass: memory does not grow with N x V.
+    """
+
+    def of_chunk(hidden: Tensor, weight: Tensor, tokens: Tensor) -> TokenStatistics:
+        options = dict(temperature=temperature, kl_of_halves=kl_of_halves, second_half_gradient=second_half_gradient)
+        return token_statistics(F.linear(hidden, weight), torch.arange(len(tokens), device=tokens.device), tokens, group, **options)
+
+    hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+    pairs = kl_of_halves or not second_half_gradient  # both halves of a token must meet in one chunk
+    count = len(tokens) // 2 if pairs else len(tokens)
+    size = max(1, chunk_elements // weight.shape[0] // (2 if pairs else 1))
+    if count <= size:
+        return of_chunk(hidden, weight, tokens)
+
+    parts = []
+    for start in range(0, count, size):
+        rows = torch.arange(start, min(start + size, count), device=tokens.device)
+        if pairs:
+            rows = torch.cat([rows, rows + count])
+        parts.append(checkpoint(of_chunk, hidden[rows], weight, tokens[rows], use_reentrant=False, preserve_rng_state=False))
+
+    def joined(values: list[Tensor]) -> Tensor:
+        halves = zip(*(value.chunk(2) for value in values)) if pairs else [values]
+        return torch.cat([value for half in halves for value in half])
+
+    kl = torch.cat([part.kl for part in parts]) if kl_of_halves else None
+    return TokenStatistics(joined([part.log_probs for part in parts]), joined([part.entropy for part in parts]), kl)
 
 
 class _TokenStatistics(torch.autograd.Function):

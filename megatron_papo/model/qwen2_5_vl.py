@@ -4,6 +4,7 @@ Equal to transformers' Qwen2_5_VLForConditionalGeneration in logits and in every
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,8 +15,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_papo.model.group_attention import GroupAttention, GroupSegments
 from megatron_papo.model.hf_config import HFConfig
-from megatron_papo.model.layer_specs import CausalAttention, RMSNorm, transformer_config, transformer_layer
+from megatron_papo.model.layer_specs import RMSNorm, transformer_config, transformer_layer
+from megatron_papo.model.log_probs import TokenStatistics, output_token_statistics
 from megatron_papo.model.vision import VisionTower
 
 
@@ -39,6 +42,31 @@ def build_model(hf: HFConfig, *, dtype: torch.dtype, sequence_parallel: bool, re
     return Qwen2_5_VL(config, hf, recompute)
 
 
+@dataclass(frozen=True)
+class Responses:
+    """What the last stage is asked about the response tokens, instead of logits."""
+
+    positions: torch.Tensor
+    """[N]: index into the flattened [b * s] of the position that predicts each token."""
+    tokens: torch.Tensor
+    """[N]"""
+    temperature: float
+    kl_of_halves: bool = False
+    second_half_gradient: bool = True
+    """See model.log_probs.token_statistics."""
+
+
+class Decoder(GPTModel):
+    """megatron-core's GPTModel whose last stage ends with the hidden states: most positions need no logits."""
+
+    def _postprocess(self, hidden_states, *_, **__):
+        return hidden_states
+
+    def output_weight(self) -> torch.Tensor:
+        """[vocab / tp_size, h], on the last stage."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+
 class Qwen2_5_VL(MegatronModule):
     """One pipeline stage: `vision_model` (first stage only) and `language_model`, megatron-core's GPTModel."""
 
@@ -48,8 +76,8 @@ class Qwen2_5_VL(MegatronModule):
         self.pre_process, self.post_process = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         self.model_type = ModelType.encoder_or_decoder
         self.vision_model = VisionTower(hf.vision, dtype=config.params_dtype, recompute=recompute) if self.pre_process else None
-        layer = transformer_layer(CausalAttention, AttnMaskType.causal)
-        self.language_model = GPTModel(
+        layer = transformer_layer(GroupAttention, AttnMaskType.causal)
+        self.language_model = Decoder(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
             vocab_size=hf.text.vocab_size,
@@ -75,30 +103,57 @@ class Qwen2_5_VL(MegatronModule):
         position_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
         image_grids: Sequence[tuple[int, int, int]],
-    ) -> torch.Tensor:
-        """[b, s] right-padded rows, [3, b, s], [patches, 1176] of all pictures in reading order, their (1, rows, columns).
+        *,
+        pictures: Sequence[int] | None = None,
+        groups: GroupSegments | None = None,
+        responses: Responses | None = None,
+    ) -> torch.Tensor | TokenStatistics:
+        """[b, s] right-padded rows, [3, b, s], [patches, 1176] of all distinct pictures, their (1, rows, columns).
 
-        Last stage: logits [b, s, vocab / tp_size], this rank's slice of the vocabulary, in the model's dtype. Others: hidden states.
+        pictures: which of them each place for a picture shows, in reading order; None: each its own. groups: the one row holds prompts,
+        each followed by several responses to it. Last stage: TokenStatistics of the responses where they are asked for, else logits
+        [b, s, vocab / tp_size], this rank's slice of the vocabulary, in the model's dtype. Other stages: hidden states.
         Pixels matter to the first stage only: the others may pass None. With sequence parallelism s must be a multiple of tp_size.
         Raises ValueError where image tokens and pixels do not match.
         """
         tp = self.config.tensor_model_parallel_size
         if self.config.sequence_parallel and input_ids.shape[1] % tp:
             raise ValueError(f"sequence parallelism needs rows of a multiple of {tp} tokens, got {input_ids.shape[1]}: pad them")
-        embeddings = self._embed(input_ids, pixel_values, image_grids) if self.pre_process else None
-        return self.language_model(input_ids, position_ids, attention_mask=None, decoder_input=embeddings)
+        embeddings = self._embed(input_ids, pixel_values, image_grids, pictures) if self.pre_process else None
+        hidden = self.language_model(input_ids, position_ids, attention_mask=None, decoder_input=embeddings, packed_seq_params=groups)
+        if not self.post_process:
+            return hidden
+        weight = self.language_model.output_weight()
+        if responses is None:
+            logits, _ = self.language_model.output_layer(hidden, weight=weight)
+            return logits.transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:  # output_token_statistics adds up the gradient of all ranks, so each keeps its share of it
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        predicting = hidden.transpose(0, 1).flatten(0, 1).index_select(0, responses.positions)
+        return output_token_statistics(
+            predicting,
+            weight,
+            responses.tokens,
+            parallel_state.get_tensor_model_parallel_group(),
+            temperature=responses.temperature,
+            kl_of_halves=responses.kl_of_halves,
+            second_half_gradient=responses.second_half_gradient,
+        )
 
-    def _embed(self, input_ids, pixel_values, image_grids) -> torch.Tensor:
+    def _embed(self, input_ids, pixel_values, image_grids, pictures) -> torch.Tensor:
         """Token embeddings [s, b, h] (this rank's share of s with sequence parallelism), image tokens replaced by the tower's output."""
         if (pixel_values is None) != (len(image_grids) == 0):
             raise ValueError(f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'} pixel_values")
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         is_image = input_ids == self.hf.image_token_id
-        cells = sum(time * rows * columns for time, rows, columns in image_grids) // self.hf.vision.spatial_merge_size**2
+        lengths = [time * rows * columns // self.hf.vision.spatial_merge_size**2 for time, rows, columns in image_grids]
+        pictures = list(range(len(image_grids))) if pictures is None else pictures
+        cells = sum(lengths[picture] for picture in pictures)
         if int(is_image.sum()) != cells:
             raise ValueError(f"input_ids holds {int(is_image.sum())} image tokens, the image grids {list(image_grids)} make {cells}")
         if pixel_values is not None:
-            image_embeddings = self.vision_model(pixel_values, list(image_grids))
+            each = self.vision_model(pixel_values, list(image_grids)).split(lengths)
+            image_embeddings = torch.cat([each[picture] for picture in pictures])
             row_first = embeddings.transpose(0, 1).contiguous()
             row_first = row_first.masked_scatter(is_image[..., None], image_embeddings.to(row_first.dtype))
             embeddings = row_first.transpose(0, 1).contiguous()

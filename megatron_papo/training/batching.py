@@ -1,7 +1,12 @@
-"""Rollout records as padded micro-batches: one row per rollout, prompt (images expanded) + response, padded on the right."""
+"""Rollout records as micro-batches, in one of two layouts that give the same numbers.
+
+plain: one row per rollout, prompt (images expanded) + response, padded on the right.
+group: one row for all, in which each prompt stands once and its responses follow it (model/group_attention.py).
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_papo import images
-from megatron_papo.config import Config
+from megatron_papo.config import Config, TrainingConfig
 from megatron_papo.errors import UserError
+from megatron_papo.model.group_attention import GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
 from megatron_papo.objective.advantages import advantages_of
@@ -40,26 +46,32 @@ class Row:
 
 @dataclass
 class MicroBatch:
-    """b rows padded to s tokens; T is the longest response, N the number of response tokens."""
+    """B rollouts in b rows of s tokens; T is the longest response, N the number of response tokens. b is B, or 1 in the group layout."""
 
     rows: Sequence[Row]
+    """The B rollouts."""
     input_ids: Tensor
     """[b, s]"""
     position_ids: Tensor
     """[3, b, s]"""
     pixel_values: Tensor | None
-    """[patches, 1176]; None where there are no images and on later pipeline stages."""
+    """[patches, 1176] of the distinct pictures; None where there are no images and on later pipeline stages."""
     image_grids: list[tuple[int, int, int]]
+    """Of the distinct pictures."""
+    pictures: list[int]
+    """Which of them stands at each place for a picture, in reading order."""
     response_positions: Tensor
-    """[N]: index into the flattened [b * s] of the position whose logits predict each response token."""
+    """[N]: index into the flattened [b * s] of the position that predicts each response token."""
     response_tokens: Tensor
     """[N]"""
     response_mask: Tensor
-    """[b, T], 1.0 on response tokens."""
+    """[B, T], 1.0 on response tokens."""
+    groups: GroupSegments | None = None
+    """Of the group layout."""
     has_twins: bool = False
     """The b rows are followed by the same b rows with masked images: input_ids is [2b, s], response_positions and response_tokens [2N]."""
     cached: dict[str, Tensor] = field(default_factory=dict)
-    """Per-token tensors [b, T] for the loss, by papo_loss's names: old_log_probs, ref_log_probs, ..."""
+    """Per-token tensors [B, T] for the loss, by papo_loss's names: old_log_probs, ref_log_probs, ..."""
 
 
 def expand_image_pads(token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -109,8 +121,43 @@ def rollout_advantages(rollouts: list[Rollout], group_size: int, estimator: str,
 Pictures = Literal["original", "masked", "both"]
 
 
+def plan_micro_batches(rows: Sequence[Row], training: TrainingConfig, micro_batch_size: int, copies: int = 1) -> list[Sequence[Row]]:
+    """The rows in order, cut into micro-batches. copies: 2 if each carries its masked-image twin.
+
+    plain: micro_batch_size rollouts each. group: as many groups, or parts of one, as max_tokens_per_micro_batch holds; a single rollout
+    that is longer is a micro-batch of its own.
+    """
+    if training.layout == "plain":
+        return [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
+    plan, tokens = [], 0
+    for row in rows:
+        shares_prompt = plan and plan[-1][-1].rollout.group == row.rollout.group
+        with_prompt = copies * (len(row.prompt_token_ids) + row.response_length)
+        cost = copies * row.response_length if shares_prompt else with_prompt
+        if not plan or tokens + cost > training.max_tokens_per_micro_batch:
+            plan.append([])
+            tokens, cost = 0, with_prompt
+        plan[-1].append(row)
+        tokens += cost
+    return plan
+
+
+def split_over_ranks(step: Sequence[Row], layout: str, ranks: int) -> list[list[Row]]:
+    """Each data-parallel rank's rollouts of a step. plain: every ranks-th. group: whole groups, the longest first to the least loaded rank."""
+    if layout == "plain":
+        return [list(step[rank::ranks]) for rank in range(ranks)]
+    groups = [list(rows) for _, rows in groupby(step, key=lambda row: row.rollout.group)]
+    cost = [len(group[0].prompt_token_ids) + sum(row.response_length for row in group) for group in groups]
+    loads, chosen = [0] * ranks, [[] for _ in range(ranks)]
+    for number in sorted(range(len(groups)), key=lambda i: -cost[i]):
+        rank = min(range(ranks), key=lambda r: (loads[r], len(chosen[r])))
+        loads[rank] += cost[number]
+        chosen[rank].append(number)
+    return [[row for number in sorted(numbers) for row in groups[number]] for numbers in chosen]
+
+
 class Collator:
-    """Makes micro-batches of rows on this rank: pixels only where the vision tower lives, each distinct picture read once."""
+    """Makes micro-batches of rows on this rank: pixels only where the vision tower lives, each distinct picture once."""
 
     def __init__(self, config: Config, hf: HFConfig, data_root: Path, *, with_pixels: bool, device: torch.device, dtype: torch.dtype):
         self.config, self.hf, self.data_root = config, hf, data_root
@@ -118,62 +165,93 @@ class Collator:
         parallel = config.parallel
         self.length_multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
 
-    def batches(self, rows: Sequence[Row], micro_batch_size: int, pictures: Pictures = "original") -> Iterator[MicroBatch]:
-        """The rows in order, micro_batch_size at a time."""
-        for start in range(0, len(rows), micro_batch_size):
-            yield self.collate(rows[start : start + micro_batch_size], pictures)
+    def plan(self, rows: Sequence[Row], micro_batch_size: int, pictures: Pictures = "original") -> list[Sequence[Row]]:
+        return plan_micro_batches(rows, self.config.training, micro_batch_size, 2 if pictures == "both" else 1)
+
+    def batches(self, plan: Sequence[Sequence[Row]], pictures: Pictures = "original") -> Iterator[MicroBatch]:
+        for rows in plan:
+            yield self.collate(rows, pictures)
 
     def collate(self, rows: Sequence[Row], pictures: Pictures = "original") -> MicroBatch:
         """masked: with the masked images of each rollout's seed. both: the original rows, then their masked twins."""
-        tokens = [row.prompt_token_ids + row.rollout.response_token_ids for row in rows]
-        longest = max(len(t) for t in tokens)
+        if self.config.training.layout == "group":
+            groups = [list(group) for _, group in groupby(rows, key=lambda row: row.rollout.group)]
+        else:
+            groups = [[row] for row in rows]
+        laid_out = [self._lay_out(group) for group in groups]
+        segments = None
+        if self.config.training.layout == "group":
+            lengths = [(len(group[0].prompt_token_ids), [row.response_length for row in group]) for group in groups]
+            segments = GroupSegments(qkv_format="sbhd", groups=lengths)
+            starts = torch.tensor([0, *(len(ids) for ids, _, _ in laid_out)]).cumsum(0).tolist()
+            predicting = [positions + start for (_, _, positions), start in zip(laid_out, starts)]
+            laid_out = [(torch.cat([ids for ids, _, _ in laid_out]), torch.cat([where for _, where, _ in laid_out], dim=1), torch.cat(predicting))]
+        longest = max(len(ids) for ids, _, _ in laid_out)
         length = -(-longest // self.length_multiple) * self.length_multiple
-        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-        position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
-        response_mask = torch.zeros(len(rows), max(1, *(row.response_length for row in rows)))
-        positions = []
-        copies = 2 if pictures == "both" else 1
-        for i, (row, ids) in enumerate(zip(rows, tokens)):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            position_ids[:, i, : len(ids)] = mrope_position_ids(ids, row.grids, self.hf.image_token_id)
-            response_mask[i, : row.response_length] = 1.0
-            first = i * length + len(row.prompt_token_ids) - 1
-            positions.append(torch.arange(first, first + row.response_length))
-        response_positions = torch.cat(positions)
-        twins = torch.cat([response_positions + copy * input_ids.numel() for copy in range(copies)])
+        input_ids = torch.zeros(len(laid_out), length, dtype=torch.long)
+        position_ids = torch.zeros(3, len(laid_out), length, dtype=torch.long)
+        for i, (ids, where, _) in enumerate(laid_out):
+            input_ids[i, : len(ids)] = ids
+            position_ids[:, i, : len(ids)] = where
+        response_positions = torch.cat([i * length + positions for i, (_, _, positions) in enumerate(laid_out)])
         response_tokens = torch.tensor([t for row in rows for t in row.rollout.response_token_ids], dtype=torch.long)
+        response_mask = torch.zeros(len(rows), max(1, *(row.response_length for row in rows)))
+        for i, row in enumerate(rows):
+            response_mask[i, : row.response_length] = 1.0
+        kinds = ("original", "masked") if pictures == "both" else (pictures,)
+        pixel_values, image_grids, places = self._pictures([group[0] for group in groups], kinds)
+        copies = len(kinds)
         return MicroBatch(
             rows,
             input_ids.repeat(copies, 1).to(self.device),
             position_ids.repeat(1, copies, 1).to(self.device),
-            self._pixel_values(rows, pictures),
-            [grid for row in rows for grid in row.grids] * copies,
-            twins.to(self.device),
+            pixel_values,
+            image_grids,
+            places,
+            torch.cat([response_positions + copy * input_ids.numel() for copy in range(copies)]).to(self.device),
             response_tokens.repeat(copies).to(self.device),
             response_mask.to(self.device),
+            segments,
             has_twins=copies == 2,
         )
 
-    def _pixel_values(self, rows: Sequence[Row], pictures: Pictures) -> Tensor | None:
+    def _lay_out(self, group: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
+        """A prompt and its responses one after the other: token ids [n], rotary positions [3, n], what predicts each response token [N].
+
+        Every response's positions go on from the prompt's, and its first token is predicted by the prompt's last.
+        """
+        prompt = group[0].prompt_token_ids
+        longest = max(group, key=lambda row: row.response_length).rollout.response_token_ids
+        where = mrope_position_ids(prompt + longest, group[0].grids, self.hf.image_token_id)
+        lengths = [row.response_length for row in group]
+        ids = torch.tensor(prompt + [token for row in group for token in row.rollout.response_token_ids])
+        positions = torch.cat([where[:, : len(prompt)], *(where[:, len(prompt) : len(prompt) + length] for length in lengths)], dim=1)
+        predicting, start = [], len(prompt)
+        for length in lengths:
+            predicting += [len(prompt) - 1, *range(start, start + length - 1)] if length else []
+            start += length
+        return ids, positions, torch.tensor(predicting, dtype=torch.long)
+
+    def _pictures(self, rows: Sequence[Row], kinds: Sequence[str]) -> tuple[Tensor | None, list[tuple[int, int, int]], list[int]]:
+        """Patches and grids of the distinct pictures that the rows show in each kind, and which of them stands at each place."""
         if not self.with_pixels or not any(row.grids for row in rows):
-            return None
-        kinds = ("original", "masked") if pictures == "both" else (pictures,)
-        return torch.cat([p for kind in kinds for p in self._patches(rows, masked=kind == "masked")]).to(self.device, self.dtype)
-
-    def _patches(self, rows: Sequence[Row], masked: bool) -> list[Tensor]:
-        """Of every picture of every row in order; each distinct picture is read once."""
-        data, patches = self.config.data, {}
-        for row in rows:
-            if _pictures_key(row) not in patches:
+            return None, [], []
+        distinct, patches, grids, places = {}, [], [], []
+        for kind in kinds:
+            for row in rows:
                 rollout = row.rollout
-                masking = dict(masking=self.config.masked_image, seed=rollout.masked_image_seed, saliency=rollout.saliency) if masked else {}
-                pictures = images.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
-                patches[_pictures_key(row)] = [torch.from_numpy(images.to_patches(picture)) for picture in pictures]
-        return [patch for row in rows for patch in patches[_pictures_key(row)]]
+                key = (kind, *rollout.images, *([rollout.masked_image_seed] if kind == "masked" else []))
+                if key not in distinct:
+                    distinct[key] = range(len(patches), len(patches) + len(rollout.images))
+                    patches += [torch.from_numpy(images.to_patches(picture)) for picture in self._load(rollout, kind)]
+                    grids += row.grids
+                places += distinct[key]
+        return (torch.cat(patches).to(self.device, self.dtype) if patches else None), grids, places
 
-
-def _pictures_key(row: Row) -> tuple[str, int]:
-    return row.rollout.prompt_id, row.rollout.masked_image_seed
+    def _load(self, rollout: Rollout, kind: str):
+        data = self.config.data
+        masking = dict(masking=self.config.masked_image, seed=rollout.masked_image_seed, saliency=rollout.saliency) if kind == "masked" else {}
+        return images.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
 
 
 def pad_responses(values: Sequence[Tensor], response_mask: Tensor) -> Tensor:

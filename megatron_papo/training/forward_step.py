@@ -9,7 +9,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_papo.config import ObjectiveConfig
-from megatron_papo.model.log_probs import token_statistics
+from megatron_papo.model.log_probs import TokenStatistics
+from megatron_papo.model.qwen2_5_vl import Responses
 from megatron_papo.objective.papo_loss import annealed_kl_prcp_coef, papo_loss
 from megatron_papo.training import parallel
 from megatron_papo.training.batching import Collator, MicroBatch, Pictures, Row, pad_responses
@@ -50,36 +51,37 @@ def loss_settings(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 
     }
 
 
-def response_statistics(logits: Tensor, batch: MicroBatch, temperature: float, objective: ObjectiveConfig | None = None) -> dict[str, Tensor]:
-    """[b, s, V / tp], or [2b, s, V / tp] with masked-image twins -> per-token tensors [b, T] by papo_loss's names, zeros on padding.
-
-    objective: decides whether gradient flows through the twins and whether the exact KL is wanted; None: there are no twins.
-    """
+def what_to_ask(batch: MicroBatch, temperature: float, objective: ObjectiveConfig | None) -> Responses:
+    """Of the model's last stage. objective: decides about the twins; None: there are none."""
     exact = batch.has_twins and objective.kl_prcp_estimator == "exact"
     with_gradient = not batch.has_twins or objective.masked_branch == "recompute_with_grad"
-    statistics = token_statistics(
-        logits.flatten(0, 1),
-        batch.response_positions,
-        batch.response_tokens,
-        parallel.tp_group(),
-        temperature=temperature,
-        kl_of_halves=exact,
-        second_half_gradient=with_gradient,
-    )
+    return Responses(batch.response_positions, batch.response_tokens, temperature, exact, with_gradient)
+
+
+def response_statistics(statistics: TokenStatistics, batch: MicroBatch, with_gradient: bool = True) -> dict[str, Tensor]:
+    """TokenStatistics of a micro-batch -> per-token tensors [B, T] by papo_loss's names, zeros on padding.
+
+    with_gradient: of the twins.
+    """
     here = int(batch.response_mask.sum())
     found = {"log_probs": statistics.log_probs[:here], "entropy": statistics.entropy[:here]}
     if batch.has_twins:
         masked = {"masked_image_log_probs": statistics.log_probs[here:], "masked_image_entropy": statistics.entropy[here:]}
         found |= masked if with_gradient else {name: values.detach() for name, values in masked.items()}
-    if exact:
+    if statistics.kl is not None:
         found["exact_kl_prcp"] = statistics.kl
     return {name: pad_responses([values], batch.response_mask) for name, values in found.items()}
 
 
-def _run(model, batches: Iterable[MicroBatch], num_micro_batches: int, on_output: Callable, forward_only: bool) -> list:
+def _run(
+    model, batches: Iterable[MicroBatch], num_micro_batches: int, temperature: float, objective, on_output: Callable, forward_only: bool
+) -> list:
     def forward_step(iterator: Iterator[MicroBatch], model):
         batch = next(iterator)
-        output = model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids)
+        output = model(
+            batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids,
+            pictures=batch.pictures, groups=batch.groups, responses=what_to_ask(batch, temperature, objective),
+        )  # fmt: skip
         return output, partial(on_output, batch)
 
     return get_forward_backward_func()(
@@ -108,16 +110,16 @@ def compute_log_probs(
     Both lists are empty before the last stage. Collective over the model-parallel group.
     """
 
-    def collect(batch: MicroBatch, logits: Tensor, non_loss_data: bool):
-        statistics = response_statistics(logits, batch, temperature)
+    def collect(batch: MicroBatch, statistics: TokenStatistics, non_loss_data: bool):
+        tables = response_statistics(statistics, batch)
         progress(len(batch.rows))
-        return [{name: values[i, : row.response_length] for name, values in statistics.items()} for i, row in enumerate(batch.rows)]
+        return [{name: values[i, : row.response_length] for name, values in tables.items()} for i, row in enumerate(batch.rows)]
 
     if not rows:
         return {"log_probs": [], "entropy": []}
+    plan = collator.plan(rows, micro_batch_size, pictures)
     with torch.no_grad():
-        batches = collator.batches(rows, micro_batch_size, pictures)
-        collected = _run(model, batches, -(-len(rows) // micro_batch_size), collect, forward_only=True)
+        collected = _run(model, collator.batches(plan, pictures), len(plan), temperature, None, collect, forward_only=True)
     return {name: [row[name] for batch in collected for row in batch] for name in ("log_probs", "entropy")}
 
 
@@ -139,36 +141,40 @@ def papo_step(
     cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last stage. totals: of the
     whole step. settings: loss_settings of this step. Returns this rank's contributions to the metrics ({} before the last stage).
     """
-    num_micro_batches = -(-len(rows) // micro_batch_size)
+    pictures = "both" if objective.masked_rows_ride else "original"
+    plan = collator.plan(rows, micro_batch_size, pictures)
     # the schedule divides by the number of micro-batches and DDP by the data-parallel size; the weights of the loss already hold both
-    scale = num_micro_batches * parallel.dp_group().size()
+    scale = len(plan) * parallel.dp_group().size()
 
-    def loss(batch: MicroBatch, logits: Tensor):
-        counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=logits.device)
+    def loss(batch: MicroBatch, statistics: TokenStatistics):
+        device = batch.response_mask.device
+        counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=device)
         here = totals
         if objective.average == "micro_batch":  # its own counts, as if every micro-batch of the step had as many
             own = StepTotals.of(batch.rows)
             here = StepTotals(own.tokens * scale, own.sequences * scale, own.correct_tokens * scale)
         value, metrics = papo_loss(
-            advantages=torch.tensor([[row.advantage] for row in batch.rows], device=logits.device),
+            advantages=torch.tensor([[row.advantage] for row in batch.rows], device=device),
             response_mask=batch.response_mask * counted,
-            correct=torch.tensor([[float(row.is_correct)] for row in batch.rows], device=logits.device),
+            correct=torch.tensor([[float(row.is_correct)] for row in batch.rows], device=device),
             num_tokens=here.tokens,
             num_sequences=here.sequences,
             num_correct_tokens=here.correct_tokens,
             **batch.cached,
-            **response_statistics(logits, batch, temperature, objective),
+            **response_statistics(statistics, batch, objective.masked_branch == "recompute_with_grad"),
             **settings,
         )
         progress(len(batch.rows))
         return value * scale, metrics
 
     def batches() -> Iterator[MicroBatch]:
-        for number, batch in enumerate(collator.batches(rows, micro_batch_size, "both" if objective.masked_rows_ride else "original")):
-            here = slice(number * micro_batch_size, number * micro_batch_size + len(batch.rows))
+        first = 0
+        for batch in collator.batches(plan, pictures):
+            here = slice(first, first + len(batch.rows))
+            first = here.stop
             if parallel.is_last_stage():
                 batch.cached = {name: pad_responses(values[here], batch.response_mask) for name, values in cached.items()}
             yield batch
 
-    per_batch = _run(model, batches(), num_micro_batches, loss, forward_only=False)
+    per_batch = _run(model, batches(), len(plan), temperature, objective, loss, forward_only=False)
     return {name: sum(metrics[name] for metrics in per_batch) for name in per_batch[0]} if per_batch else {}

@@ -120,7 +120,18 @@ def make_cases() -> list[dict]:
                                   f"training.log_prob_micro_batch_size={micro + 1}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)],
                 }  # fmt: skip
             )
-    return cases + [micro_batch_case()]
+    return cases + group_cases() + [micro_batch_case()]
+
+
+def group_cases() -> list[dict]:
+    """The group layout: several groups in a micro-batch, one that must be cut, and the twins; in every kind of parallelism."""
+    cases = []
+    for name, objective, budget in (("pp2dp2", "token", 1000), ("dp4", "paper", 90), ("tp2dp2", "token", 60), ("tp2pp2", "recompute", 120), ("tp2pp2sp", "paper", 200), ("tp2pp2sp", "token", 40), ("pp4", "recompute exact", 100)):
+        tp, pp, dp, sequence = LAYOUTS[name]
+        layout = [f"parallel.{k}={v}" for k, v in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp))]
+        overrides = [*layout, f"parallel.sequence_parallel={str(sequence).lower()}", "training.layout=group", f"training.max_tokens_per_micro_batch={budget}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)]
+        cases.append({"name": f"group-{name}-{budget}-{objective}", "objective": objective, "step": STEP, "overrides": overrides})
+    return cases
 
 
 MICRO_BATCH = 4
@@ -278,7 +289,7 @@ def test_every_gradient_equals_transformers(work, reference, case, tmp_path):
         assert max(float((got[name].double() - other[name]).abs().max()) / scale for name in expected) > 1e-3
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["objective"] in ("token", "sequence") and "dp" not in case["name"]])
+@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["objective"] in ("token", "sequence") and "dp" not in case["name"] and "group" not in case["name"]])
 def test_cached_log_probs_equal_transformers(work, reference, name):
     got = json.loads((work / name / "log_probs.json").read_text())
     for kind in ("old_log_probs", "ref_log_probs", "masked_image_log_probs"):

@@ -16,7 +16,7 @@ from megatron_papo.model.qwen2_5_vl import build_model
 from megatron_papo.records import Rollout, read_jsonl
 from megatron_papo.training import collectives, parallel
 from megatron_papo.objective.papo_loss import finish_metrics
-from megatron_papo.training.batching import Collator, make_rows
+from megatron_papo.training.batching import Collator, make_rows, split_over_ranks
 from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
 from megatron_papo.training.optimizer import build_optimizer
 
@@ -27,7 +27,7 @@ def run_case(work: Path, case: dict) -> None:
     hf = read_hf_config(work / "policy")
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     rows = make_rows(rollouts, case["advantages"], work / "data", config, hf, work / "rollouts.jsonl")
-    mine = rows[parallel.dp_group().rank() :: parallel.dp_group().size()]
+    mine = split_over_ranks(rows, config.training.layout, parallel.dp_group().size())[parallel.dp_group().rank()]
     model = build_model(hf, dtype=torch.float32, sequence_parallel=config.parallel.sequence_parallel, recompute=config.model.recompute)
     collator = Collator(config, hf, work / "data", with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=torch.float32)
     size = config.training.log_prob_micro_batch_size
