@@ -155,8 +155,11 @@ def demo_rollouts(config, directory: Path) -> list:
 
 
 def logits_in_place_of(model, logits):
-    """A model for papo_step whose output is a leaf: what is left of the step is the objective."""
+    """A model for papo_step whose last stage starts from a leaf: [N, V] logits of the response tokens. What is left of the step is the objective."""
     import torch
+
+    from megatron_papo.model.log_probs import token_statistics
+    from megatron_papo.training import parallel
 
     class LogitsOnly(torch.nn.Module):
         def __init__(self):
@@ -165,9 +168,11 @@ def logits_in_place_of(model, logits):
             self.config.finalize_model_grads_func = self.config.grad_scale_func = None  # there are no weights
             self.logits = logits.detach().requires_grad_()
 
-        def forward(self, *_):
+        def forward(self, *_, responses, **__):
             self.logits.grad = None
-            return self.logits
+            options = dict(kl_of_halves=responses.kl_of_halves, second_half_gradient=responses.second_half_gradient)
+            places = torch.arange(len(self.logits), device=self.logits.device)
+            return token_statistics(self.logits, places, responses.tokens, parallel.tp_group(), temperature=responses.temperature, **options)
 
         def set_input_tensor(self, _):
             pass
@@ -180,6 +185,9 @@ class OneBatch:
 
     def __init__(self, batch):
         self.batch = batch
+
+    def plan(self, rows, *_):
+        return [rows]
 
     def batches(self, *_):
         yield self.batch
@@ -227,13 +235,14 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
 
     batch = collator.collate(rows, "both" if objective.masked_rows_ride else "original")
     with torch.no_grad():
-        logits = model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids)
+        logits = model(batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids, pictures=batch.pictures)
+        logits = logits.flatten(0, 1)[batch.response_positions]
     alone, one = logits_in_place_of(model, logits), OneBatch(batch)
     seconds = seconds_in_turns({"step": whole, "objective": lambda: step(alone, one)}, repeat)
     return {
         "rollouts": len(rows),
         "response_tokens": sum(row.response_length for row in rows),
-        "logits_shape": list(logits.flatten(0, 1).shape),
+        "logits_shape": list(logits.shape),
         "step_seconds": seconds["step"],
         "objective_seconds": seconds["objective"],
         "objective_share": seconds["objective"] / seconds["step"],

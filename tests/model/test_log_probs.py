@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_papo.model.log_probs import CHUNK_ELEMENTS, LOG_RATIO_LIMIT, token_statistics
+from megatron_papo.model.log_probs import CHUNK_ELEMENTS, LOG_RATIO_LIMIT, output_token_statistics, token_statistics
 from megatron_papo.training import parallel
 
 ROOT = Path(__file__).parent.parent.parent
@@ -140,6 +140,32 @@ def test_a_forbidden_token_that_was_sampled(world):
     assert found.log_probs[0] == -torch.inf and found.log_probs[1].item() == pytest.approx(-math.log(5))
     torch.where(torch.isfinite(found.log_probs), found.log_probs, 0.0).sum().backward()
     assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 27, 24 * 2, 24 * 6, 24 * 8], ids=["one chunk", "pairs", "three pairs", "uneven"])
+def test_through_the_output_layer(world, chunk_elements):
+    """hidden x weight in chunks that are computed again in the backward pass: the values and gradients of whole logits."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(20, 16, generator=generator), torch.randn(24, 16, generator=generator) / 3
+    tokens = torch.randint(24, (10,), generator=generator).repeat(2)
+    weights = [torch.randn(n, generator=generator) for n in (20, 20, 10)]
+    a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    found = output_token_statistics(a, b, tokens, world, temperature=TEMPERATURE, kl_of_halves=True, chunk_elements=chunk_elements)
+    sum((w * v).sum() for w, v in zip(weights, found)).backward()
+    c, d = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = c @ d.T
+    values, gradient = textbook(logits.detach(), torch.arange(20), tokens, weights)
+    logits.backward(gradient)
+    for value, other in zip(found, values):
+        torch.testing.assert_close(value.detach().double(), other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a.grad.double(), c.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(b.grad.double(), d.grad, rtol=1e-5, atol=1e-5)
+    constant = hidden.clone().requires_grad_()
+    kl = output_token_statistics(
+        constant, weight, tokens, world, temperature=TEMPERATURE, kl_of_halves=True, second_half_gradient=False, chunk_elements=chunk_elements
+    ).kl
+    kl.sum().backward()
+    assert constant.grad[:10].any() and not constant.grad[10:].any()
 
 
 def test_sharded_over_ranks(tmp_path):
