@@ -22,8 +22,11 @@ from pathlib import Path
 import psutil
 
 from megatron_papo.errors import UserError
+from megatron_papo.output_lock import OutputLock
 
 MANIFEST = "manifest.json"
+PRUNED = "pruned.json"
+"""In a checkpoint whose weights keep_checkpoints has deleted: what it was stays on record."""
 _RECORDED_PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "tokenizers", "safetensors", "pillow", "numpy", "mathruler")
 
 
@@ -32,11 +35,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def content_fingerprint(path: Path) -> str:
-    """Of a file or directory that no stage made: its relative names and contents."""
+def content_fingerprint(path: Path, known: dict[str, str] | None = None) -> str:
+    """Of a file or directory that no stage made: its relative names and contents. known: relative name -> sha256, where it is known already."""
     if path.is_file():
         return file_hash(path)
-    rows = [(str(file.relative_to(path)), file_hash(file)) for file in _files(path)]
+    known = known or {}
+    rows = [(name, known.get(name) or file_hash(path / name)) for name in (str(file.relative_to(path)) for file in _files(path))]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -85,17 +89,24 @@ def input_fingerprint(path: Path, hint: str) -> Fingerprint:
     return Fingerprint(content_fingerprint(path) if manifest is None else manifest["fingerprint"], path)
 
 
-def verify_files(directory: Path) -> None:
-    """Compares every file of a published output with its manifest, by size and hash. Nothing to compare without a manifest."""
+def verify_files(directory: Path, known: dict[str, str] | None = None, only_sizes: tuple[str, ...] = ()) -> None:
+    """Compares every file of a published output with its manifest, by size and hash. Nothing to compare without a manifest.
+
+    known: relative name -> sha256, of files that were hashed already. only_sizes: endings of names that are compared by size alone.
+    """
     manifest = read_manifest(directory) if directory.is_dir() else None
     if manifest is None:
         return
+    if (directory / PRUNED).exists():
+        raise UserError(f"{directory}: its weights were deleted ({PRUNED} says when and why): raise keep_checkpoints, or make it again")
+    known = known or {}
     for name, entry in manifest["files"].items():
         file = directory / name
         again = f"damaged: remove {directory} and make it again with: {manifest['command']}"
         if not file.is_file():
             raise UserError(f"{file}: missing from the checkpoint or data directory, {again}")
-        if file.stat().st_size != entry["bytes"] or file_hash(file) != entry["sha256"]:
+        same = file.stat().st_size == entry["bytes"]
+        if not same or not (name.endswith(only_sizes) or (known.get(name) or file_hash(file)) == entry["sha256"]):
             raise UserError(f"{file}: differs from its manifest, {again}")
 
 
@@ -118,14 +129,24 @@ class StageOutput:
         self.stage, self.output = stage, Path(output)
         self.partial = _partial(self.output)
         self.counts: dict[str, int | float] = {}
+        self.hashes: dict[str, str] = {}
+        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when they are published."""
         self._recipe = {
             "stage": stage,
             "config": {name: _section(config, name) for name in sections},
             "arguments": arguments or {},
             "inputs": inputs,
         }
-        self.fingerprint = hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = self._hash_recipe()
         self.done = self._is_done()
+
+    def _hash_recipe(self) -> str:
+        return hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
+
+    def complete_input(self, name: str, fingerprint: str) -> None:
+        """Sets the fingerprint of an input that became known while the input was read."""
+        self._recipe["inputs"][name] = fingerprint
+        self.fingerprint = self._hash_recipe()
 
     def _is_done(self) -> bool:
         if not self.output.exists():
@@ -146,18 +167,31 @@ class StageOutput:
         for fingerprint in self._recipe["inputs"].values():
             if isinstance(fingerprint, Fingerprint):
                 verify_files(fingerprint.path)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock = OutputLock(self.output)
         try:
+            if self._is_done():  # another process made it in the meantime
+                raise UserError(f"{self.output}: was made by another process just now: nothing left to do")
+            shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
         except OSError as error:
+            self._lock.release()
             raise UserError(f"{self.partial}: cannot create: {error.strerror}")
+        except UserError:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return False
-        self._publish()
+        try:
+            if kind is None:
+                self._publish()
+        except OSError as refused:
+            kind = type(refused)
+            raise UserError(f"{self.output}: cannot write: {refused.strerror}: nothing was left behind; free space or choose another --output")
+        finally:
+            if kind is not None:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self._lock.release()
         return False
 
     def _publish(self) -> None:
@@ -165,7 +199,8 @@ class StageOutput:
         for file in _files(self.partial):
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
-            files[str(file.relative_to(self.partial))] = {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+            name = str(file.relative_to(self.partial))
+            files[name] = {"bytes": file.stat().st_size, "sha256": self.hashes.get(name) or file_hash(file)}
         manifest = {
             "stage": self.stage,
             "fingerprint": self.fingerprint,
@@ -173,7 +208,7 @@ class StageOutput:
             "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
             "counts": self.counts,
             "seconds": round(time.time() - self._started, 2),
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
             "files": files,
         }
@@ -218,7 +253,7 @@ def _module_arguments() -> list[str]:
     return ["-m", spec.name, *sys.argv[1:]] if spec else list(sys.argv)
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     return result.stdout.strip() or None

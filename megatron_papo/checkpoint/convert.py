@@ -1,28 +1,48 @@
-"""Hugging Face <-> Megatron: one walk over the name map in each direction, one piece in memory at a time.
+"""Hugging Face <-> Megatron: each file is read once from beginning to end and each written once, a piece at a time.
 
     hf_to_megatron(HFCheckpoint(hf_dir), megatron_dir)          safetensors -> torch_dist, plus hf/ with the small files
     megatron_to_hf(MegatronCheckpoint(megatron_dir), hf_dir)    back; the same bytes if nothing was trained in between
 
-Every tensor on either side is mapped exactly once or a UserError lists the names. Both write proof.json (verify.py).
+Every tensor on either side is mapped exactly once or a UserError lists the names. Both then read the result back from disk through the
+inverse layouts, compare it with what they had read, and write proof.json (verify.py). Memory: the tensors of one layer that lie apart
+in the files; tensors that nothing permutes (embeddings) pass in blocks of rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint import hf_files, verify
-from megatron_papo.checkpoint.hf_files import HFCheckpoint, SafetensorsWriter, TensorInfo
+from megatron_papo.checkpoint import config_json, hf_files, verify
+from megatron_papo.checkpoint.hashed_files import HashedWriter, new_tensor_hash, tensor_bytes, tensor_hash
+from megatron_papo.checkpoint.hf_files import HFCheckpoint, TensorInfo
+from megatron_papo.checkpoint.layouts import LAYOUTS
 from megatron_papo.checkpoint.name_map import Piece, disk_name, pieces
-from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, write_pieces
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, TorchDistWriter
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config
 
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 """Keys in a training checkpoint that belong to the optimizer."""
 
+BLOCK_BYTES = 128 << 20
+"""Tensors that nothing permutes are read and written in blocks of rows of at most this size."""
+HELD_BYTES = 2 << 30
+"""Tensors that wait for the others of their piece are forgotten beyond this, and read again when the others are there."""
+
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just done."""
+
+
+@dataclass
+class Written:
+    """What a conversion knows of the files, for manifests: file name -> sha256."""
+
+    source: dict[str, str]
+    """Of the files of the source that were read whole."""
+    target: dict[str, str]
+    """Of what was written, as it was meant to be: the proof has compared it with the disk."""
 
 
 class MegatronCheckpoint:
@@ -42,7 +62,7 @@ class MegatronCheckpoint:
             for name, shape in piece.hf_shapes.items()
         }
         require_same_names(self.directory / HF_FILES / hf_files.HEADERS, names, set(self.tensors))
-        self._piece_of = {name: piece for piece in self.pieces for name in piece.hf_shapes}
+        self.piece_of = {name: piece for piece in self.pieces for name in piece.hf_shapes}
         self._last: tuple[Piece, dict[str, torch.Tensor]] | None = None
 
     def _check(self) -> None:
@@ -57,68 +77,250 @@ class MegatronCheckpoint:
         """Official names -> tensors."""
         return dict(zip(piece.hf_shapes, piece.layout.to_hf(self.stored.read(piece.megatron, piece.layer), self.hf)))
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by its official name."""
-        piece = self._piece_of[name]
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """One tensor by its official name, or its rows [first, last)."""
+        piece = self.piece_of[name]
+        if rows is not None and piece.layout is LAYOUTS["same"]:
+            return self.stored.read(piece.megatron, piece.layer, rows)
         if self._last is None or self._last[0] is not piece:
             self._last = (piece, self.read_piece(piece))
-        return self._last[1][name]
+        tensor = self._last[1][name]
+        return tensor if rows is None else tensor[rows[0] : rows[1]]
 
 
 def open_checkpoint(directory: Path) -> HFCheckpoint | MegatronCheckpoint:
-    """Of either kind; both have .tensors (official name -> TensorInfo) and .read(name). Raises UserError."""
+    """Of either kind; both have .tensors (official name -> TensorInfo) and .read(name, rows). Raises UserError."""
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not a directory: give a checkpoint directory")
     return MegatronCheckpoint(directory) if (directory / "metadata.json").exists() else HFCheckpoint(directory)
 
 
-def hf_to_megatron(checkpoint: HFCheckpoint, target: Path, progress: Progress = lambda count: None) -> None:
-    """Writes the torch_dist checkpoint and its proof into the existing directory `target`. `progress` sees every byte twice."""
+def rows_at_once(shape: tuple[int, ...], itemsize: int) -> int:
+    """How many rows of a tensor make a block."""
+    return max(1, BLOCK_BYTES // (torch.Size(shape[1:]).numel() * itemsize))
+
+
+def _block_rows(piece: Piece, itemsize: int) -> int | None:
+    """Rows per block of a piece that passes in blocks; None for one that is read whole."""
+    num_bytes = torch.Size(piece.megatron_shape).numel() * itemsize
+    return rows_at_once(piece.megatron_shape, itemsize) if piece.layout is LAYOUTS["same"] and num_bytes > BLOCK_BYTES else None
+
+
+def hf_to_megatron(
+    checkpoint: HFCheckpoint, target: Path, progress: Progress = lambda count: None, dtype: torch.dtype | None = None
+) -> Written:
+    """Writes the torch_dist checkpoint and its proof into the existing directory `target`. `progress` sees every byte of the source twice.
+
+    dtype: to convert to; None keeps each tensor's.
+    """
     tied_head = checkpoint.hf.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors
     plan = pieces(checkpoint.hf, tied_head)
     _check_hf(checkpoint, plan)
-    hashes: dict[str, str] = {}
-
-    def read(piece: Piece) -> torch.Tensor:
-        tensors = [checkpoint.read(name) for name in piece.hf_shapes]
-        for name, tensor in zip(piece.hf_shapes, tensors):
-            hashes[name] = verify.tensor_hash(tensor)
-            progress(tensor.nbytes)
-        return piece.layout.to_megatron(tensors, checkpoint.hf)
-
-    write_pieces(target, plan, _megatron_dtypes(checkpoint, plan), read)
+    dtypes = _megatron_dtypes(checkpoint, plan, dtype)
+    infos = {piece.megatron: TensorInfo(dtypes[piece.megatron], _stored_shape(piece)) for piece in plan}
+    hashes = {name: new_tensor_hash() for name in checkpoint.tensors}
+    with TorchDistWriter(target, infos) as writer:
+        order = _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress)
     hf_files.copy_small_files(checkpoint.directory, target / HF_FILES)
     hf_files.save_headers(checkpoint.headers, target / HF_FILES)
-    written = MegatronCheckpoint(target)
-    read_back = {}
-    for piece in written.pieces:
-        for name, tensor in written.read_piece(piece).items():
-            read_back[name] = verify.tensor_hash(tensor)
-            progress(tensor.nbytes)
-    verify.write_proof(target, "hf_to_megatron", hashes, read_back)
+    read_back = _read_back_megatron(MegatronCheckpoint(target), order, checkpoint, progress)
+    source = {name: value.hexdigest() for name, value in hashes.items()}
+    verify.write_proof(target, "hf_to_megatron", checkpoint.file_hashes, dtype, source, read_back)
+    return Written(checkpoint.file_hashes, writer.hashes)
 
 
-def megatron_to_hf(checkpoint: MegatronCheckpoint, target: Path, progress: Progress = lambda count: None) -> None:
-    """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte twice."""
-    dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+def _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress) -> list[Piece]:
+    """The pieces in the order in which they were written."""
+    piece_of = {name: piece for piece in plan for name in piece.hf_shapes}
+
+    def block_rows(name: str) -> int | None:
+        return _block_rows(piece_of[name], checkpoint.tensors[name].dtype.itemsize)
+
+    order, seen, held = [], {}, _Held()
+    for name, first, tensor in checkpoint.read_in_order(block_rows):
+        piece = piece_of[name]
+        num_bytes = tensor.nbytes
+        tensor = tensor.to(dtypes[piece.megatron])
+        hashes[name].update(tensor_bytes(tensor))
+        if block_rows(name) is not None:
+            writer.write(piece.megatron, piece.layer, first, tensor)
+            if first == 0:
+                order.append(piece)
+        else:
+            held.add(piece.name, name, tensor)
+            names = seen.setdefault(piece.name, set())
+            names.add(name)
+            if len(names) == len(piece.hf_shapes):
+                waiting = held.take(piece.name)
+                tensors = [waiting[each] if each in waiting else checkpoint.read(each).to(dtypes[piece.megatron]) for each in piece.hf_shapes]
+                writer.write(piece.megatron, piece.layer, 0, piece.layout.to_megatron(tensors, checkpoint.hf))
+                order.append(piece)
+        progress(num_bytes)
+    return order
+
+
+class _Held:
+    """Tensors by piece and name, the oldest pieces forgotten where they are too many."""
+
+    def __init__(self):
+        self._pieces: dict[str, dict[str, torch.Tensor]] = {}
+        self._bytes = 0
+
+    def add(self, piece: str, name: str, tensor: torch.Tensor) -> None:
+        self._pieces.setdefault(piece, {})[name] = tensor
+        self._bytes += tensor.nbytes
+        while self._bytes > HELD_BYTES and len(self._pieces) > 1:
+            self.take(next(iter(self._pieces)))
+
+    def take(self, piece: str) -> dict[str, torch.Tensor]:
+        found = self._pieces.pop(piece, {})
+        self._bytes -= sum(tensor.nbytes for tensor in found.values())
+        return found
+
+    def take_one(self, piece: str, name: str) -> torch.Tensor | None:
+        found = self._pieces.get(piece, {})
+        tensor = found.pop(name, None)
+        if tensor is not None:
+            self._bytes -= tensor.nbytes
+            if not found:
+                del self._pieces[piece]
+        return tensor
+
+
+def _read_back_megatron(written: MegatronCheckpoint, order: list[Piece], source: HFCheckpoint, progress: Progress) -> dict[str, str]:
+    """Official name -> hash of what the finished checkpoint holds."""
+    hashes = {}
+    mine = {piece.name: piece for piece in written.pieces}
+    for piece in order:
+        if set(mine[piece.name].hf_shapes) != set(piece.hf_shapes):
+            raise RuntimeError(f"{piece.name} was planned for other tensors")
+        for name, _, tensor, done in _hf_blocks(written, mine[piece.name]):
+            hashes.setdefault(name, new_tensor_hash()).update(tensor_bytes(tensor))
+            if done:
+                progress(source.tensors[name].num_bytes)
+    return {name: value.hexdigest() for name, value in hashes.items()}
+
+
+def _hf_blocks(checkpoint: MegatronCheckpoint, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor, bool]]:
+    """A piece as Hugging Face tensors: (name, first row, rows, whether they are the last)."""
+    step = _block_rows(piece, checkpoint.stored.tensors[piece.megatron].dtype.itemsize)
+    if step is None:
+        for name, tensor in checkpoint.read_piece(piece).items():
+            yield name, 0, tensor, True
+        return
+    ((name, shape),) = piece.hf_shapes.items()
+    for first in range(0, shape[0], step):
+        last = min(first + step, shape[0])
+        yield name, first, checkpoint.stored.read(piece.megatron, piece.layer, (first, last)), last == shape[0]
+
+
+def megatron_to_hf(
+    checkpoint: MegatronCheckpoint,
+    target: Path,
+    progress: Progress = lambda count: None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+) -> Written:
+    """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte of the source twice.
+
+    dtype: to convert to; None keeps each tensor's. shard_bytes: cut into files of at most so many bytes (and one tensor at least) under
+    official names; None: the files, names and order of the checkpoint that the Megatron one came from.
+    """
+    infos = {name: TensorInfo(dtype or info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     hf_files.copy_small_files(checkpoint.directory / HF_FILES, target)
-    hf_files.correct_config(target, set(dtypes.values()), checkpoint.headers, checkpoint.hf.tie_word_embeddings)
-    writer = SafetensorsWriter(target, checkpoint.headers, dtypes)
-    hashes, read_back = {}, {}
-    for piece in checkpoint.pieces:
-        tensor = checkpoint.stored.read(piece.megatron, piece.layer)
-        hashes[piece.name] = verify.tensor_hash(tensor)
-        for name, part in zip(piece.hf_shapes, piece.layout.to_hf(tensor, checkpoint.hf)):
-            writer.write(name, part)
-        progress(tensor.nbytes)
-    writer.close()
-    written = HFCheckpoint(target)
-    for piece in checkpoint.pieces:
-        tensor = piece.layout.to_megatron([written.read(name) for name in piece.hf_shapes], written.hf)
-        read_back[piece.name] = verify.tensor_hash(tensor)
-        progress(tensor.nbytes)
-    verify.write_proof(target, "megatron_to_hf", hashes, read_back)
+    headers = hf_files.headers_for(checkpoint.headers, infos, shard_bytes)
+    config_json.flatten(target, checkpoint.hf.tie_word_embeddings)
+    hf_files.correct_config(target, {info.dtype for info in infos.values()}, checkpoint.headers, checkpoint.hf.tie_word_embeddings)
+    if shard_bytes is not None:
+        hf_files.write_index(target, headers, infos)
+    reader = _InHFOrder(checkpoint, dtype, progress)
+    written = {}
+    for file, header in headers.items():
+        with HashedWriter(target / file) as writer:
+            writer.write(len(header.encode()).to_bytes(8, "little") + header.encode())
+            for name in hf_files.names_in_order(header):
+                for block in reader.blocks(disk_name(name)):
+                    writer.write(tensor_bytes(block))
+        written[file] = writer.sha256
+    read_back = _read_back_hf(HFCheckpoint(target), checkpoint, progress)
+    verify.write_proof(target, "megatron_to_hf", verify.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back)
+    return Written({}, written)
+
+
+class _InHFOrder:
+    """The tensors of a Megatron checkpoint in any order of names; each piece is read once where its tensors are asked for close together.
+
+    A source that carries the proof of its own conversion must still hold what the proof says.
+    """
+
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: torch.dtype | None, progress: Progress):
+        self.checkpoint, self.dtype, self.progress = checkpoint, dtype, progress
+        self.hashes: dict[str, str] = {}
+        """By piece, of what was read, in the dtype that is written."""
+        self._proved = verify.proved_tensors(checkpoint.directory)
+        self._held = _Held()
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        piece = self.checkpoint.piece_of[name]
+        if _block_rows(piece, self.checkpoint.tensors[name].dtype.itemsize) is not None:
+            yield from self._streamed(piece, name)
+            return
+        tensor = self._held.take_one(piece.name, name)
+        if tensor is None:
+            self._read(piece)
+            tensor = self._held.take_one(piece.name, name)
+        yield tensor
+
+    def _streamed(self, piece: Piece, name: str) -> Iterator[torch.Tensor]:
+        stored, proved = new_tensor_hash(), new_tensor_hash()
+        for _, _, tensor, _ in _hf_blocks(self.checkpoint, piece):
+            proved.update(tensor_bytes(tensor))
+            self.progress(tensor.nbytes)
+            tensor = tensor.to(self.dtype or tensor.dtype)
+            stored.update(tensor_bytes(tensor))
+            yield tensor
+        self._require_proved(name, proved.hexdigest())
+        self.hashes[piece.name] = stored.hexdigest()
+
+    def _read(self, piece: Piece) -> None:
+        again = piece.name in self.hashes
+        tensor = self.checkpoint.stored.read(piece.megatron, piece.layer)
+        num_bytes = tensor.nbytes
+        cast = tensor.to(self.dtype or tensor.dtype)
+        parts = dict(zip(piece.hf_shapes, piece.layout.to_hf(cast, self.checkpoint.hf)))
+        if not again:
+            self.hashes[piece.name] = tensor_hash(cast)
+            if self._proved:
+                stored = parts if cast is tensor else dict(zip(piece.hf_shapes, piece.layout.to_hf(tensor, self.checkpoint.hf)))
+                for name, part in stored.items():
+                    self._require_proved(name, tensor_hash(part))
+            self.progress(num_bytes)
+        for name, part in parts.items():
+            self._held.add(piece.name, name, part)
+
+    def _require_proved(self, name: str, found: str) -> None:
+        if self._proved and self._proved.get(name) != found:
+            raise UserError(f"{self.checkpoint.directory}: {name} is not what its proof.json says: restore the checkpoint or make it again")
+
+
+def _read_back_hf(written: HFCheckpoint, source: MegatronCheckpoint, progress: Progress) -> dict[str, str]:
+    """Piece -> hash of what the finished checkpoint holds, taken back into Megatron's layout; in the order of the files."""
+    hashes = {}
+    for piece in sorted(source.pieces, key=lambda piece: written.place(next(iter(piece.hf_shapes)))):
+        stored_dtype = source.stored.tensors[piece.megatron].dtype
+        step = _block_rows(piece, stored_dtype.itemsize)
+        count = torch.Size(piece.megatron_shape).numel() * stored_dtype.itemsize
+        if step is None:
+            hashes[piece.name] = tensor_hash(piece.layout.to_megatron([written.read(name) for name in piece.hf_shapes], written.hf))
+        else:
+            ((name, shape),) = piece.hf_shapes.items()
+            hash_ = new_tensor_hash()
+            for first in range(0, shape[0], step):
+                hash_.update(tensor_bytes(written.read(name, (first, min(first + step, shape[0])))))
+            hashes[piece.name] = hash_.hexdigest()
+        progress(count)
+    return hashes
 
 
 def _check_hf(checkpoint: HFCheckpoint, plan: list[Piece]) -> None:
@@ -129,16 +331,16 @@ def _check_hf(checkpoint: HFCheckpoint, plan: list[Piece]) -> None:
             raise UserError(_wrong_shape(checkpoint.directory, name, checkpoint.tensors[name].shape, shape))
 
 
-def _megatron_dtypes(checkpoint: HFCheckpoint, plan: list[Piece]) -> dict[str, torch.dtype]:
-    """By Megatron key; the tensors that become one must agree."""
+def _megatron_dtypes(checkpoint: HFCheckpoint, plan: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """By Megatron key; the tensors that become one must agree, unless all are converted to `dtype`."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in plan:
         for name in piece.hf_shapes:
-            dtype = checkpoint.tensors[name].dtype
-            if dtypes.setdefault(piece.megatron, dtype) != dtype:
+            own = dtype or checkpoint.tensors[name].dtype
+            if dtypes.setdefault(piece.megatron, own) != own:
                 raise UserError(
-                    f"{checkpoint.directory}: {name} is {dtype}, others that become {piece.megatron} are {dtypes[piece.megatron]}:"
-                    " save the checkpoint in one dtype"
+                    f"{checkpoint.directory}: {name} is {own}, others that become {piece.megatron} are {dtypes[piece.megatron]}:"
+                    " save the checkpoint in one dtype, or convert it: python -m tools.convert to-megatron --dtype"
                 )
     return dtypes
 

@@ -4,12 +4,15 @@ A checkpoint is written back with the files, names and order it had: where the d
 """
 
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, read_into, tensor_bytes
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import MANIFEST
@@ -53,6 +56,8 @@ class HFCheckpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[str, int]] = {}
         """Official name -> file and the offset of its data there."""
+        self.file_hashes: dict[str, str] = {}
+        """File -> sha256, of those that read_in_order has read."""
         for file, header in self.headers.items():
             for name, entry in header_entries(header).items():
                 self._add(file, name, entry)
@@ -79,16 +84,48 @@ class HFCheckpoint:
         if wrong:
             raise UserError(f"{index}: does not agree with the files on {', '.join(wrong[:8])}: copy the checkpoint again")
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by its official on-disk name."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """One tensor by its official on-disk name, or its rows [first, last)."""
         file, offset = self._places[name]
         info = self.tensors[name]
-        data = bytearray(info.num_bytes)
-        with open(self.directory / file, "rb") as stream:
-            stream.seek(offset)
-            if stream.readinto(data) != info.num_bytes:
-                raise UserError(f"{self.directory / file}: ended while {name} was read: copy the checkpoint again")
-        return torch.frombuffer(data, dtype=info.dtype).reshape(info.shape)
+        shape = info.shape
+        if rows is not None:
+            offset += rows[0] * (info.num_bytes // shape[0])
+            shape = (rows[1] - rows[0], *shape[1:])
+        target = torch.empty(shape, dtype=info.dtype)
+        descriptor = os.open(self.directory / file, os.O_RDONLY)
+        try:
+            read_into(descriptor, offset, tensor_bytes(target), self.directory / file)
+            os.posix_fadvise(descriptor, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+        return target
+
+    def place(self, name: str) -> tuple[str, int]:
+        """(file, offset of the data in it)."""
+        return self._places[name]
+
+    def read_in_order(self, rows_at_once: Callable[[str], int | None]) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """All tensors in the order of the files: (name, first row, rows); whole ones (first row 0) where rows_at_once(name) is None.
+
+        Every byte of the weight files is read once, so that afterwards .file_hashes holds their sha256.
+        """
+        for file, header in self.headers.items():
+            names = sorted((name for name, place in self._places.items() if place[0] == file), key=lambda name: self._places[name][1])
+            with HashedReader(self.directory / file) as reader:
+                if bytes(reader.read(8 + len(header.encode())).numpy())[8:] != header.encode():
+                    raise UserError(f"{self.directory / file}: has changed since it was opened: start again")
+                for name in names:
+                    info = self.tensors[name]
+                    step = rows_at_once(name)
+                    if step is None:
+                        yield name, 0, reader.read(info.num_bytes).view(info.dtype).reshape(info.shape)
+                        continue
+                    for first in range(0, info.shape[0], step):
+                        count = min(step, info.shape[0] - first)
+                        data = reader.read(info.num_bytes // info.shape[0] * count)
+                        yield name, first, data.view(info.dtype).reshape(count, *info.shape[1:])
+            self.file_hashes[file] = reader.sha256
 
 
 def _weight_files(directory: Path) -> list[str]:
@@ -121,12 +158,25 @@ def _read_header(path: Path) -> str:
             if length > path.stat().st_size - 8:
                 raise ValueError("the header is cut off")
             text = stream.read(length).decode()
-        end = max((entry["data_offsets"][1] for entry in header_entries(text).values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _check_entries(header_entries(text))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}): copy the checkpoint again")
     if path.stat().st_size != 8 + length + end:
         raise UserError(f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again")
     return text
+
+
+def _check_entries(entries: dict[str, dict]) -> int:
+    """The bytes of data that a header announces. Raises ValueError where tensors overlap, leave gaps or have impossible shapes."""
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        start, stop = entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 48 for number in (start, stop, *entry["shape"])):
+            raise ValueError(f"impossible numbers for {name[:80]}")
+        if start != end or stop < start:
+            raise ValueError(f"the data of {name[:80]} does not follow on what stands before it")
+        end = stop
+    return end
 
 
 def header_entries(header: str) -> dict[str, dict]:
@@ -226,9 +276,9 @@ class SafetensorsWriter:
         try:
             with open(path, "r+b") as stream:
                 stream.seek(offset)
-                stream.write(memoryview(tensor_bytes(tensor)))
+                stream.write(tensor_bytes(tensor))
         except OSError as error:
-            raise UserError(f"{path}: cannot write: {error.strerror}")
+            raise cannot_write(path, error)
         self._remaining.remove(name)
 
     def close(self) -> None:
@@ -236,20 +286,55 @@ class SafetensorsWriter:
             raise UserError(f"{self.directory}: no data for {', '.join(sorted(self._remaining)[:8])}: the checkpoints do not match")
 
 
-def tensor_bytes(tensor: torch.Tensor):
-    """The bytes of a tensor, as an array that hashlib and files take."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
 def _with_dtypes(header: str, dtypes: dict[str, torch.dtype]) -> str:
     entries = header_entries(header)
     codes = {name: _CODES[dtypes[disk_name(name)]] for name in entries}
     if all(entry["dtype"] == codes[name] for name, entry in entries.items()):
         return header
+    infos = {name: TensorInfo(_DTYPES[codes[name]], tuple(entries[name]["shape"])) for name in names_in_order(header)}
+    return _header_text(infos, json.loads(header).get("__metadata__", {"format": "pt"}))
+
+
+def names_in_order(header: str) -> list[str]:
+    """The names in a header, in the order of their data."""
+    entries = header_entries(header)
+    return sorted(entries, key=lambda name: tuple(entries[name]["data_offsets"]))
+
+
+def headers_for(headers: dict[str, str], infos: dict[str, TensorInfo], shard_bytes: int | None) -> dict[str, str]:
+    """File -> header of a checkpoint to write. infos: by official name.
+
+    Without shard_bytes the given files with their names, with new headers where a dtype differs. With it, the tensors in the same order
+    under official names, in files of at most shard_bytes each; a larger tensor has a file of its own.
+    """
+    if shard_bytes is None:
+        return {file: _with_dtypes(header, {name: info.dtype for name, info in infos.items()}) for file, header in headers.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in (disk_name(name) for _, header in sorted(headers.items()) for name in names_in_order(header)):
+        if shards[-1] and filled + infos[name].num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += infos[name].num_bytes
+    count = len(shards)
+    files = [SINGLE] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return {file: _header_text({name: infos[name] for name in names}, {"format": "pt"}) for file, names in zip(files, shards)}
+
+
+def _header_text(infos: dict[str, TensorInfo], metadata: dict) -> str:
     rows, offset = {}, 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"][0]):
-        size = TensorInfo(_DTYPES[codes[name]], tuple(entry["shape"])).num_bytes
-        rows[name] = {"dtype": codes[name], "shape": entry["shape"], "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps({"__metadata__": json.loads(header).get("__metadata__", {"format": "pt"}), **rows}, separators=(",", ":"))
+    for name, info in infos.items():
+        rows[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, offset + info.num_bytes]}
+        offset += info.num_bytes
+    text = json.dumps({"__metadata__": metadata, **rows}, separators=(",", ":"))
     return text + " " * (-len(text.encode()) % 8)  # the format wants the data to begin at a multiple of 8
+
+
+def write_index(directory: Path, headers: dict[str, str], infos: dict[str, TensorInfo]) -> None:
+    """The index of a checkpoint of several files; none where there is one."""
+    (directory / INDEX).unlink(missing_ok=True)
+    if len(headers) > 1:
+        weight_map = {name: file for file, header in headers.items() for name in names_in_order(header)}
+        total = sum(info.num_bytes for info in infos.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})

@@ -5,33 +5,28 @@ Nothing untrusted is unpickled: `.metadata` is a pickle by its format and is rea
 """
 
 import json
+import os
 import pickle
-import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    FileSystemReader,
-    FileSystemWriter,
-    LoadPlan,
-    SavePlan,
-)
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as dcp_metadata
-from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_papo.checkpoint.chunk_data import ChunkData, find_data
+from megatron_papo.checkpoint.hashed_files import BLOCK, HashedWriter, cannot_write, read_into, tensor_bytes
 from megatron_papo.checkpoint.hf_files import TensorInfo
-from megatron_papo.checkpoint.name_map import Piece
 from megatron_papo.errors import UserError
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 _AGAIN = "restore it or make it again"
+_FILE_BYTES = 4 << 30
+"""A new file is begun after so many bytes."""
 
 
 class TorchDistCheckpoint:
@@ -39,69 +34,180 @@ class TorchDistCheckpoint:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
-        _check_format(self.directory)
+        self.common = _read_common(self.directory)
         self.metadata = _read_metadata(self.directory / ".metadata")
-        _check_sizes(self.directory, self.metadata)
-        self._reader = FileSystemReader(self.directory)
-        self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        self.tensors = {
-            key: TensorInfo(entry.properties.dtype, tuple(entry.size))
-            for key, entry in self.metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
+        self.tensors: dict[str, TensorInfo] = {}
+        self._chunks: dict[str, list[_Chunk]] = {}
+        try:
+            self._read_table()
+            _check_sizes(self.directory, self.metadata)
+        except (AttributeError, TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"{self.directory / '.metadata'}: damaged ({' '.join(repr(error).split())[:120]}): {_AGAIN}")
 
-    def read(self, key: str, layer: int | None) -> torch.Tensor:
-        """A whole tensor, or one index of its first axis."""
+    def _read_table(self) -> None:
+        places = {(index.fqn, tuple(index.offset)): place for index, place in self.metadata.storage_data.items() if index.offset is not None}
+        for key, entry in self.metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[key] = TensorInfo(entry.properties.dtype, tuple(entry.size))
+                self._chunks[key] = [_Chunk(part, places.get((key, tuple(part.offsets)))) for part in entry.chunks]
+                for chunk in self._chunks[key]:
+                    inside = [0 <= at <= at + size <= end for at, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)]
+                    if not all(inside):
+                        raise ValueError(f"a part of {key} lies outside of it")
+
+    def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
+        """(offsets, sizes, file) of the parts in which a tensor was saved."""
+        return [(chunk.offsets, chunk.sizes, chunk.place.relative_path) for chunk in self._chunks[key]]
+
+    def read(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """A whole tensor, or one index of its first axis (`layer`); of that, the rows [first, last) of the first remaining axis.
+
+        The checksum of every chunk that was read to its end, in one go or in consecutive parts, is verified.
+        """
         info = self.tensors[key]
-        offsets = [0] * len(info.shape)
-        sizes = list(info.shape)
-        if layer is not None:
-            offsets[0], sizes[0] = layer, 1
-        target = torch.empty(sizes, dtype=info.dtype)
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, self.metadata.state_dict_metadata[key], [wanted])
-        found = sum(item.lengths.numel() for item in items)
+        stacked = layer is not None
+        shape = info.shape[stacked:]
+        first, last = rows or (0, shape[0] if shape else 1)
+        target = torch.empty((last - first, *shape[1:]) if shape else (1,), dtype=info.dtype)
+        found = 0
+        for chunk in self._chunks[key]:
+            if stacked and not chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                continue
+            found += self._read_chunk(key, chunk, info.dtype, stacked, layer, first, target)
         if found != target.numel():
             raise UserError(f"{self.directory}: holds {found} of the {target.numel()} values of {key}: {_AGAIN}")
-        try:
-            self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{self.directory}: cannot read {key} ({' '.join(str(error).split())[:120]}): {_AGAIN}")
-        return target if layer is None else target[0]
+        return target if shape else target[0]
+
+    def _read_chunk(self, key, chunk, dtype, stacked, layer, first, target) -> int:
+        """Copies what a chunk has of the target, which begins at row `first`; the number of values."""
+        offsets, sizes = chunk.offsets[stacked:] or (0,), chunk.sizes[stacked:] or (1,)
+        begin, end = max(first, offsets[0]), min(first + target.shape[0], offsets[0] + sizes[0])
+        if begin >= end:
+            return 0
+        if chunk.place is None:
+            raise UserError(f"{self.directory}: .metadata does not say where a part of {key} is: {_AGAIN}")
+        row_bytes = torch.Size(sizes[1:]).numel() * dtype.itemsize
+        skipped = (layer - chunk.offsets[0]) * sizes[0] if stacked else 0
+        span = ((skipped + begin - offsets[0]) * row_bytes, (skipped + end - offsets[0]) * row_bytes)
+        part = target[begin - first : end - first]
+        for axis, (offset, size) in enumerate(zip(offsets[1:], sizes[1:]), start=1):
+            part = part.narrow(axis, offset, size)
+        with _opened(self.directory / chunk.place.relative_path) as (file, path):
+            data = chunk.find(file, path, dtype)
+            if part.is_contiguous():
+                chunk.read(file, path, data, span, tensor_bytes(part))
+            else:
+                buffer = torch.empty(part.shape, dtype=dtype)
+                chunk.read(file, path, data, span, tensor_bytes(buffer))
+                part.copy_(buffer)
+        return part.numel()
 
 
-class _IntoTensor(DefaultLoadPlanner):
-    """Lets the file reader fill one tensor."""
+class _Chunk:
+    """One saved part of a tensor, and how far its checksum has been followed."""
 
-    def __init__(self, target: torch.Tensor):
-        super().__init__()
-        self._target = target
+    def __init__(self, part: ChunkStorageMetadata, place: _StorageInfo | None):
+        self.offsets, self.sizes, self.place = tuple(part.offsets), tuple(part.sizes), place
+        self._data: ChunkData | None = None
+        self._followed, self._crc = 0, 0
 
-    def resolve_tensor(self, read_item):
-        target = self._target
-        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
-            target = target.narrow(axis, start, length)
-        return target
+    def find(self, file: int, path: Path, dtype: torch.dtype) -> ChunkData:
+        if self._data is None:
+            if self.place.transform_descriptors:
+                raise UserError(f"{path}: its tensors are compressed or encrypted ({self.place.transform_descriptors}): not supported")
+            data = find_data(file, self.place.offset, self.place.length, path)
+            if data.dtype != dtype or data.num_bytes != torch.Size(self.sizes).numel() * dtype.itemsize:
+                raise UserError(f"{path}: holds {data.dtype} {list(data.shape)} where .metadata says {dtype} {list(self.sizes)}: {_AGAIN}")
+            self._data = data
+        return self._data
 
-    def commit_tensor(self, read_item, tensor):
-        pass
+    def read(self, file: int, path: Path, data: ChunkData, span: tuple[int, int], target: memoryview) -> None:
+        start, end = span
+        for at in range(start, end, BLOCK):
+            block = target[at - start : min(at + BLOCK, end) - start]
+            read_into(file, data.offset + at, block, path)
+            if at == 0:
+                self._followed, self._crc = 0, 0
+            if at == self._followed:
+                self._crc = zlib.crc32(block, self._crc)
+                self._followed = at + len(block)
+        os.posix_fadvise(file, data.offset + start, end - start, os.POSIX_FADV_DONTNEED)
+        if self._followed == data.num_bytes == end and self._crc != data.crc:
+            raise UserError(f"{path}: the checksum of the data at byte {data.offset} is wrong, bits have changed: {_AGAIN}")
 
 
-def write_pieces(directory: Path, pieces: list[Piece], dtypes: dict[str, torch.dtype], read: Callable[[Piece], torch.Tensor]) -> None:
-    """Writes a checkpoint of `pieces`, calling read(piece) for one after the other: one piece is in memory at a time.
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, Path]]:
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror}): {_AGAIN}")
+    try:
+        yield file, path
+    finally:
+        os.close(file)
 
-    dtypes: by Megatron key.
+
+class TorchDistWriter:
+    """Writes a checkpoint from one tensor after the other, in any order. A context manager; after it, .hashes: file -> sha256.
+
+    infos: by Megatron key, of the whole tensors.
     """
-    writer = FileSystemWriter(directory, single_file_per_rank=True, thread_count=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+    def __init__(self, directory: Path, infos: dict[str, TensorInfo]):
+        self.directory, self.hashes = directory, {}
+        self._infos = infos
+        self._chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in infos}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._file: HashedWriter | None = None
+
+    def __enter__(self):
+        return self
+
+    def write(self, key: str, layer: int | None, first_row: int, tensor: torch.Tensor) -> None:
+        """A tensor, or some of its rows; layer: where on the stacked first axis, None where nothing is stacked."""
+        if layer is not None:
+            tensor = tensor[None]
+        offsets = torch.Size([*([] if layer is None else [layer]), first_row, *[0] * tensor.dim()][: tensor.dim()])
+        file = self._current_file()
+        start = file.position
+        # A copy where the tensor is part of a larger one, which torch.save would write whole.
+        torch.save(tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file)
+        self._chunks[key].append(ChunkStorageMetadata(offsets, tensor.shape))
+        self._places[MetadataIndex(key, offsets)] = _StorageInfo(file.path.name, start, file.position - start)
+
+    def _current_file(self) -> HashedWriter:
+        if self._file is not None and self._file.position >= _FILE_BYTES:
+            self._close_file()
+        if self._file is None:
+            self._file = HashedWriter(self.directory / f"__0_{len(self.hashes)}.distcp").__enter__()
+        return self._file
+
+    def _close_file(self, *error) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.__exit__(*(error or (None, None, None)))
+            self.hashes[file.path.name] = file.sha256
+
+    def __exit__(self, kind, error, trace):
+        self._close_file(kind, error, trace)
+        if kind is None:
+            self._write_metadata()
+
+    def _write_metadata(self) -> None:
+        table = {}
+        for key, info in self._infos.items():
+            if sum(chunk.sizes.numel() for chunk in self._chunks[key]) != torch.Size(info.shape).numel():
+                raise UserError(f"{self.directory}: not all of {key} was written: convert again")
+            chunks = sorted(self._chunks[key], key=lambda chunk: tuple(chunk.offsets))
+            table[key] = TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), chunks)
         try:
-            dcp_save({}, storage_writer=writer, planner=_LazyPlanner(pieces, dtypes, read), no_dist=True)
-        except CheckpointException as error:  # wraps what happened in read() and in the file system
-            raise cause_of(error, directory)
-    make_reproducible(directory)
-    torch.save({}, directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+            with open(self.directory / ".metadata", "wb") as stream:
+                pickle.dump(dcp_metadata.Metadata(table, storage_data=self._places), stream)
+            torch.save({}, self.directory / "common.pt")
+            (self.directory / "metadata.json").write_text(json.dumps(_FORMAT))
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+            raise cannot_write(self.directory, error if isinstance(error, OSError) else OSError(0, str(error)[:120]))
 
 
 def cause_of(error: CheckpointException, directory: Path) -> Exception:
@@ -119,40 +225,8 @@ def make_reproducible(directory: Path) -> None:
         pickle.dump(metadata, stream)
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """Announces every piece with its shape and makes its data when the writer comes to it."""
-
-    def __init__(self, pieces, dtypes, read):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._items = {}
-        self._read = read
-        for piece in pieces:
-            item = _write_item(piece, dtypes[piece.megatron])
-            self._items[item.index] = (item, piece)
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([item for item, _ in self._items.values()])
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        piece = self._items[write_item.index][1]
-        data = self._read(piece).contiguous()
-        return data if piece.layer is None else data[None]
-
-
-def _write_item(piece: Piece, dtype: torch.dtype) -> WriteItem:
-    stacked = piece.layer is not None
-    size = torch.Size([piece.num_layers] * stacked + list(piece.megatron_shape))
-    offsets = torch.Size(([piece.layer] if stacked else []) + [0] * len(piece.megatron_shape))
-    chunk = ChunkStorageMetadata(offsets, torch.Size([1] * stacked + list(piece.megatron_shape)))
-    return WriteItem(
-        index=MetadataIndex(piece.megatron, offsets),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=dtype), size=size),
-    )
-
-
-def _check_format(directory: Path) -> None:
+def _read_common(directory: Path) -> dict:
+    """The plain data beside the tensors, after a check that this is a torch_dist checkpoint."""
     path = directory / "metadata.json"
     try:
         backend = json.loads(path.read_text()).get("sharded_backend")
@@ -164,11 +238,9 @@ def _check_format(directory: Path) -> None:
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing from the checkpoint: {_AGAIN}")
     try:
-        torch.load(directory / "common.pt", weights_only=True, map_location="cpu")
+        return dict(torch.load(directory / "common.pt", weights_only=True, map_location="cpu"))
     except Exception as error:  # torch.load raises almost anything on a damaged file
         raise UserError(f"{directory / 'common.pt'}: damaged or holding more than plain data ({type(error).__name__}): {_AGAIN}")
-
-
 _PLAIN = {
     "builtins": {"set", "frozenset", "slice", "range", "complex", "bytearray"},
     "collections": {"OrderedDict", "defaultdict"},

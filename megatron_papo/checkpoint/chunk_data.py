@@ -1,0 +1,119 @@
+"""Where the numbers of one chunk of a torch_dist checkpoint lie in its file, found without loading or unpickling them.
+
+A chunk is what torch.save wrote for one tensor: a zip archive with data.pkl (dtype, shape, strides) and data/0 (the numbers, not
+compressed), each with a CRC-32. data.pkl is read with the four names that belong in it; anything else is refused.
+"""
+
+import collections
+import io
+import os
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_papo.errors import UserError
+
+_LOCAL_HEADER = 30
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class ChunkData:
+    offset: int
+    """Of the first byte, in the file."""
+    num_bytes: int
+    crc: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def find_data(file: int, start: int, length: int, path: Path) -> ChunkData:
+    """Of the archive at file[start : start + length], file being a descriptor. Raises UserError if it is not a plain tensor."""
+    try:
+        with zipfile.ZipFile(io.BufferedReader(_Slice(file, start, length))) as archive:
+            entries = {name.partition("/")[2]: name for name in archive.namelist()}
+            if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
+                raise ValueError("big-endian")
+            key, dtype, shape = _TensorPickle(io.BytesIO(archive.read(entries["data.pkl"]))).load()
+            data = archive.getinfo(entries[f"data/{key}"])
+        if data.compress_type != zipfile.ZIP_STORED or data.file_size != dtype.itemsize * torch.Size(shape).numel():
+            raise ValueError(f"{data.file_size} bytes for shape {list(shape)}")
+        header = os.pread(file, _LOCAL_HEADER, start + data.header_offset)
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError("no data header")
+        skipped = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))  # name and padding
+        offset = data.header_offset + _LOCAL_HEADER + skipped
+        if offset + data.file_size > length:
+            raise ValueError("the data lies outside")
+        return ChunkData(start + offset, data.file_size, data.CRC, dtype, shape)
+    except Exception as error:  # a damaged archive or pickle raises almost anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path}: damaged at byte {start} ({reason}): restore it or make it again")
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: int, start: int, length: int):
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        at = offset + (0, self._at, self._length)[whence]
+        if at < 0:
+            raise OSError("seek before the beginning")
+        self._at = at
+        return at
+
+    def tell(self):
+        return self._at
+
+    def readinto(self, target):
+        count = max(0, min(len(target), self._length - self._at))
+        data = os.pread(self._file, count, self._start + self._at)
+        target[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class _TensorPickle(pickle.Unpickler):
+    """data.pkl -> (key of the data, dtype, shape) of one contiguous tensor."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _describe
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        raise pickle.UnpicklingError(f"refuses to load {module}.{name}")
+
+    def persistent_load(self, identity):
+        kind, dtype, key, _, _ = identity
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("not a tensor")
+        return str(key), dtype
+
+
+def _describe(storage, offset, shape, strides, *_):
+    contiguous = torch.empty(shape, device="meta").stride()
+    if offset != 0 or any(size > 1 and step != wanted for size, step, wanted in zip(shape, strides, contiguous)):
+        raise pickle.UnpicklingError("not a contiguous tensor")
+    return (*storage, tuple(shape))

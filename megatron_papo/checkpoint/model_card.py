@@ -1,0 +1,85 @@
+"""README.md of an exported checkpoint: how it was trained, from the manifest of the Megatron checkpoint that it was made from."""
+
+from pathlib import Path
+
+import yaml
+
+from megatron_papo.manifest import read_manifest
+
+BASE_CARD = "README_base_model.md"
+"""The card of the model that training started from, kept beside the new one."""
+_CARRIED = ("license", "license_name", "license_link", "language", "base_model")
+_SETTINGS = (
+    "objective", "masked_image", "optimizer", "training.global_batch_size", "rollout.rollout_batch_size", "rollout.group_size",
+    "rollout.temperature", "rollout.top_p", "rollout.max_response_tokens", "data.min_pixels", "data.max_pixels", "model.dtype", "seed",
+)  # fmt: skip
+
+
+def write_model_card(directory: Path, megatron: Path, checkpoint) -> None:
+    """Writes the card of a trained checkpoint into `directory`; one that was only converted keeps the card it came with.
+
+    megatron: the source, checkpoint: it as opened.
+    """
+    step = checkpoint.stored.common.get("state", {}).get("step")
+    manifest = read_manifest(megatron)
+    if step is None:
+        return
+    path = directory / "README.md"
+    front = {}
+    if path.is_file():
+        front = {key: value for key, value in _front_matter(path.read_text()).items() if key in _CARRIED}
+        path.rename(directory / BASE_CARD)
+    path.write_text(model_card(checkpoint, step, manifest or {}, front, (directory / BASE_CARD).exists()))
+
+
+def model_card(checkpoint, step: int, manifest: dict, front: dict, has_base_card: bool) -> str:
+    parameters = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.tensors.values())
+    front = {**front, "library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["papo", "qwen2_5_vl"]}
+    recipe = manifest.get("recipe", {})
+    rows = _rows(recipe.get("config", {}))
+    iteration = recipe.get("arguments", {}).get("iteration")
+    lines = [
+        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
+        f"# Qwen2.5-VL, {parameters / 1e9:.2f} billion parameters, trained with PAPO", "",
+        "Trained with PAPO (Perception-Aware Policy Optimization, [arXiv 2507.06448](https://arxiv.org/abs/2507.06448)) by megatron_papo on",
+        f"megatron-core: {step} optimizer steps" + (f", {iteration} iterations." if iteration else "."), "",
+        "Load it with `transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained`, SGLang or vLLM: names, config.json, tokenizer and",
+        "processor files are those of the checkpoint that training started from"
+        + (f" (its own card is {BASE_CARD})." if has_base_card else "."),
+        "proof.json says how it was verified against the training checkpoint.", "",
+    ]  # fmt: skip
+    if rows:
+        lines += ["| setting of the last iteration | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), ""]
+    if manifest:
+        lines += [f"Training checkpoint: fingerprint `{manifest['fingerprint']}`, code at git commit `{manifest['git_commit']}`.", ""]
+    return "\n".join(lines)
+
+
+def _rows(config: dict) -> list[tuple[str, object]]:
+    """Dotted name and value of the settings that say how it was trained; sections are taken with all that is in them."""
+    rows = []
+    for name in _SETTINGS:
+        value = config.get(name)
+        if value is None:
+            section, _, key = name.partition(".")
+            value = (config.get(section) or {}).get(key) if key else None
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", _shown(item)) for key, item in value.items()]
+        elif value is not None:
+            rows.append((name, _shown(value)))
+    return rows
+
+
+def _shown(value) -> str:
+    return str("null" if value is None else value).replace("|", "\\|").replace("\n", " ")
+
+
+def _front_matter(text: str) -> dict:
+    """The YAML block that a card on the Hub begins with; nothing where it is absent or damaged."""
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    try:
+        found = yaml.safe_load(text[4 : text.index("\n---", 4)])
+        return found if isinstance(found, dict) else {}
+    except yaml.YAMLError:
+        return {}
