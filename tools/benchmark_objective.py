@@ -26,14 +26,13 @@ import copy
 import dataclasses
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_papo.command_line import run
+from tools.measure import peak_bytes, seconds_in_turns
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 KINDS = {
@@ -65,47 +64,6 @@ QUICK = Width(256, 512, 4, 2, 36, (8, 12, 12))
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def seconds_in_turns(functions: dict[Hashable, Callable[[], object]], repeat: int) -> dict[Hashable, float]:
-    """Median wall seconds of each function, after one call that does not count; the functions take turns."""
-    import torch
-
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    found = {name: [] for name in functions}
-    for number in range(repeat + 1):
-        for name, function in functions.items():
-            wait()
-            started = time.perf_counter()
-            function()
-            wait()
-            if number > 0:
-                found[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that tensors allocated while function runs hold at one time; what was there before does not count."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # torch's allocator for the CPU has no counter, but reports every allocation and release to the profiler
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    with tempfile.TemporaryDirectory() as directory:
-        profile.export_chrome_trace(f"{directory}/trace.json")
-        events = json.loads(Path(directory, "trace.json").read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
 
 
 def textbook_statistics(logits, positions, tokens, group, *, temperature: float, kl_of_halves: bool, second_half_gradient: bool):

@@ -9,7 +9,8 @@ from megatron_papo.model.log_probs import token_statistics
 from megatron_papo.training import parallel
 from tests.conftest import run_module
 from tools import benchmark_objective
-from tools.benchmark_objective import KINDS, demo_config, objective_alone, peak_bytes, seconds_in_turns, textbook_statistics
+from tools.benchmark_objective import KINDS, demo_config, objective_alone, textbook_statistics
+from tools.measure import peak_bytes, seconds_in_turns
 
 
 @pytest.fixture(scope="module")

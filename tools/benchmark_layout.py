@@ -1,0 +1,201 @@
+"""Time and memory of a PAPO training step in the group layout against the plain one, on the same rollouts, and their gradients.
+
+    python -m tools.benchmark_layout --group-size 5 --prompt-tokens 1000 --response-tokens 250 --tp 1 --pp 1
+
+One optimizer step as the published runs take it: sweeps without gradient over the rollouts (reference, old policy, masked images), then forward
+and backward of the objective with a cached masked branch. Prompts are nine tenths image, responses have the spread of real ones (log-normal, the
+mean as given). The model is a Qwen2.5-VL that is small enough for two cores; the vocabulary is small too, so that attention, MLP and vision
+tower are what is timed. Both layouts take one group per micro-batch. They are measured in turns in one run.
+
+token_ratio: tokens of the plain layout, without its padding, over those of the group layout: what the ratio of the times could be if every
+token cost the same. --tp and --pp start that many processes. The last line of the output is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_papo.command_line import run
+from tools.measure import peak_bytes, seconds_in_turns
+
+DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+SPREAD = 0.5
+"""Standard deviation of the logarithm of a response's length."""
+PIXELS_PER_TOKEN = 28
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--group-size", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=1000)
+    parser.add_argument("--response-tokens", type=int, default=250, help="on average")
+    parser.add_argument("--groups", type=int, default=2, help="in the step (default 2)")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=256, help="width of the decoder (default 256)")
+    parser.add_argument("--layers", type=int, default=4, help="of the decoder (default 4)")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each, the median counts")
+    parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)  # of the processes that --tp and --pp start
+    return parser.parse_args()
+
+
+def make_rollouts(args, hf, directory: Path) -> list:
+    """args.groups groups; one picture of noise per prompt, which is also written."""
+    import numpy as np
+    from PIL import Image
+
+    from megatron_papo.records import Rewards, Rollout
+    from megatron_papo.seeds import derive_seed
+
+    rng = random.Random(0)
+    side = max(2, math.isqrt(args.prompt_tokens * 9 // 10))
+    text = max(2, args.prompt_tokens - side * side)
+    records = []
+    for group in range(args.groups):
+        noise = np.random.default_rng(group).integers(0, 256, (side * PIXELS_PER_TOKEN, side * PIXELS_PER_TOKEN, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(directory / f"{group}.png")
+        prompt = [hf.image_token_id, *(rng.randrange(100) for _ in range(text))]
+        draws = [math.exp(rng.gauss(0.0, SPREAD)) for _ in range(args.group_size)]
+        lengths = [max(1, round(args.response_tokens * draw * args.group_size / sum(draws))) for draw in draws]
+        for sample, length in enumerate(lengths):
+            records.append(
+                Rollout(
+                    prompt_id=str(group), iteration=1, epoch=0, group=group, sample=sample, answer="", prompt_token_ids=prompt,
+                    prompt_num_tokens=side * side + text, images=[f"{group}.png"], response_token_ids=[rng.randrange(100) for _ in range(length)],
+                    rollout_log_probs=[0.0] * length, text="", finish_reason="stop", rewards=Rewards(overall=sample % 2, accuracy=sample % 2, format=1),
+                    temperature=1.0, top_p=1.0, sampling_seed=0, masked_image_seed=derive_seed(0, group), weight_version="",
+                )  # fmt: skip
+            )
+    return records
+
+
+def make_checkpoint(args, directory: Path) -> None:
+    from megatron_papo.checkpoint import convert
+    from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
+
+    heads = max(4, args.hidden // 64)
+    sizes = TinySizes(
+        hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_layers=args.layers, num_heads=heads, num_kv_heads=2, vision_hidden_size=128,
+        vision_intermediate_size=256, vision_depth=2, vision_heads=4, initializer_range=0.02,
+    )  # fmt: skip
+    make_tiny_model(directory / "hf", seed=1, sizes=sizes)
+    (directory / "megatron").mkdir()
+    convert.hf_to_megatron(convert.HFCheckpoint(directory / "hf"), directory / "megatron")
+
+
+def load_layout(args, layout: str):
+    from megatron_papo.config import load_config
+
+    whole_group = 2 * args.group_size * (args.prompt_tokens + 10 * args.response_tokens)
+    budget = args.prompt_tokens + args.group_size * (args.response_tokens + 1)  # one group; the next one's prompt does not fit
+    return load_config(
+        DEMO_CONFIG,
+        [
+            f"parallel.tensor_model_parallel_size={args.tp}", f"parallel.pipeline_model_parallel_size={args.pp}", "parallel.data_parallel_size=1",
+            f"parallel.sequence_parallel={str(args.tp > 1).lower()}", f"training.layout={layout}", f"training.max_tokens_per_micro_batch={budget}",
+            f"training.micro_batch_size={args.group_size}", f"training.log_prob_micro_batch_size={args.group_size}",
+            f"rollout.group_size={max(args.group_size, 2)}", f"data.max_pixels={args.prompt_tokens * PIXELS_PER_TOKEN**2}", f"data.max_prompt_tokens={whole_group}",
+        ],
+    )  # fmt: skip
+
+
+def measure(args, directory: Path) -> dict:
+    """In every process of the layout; the result is the same in all."""
+    import torch
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.model.hf_config import read_hf_config
+    from megatron_papo.model.qwen2_5_vl import build_model
+    from megatron_papo.training import collectives, parallel
+    from megatron_papo.training.batching import Collator, make_rows
+    from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
+    from megatron_papo.training.optimizer import build_optimizer
+
+    configs = {layout: load_layout(args, layout) for layout in ("plain", "group")}
+    config = configs["plain"]
+    parallel.initialize(config.parallel)
+    hf = read_hf_config(directory / "hf")
+    rollouts = make_rollouts(args, hf, directory) if parallel.is_main_rank() else None
+    shared = [rollouts]
+    torch.distributed.broadcast_object_list(shared)
+    rows = make_rows(shared[0], [(-1.0) ** i for i in range(len(shared[0]))], directory, config, hf, directory)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = build_model(hf, dtype=dtype, sequence_parallel=config.parallel.sequence_parallel, recompute="none")
+    megatron_files.load_weights(directory / "megatron", model)
+    wrapped, _ = build_optimizer(model, config.optimizer, dtype)
+    totals, size = StepTotals.of(rows), args.group_size
+
+    def step(layout: str) -> None:
+        config = configs[layout]
+        collator = Collator(config, hf, directory, with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=dtype)
+
+        def sweep(pictures):
+            return compute_log_probs(wrapped, collator, rows, size, 1.0, lambda _: None, pictures)["log_probs"]
+
+        cached = {"ref_log_probs": sweep("original"), "old_log_probs": sweep("original"), "masked_image_log_probs": sweep("masked")}
+        wrapped.zero_grad_buffer()
+        papo_step(
+            wrapped, collator, rows, cached, size, 1.0, config.objective,
+            totals=totals, settings=loss_settings(config.objective, 0), progress=lambda _: None,
+        )  # fmt: skip
+
+    gradients, peaks = {}, {}
+    for layout in configs:
+        step(layout)
+        gradients[layout] = [parameter.main_grad.detach().clone() for parameter in model.parameters()]
+    scale = max((g.abs().max().item() for g in gradients["plain"]), default=0.0)
+    difference = max(((a - b).abs().max().item() for a, b in zip(*gradients.values())), default=0.0)
+    del gradients
+    seconds = seconds_in_turns({layout: lambda layout=layout: step(layout) for layout in configs}, args.repeat)
+    for layout in configs:
+        peaks[layout] = peak_bytes(lambda layout=layout: step(layout))
+    responses = sum(row.response_length for row in rows)
+    prompts = [len(row.prompt_token_ids) for row in rows]
+    tokens = {"plain": sum(prompts) + responses, "group": sum(prompts[:: args.group_size]) + responses}
+    found = {f"seconds_{layout}": collectives.max_over_ranks(seconds[layout]) for layout in configs}
+    found |= {
+        "ratio": found["seconds_plain"] / found["seconds_group"],
+        "token_ratio": tokens["plain"] / tokens["group"],
+        **{f"tokens_{layout}": tokens[layout] for layout in configs},
+        **{f"peak_bytes_{layout}": int(collectives.max_over_ranks(peaks[layout])) for layout in configs},
+        "max_abs_gradient_difference": collectives.max_over_ranks(difference),
+        "max_abs_gradient": collectives.max_over_ranks(scale),
+    }
+    parallel.shutdown()
+    return found
+
+
+def show(args, found: dict) -> None:
+    shape = f"groups of {args.group_size}, prompts of {args.prompt_tokens}, responses of {args.response_tokens} tokens, TP{args.tp} x PP{args.pp}"
+    print(f"ratio {found['ratio']:.2f} of {found['token_ratio']:.2f} that the token counts allow ({found['ratio'] / found['token_ratio']:.0%}): {shape}")
+    print(f"seconds per step: plain {found['seconds_plain']:.2f}, group {found['seconds_group']:.2f}")
+    print(f"peak bytes: plain {found['peak_bytes_plain']:,}, group {found['peak_bytes_group']:,} ({found['peak_bytes_plain'] / found['peak_bytes_group']:.2f} x)")
+    print(f"largest difference of a gradient {found['max_abs_gradient_difference']:.1e}, largest gradient {found['max_abs_gradient']:.1e}")
+    print(json.dumps(found))
+
+
+def main() -> None:
+    args = parse()
+    if args.checkpoint:  # one of several processes
+        found = measure(args, args.checkpoint)
+        if int(os.environ["RANK"]) == 0:
+            show(args, found)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as directory:
+        make_checkpoint(args, Path(directory))
+        if args.tp * args.pp == 1:
+            show(args, measure(args, Path(directory)))
+            return
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.tp * args.pp)]
+        sys.exit(subprocess.run([*launcher, "-m", "tools.benchmark_layout", *sys.argv[1:], "--checkpoint", directory]).returncode)
+
+
+if __name__ == "__main__":
+    run(main)
