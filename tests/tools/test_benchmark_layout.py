@@ -1,0 +1,25 @@
+"""tools.benchmark_layout, small: the last line is the report, the gradients agree, and so do the token counts."""
+
+import json
+
+import pytest
+
+from tests.conftest import run_module
+
+KEYS = {
+    "seconds_plain", "seconds_group", "ratio", "token_ratio", "peak_bytes_plain", "peak_bytes_group", "max_abs_gradient_difference",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [[], ["--tp", "2", "--pp", "2"]], ids=["one process", "TP2 x PP2"])
+def test_report(layout):
+    sizes = ["--group-size", "3", "--prompt-tokens", "60", "--response-tokens", "10", "--groups", "2", "--hidden", "64", "--repeat", "1"]
+    result = run_module("tools.benchmark_layout", *sizes, *layout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert KEYS <= found.keys()
+    assert found["tokens_plain"] == 2 * 3 * 60 + found["tokens_group"] - 2 * 60
+    assert found["token_ratio"] == pytest.approx(found["tokens_plain"] / found["tokens_group"])
+    assert found["ratio"] == pytest.approx(found["seconds_plain"] / found["seconds_group"])
+    assert 0 < found["max_abs_gradient_difference"] < 1e-5 * found["max_abs_gradient"]
+    assert found["peak_bytes_group"] < found["peak_bytes_plain"]
