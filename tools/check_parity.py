@@ -103,8 +103,10 @@ def configuration(arguments) -> Config:
 
 
 def check(arguments, config: Config, limits: tuple[float, float], work: Path) -> dict:
+    from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.rollout import sglang_server
 
+    read_hf_config(arguments.megatron)
     root, prompts = read_prompts(arguments.prompts, arguments.hf, config) if arguments.prompts else made_prompts(arguments.hf, config, work)
     where = arguments.server or str(work / "server")
     try:

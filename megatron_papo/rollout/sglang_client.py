@@ -5,6 +5,7 @@ the same tokens), and only one answer to it is ever read. HTTP 4xx is our own mi
 """
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from megatron_papo.errors import UserError
+from megatron_papo.rollout.http_connection import HttpConnection
 from megatron_papo.rollout.replicas import HealthLimits, Replica, Replicas, ServerLost
 from megatron_papo.rollout.sglang_requests import (
     Request,
@@ -153,8 +155,8 @@ class SglangClient:
 
     async def _work(self, batch: _Batch, waiting) -> None:
         """Sends one request after the other."""
-        # A connection and a pool of one each: httpx's pool takes quadratic time when shared by many requests.
-        async with self._http() as http:
+        http = HttpConnection(self.timeout_seconds, CONNECT_TIMEOUT_SECONDS, self._ssl_context)
+        try:
             for index, request in waiting:
                 images = await asyncio.to_thread(request.images)
                 body = build_request(request, images, batch.sampling, batch.weight_version)
@@ -172,8 +174,10 @@ class SglangClient:
                 if batch.enough():
                     batch.stopped.set()
                     return
+        finally:
+            http.close()
 
-    async def _generate(self, batch: _Batch, http: httpx.AsyncClient, request: Request, body: dict) -> dict | None:
+    async def _generate(self, batch: _Batch, http: HttpConnection, request: Request, body: dict) -> dict | None:
         """The answer of the first server that gives one; None where the batch has been stopped before."""
         what, attempt, timeouts, pauses = f"prompt {request.prompt.id}", 0, 0, iter(RETRY_PAUSES_SECONDS)
         while not batch.stopped.is_set():
@@ -183,19 +187,19 @@ class SglangClient:
             replica.under_way += 1
             try:
                 await self._prefix(batch, http, replica, request, body)
-                response = await self._send(http, replica, {**body, "rid": rid})
+                status, content = await self._send(http, replica, {**body, "rid": rid})
             except ServerLost:
                 problem = None
-            except httpx.TimeoutException:
+            except TimeoutError:
                 problem = f"no answer within rollout.request_timeout_seconds = {self.timeout_seconds:g}"
                 timeouts += 1
-            except httpx.TransportError as error:
-                problem = f"not reachable ({type(error).__name__})"
+            except ConnectionError as error:
+                problem = f"not reachable ({error})"
             else:
-                if response.status_code < 400:
-                    return response.json()
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                if response.status_code < 500:
+                if status < 400:
+                    return json.loads(content)
+                problem = f"HTTP {status}: {content[:300].decode(errors='replace')}"
+                if status < 500:
                     raise UserError(f"{what}: {replica.server.url}/generate refused it: {problem}")
             finally:
                 replica.under_way -= 1
@@ -210,7 +214,7 @@ class SglangClient:
             await asyncio.sleep(pause)
         return None
 
-    async def _prefix(self, batch: _Batch, http: httpx.AsyncClient, replica: Replica, request: Request, body: dict) -> None:
+    async def _prefix(self, batch: _Batch, http: HttpConnection, replica: Replica, request: Request, body: dict) -> None:
         """Has the prompt of a group computed once, by the first of its requests; the others wait for that.
 
         SGLang's prefix cache knows a prompt only when it has been computed: samples of a group that arrive together each compute
@@ -225,13 +229,13 @@ class SglangClient:
             batch.prefixes[key] = asyncio.create_task(self._send_quietly(http, replica, {**prefix_request(body), "rid": rid}))
         await asyncio.shield(batch.prefixes[key])
 
-    async def _send_quietly(self, http: httpx.AsyncClient, replica: Replica, body: dict) -> None:
-        with suppress(ServerLost, httpx.HTTPError):
+    async def _send_quietly(self, http: HttpConnection, replica: Replica, body: dict) -> None:
+        with suppress(ServerLost, ConnectionError, TimeoutError):
             await self._send(http, replica, body)
 
-    async def _send(self, http: httpx.AsyncClient, replica: Replica, body: dict) -> httpx.Response:
+    async def _send(self, http: HttpConnection, replica: Replica, body: dict) -> tuple[int, bytes]:
         """POST /generate. Raises ServerLost as soon as the server is known to be lost, however long it would keep the connection."""
-        post = asyncio.ensure_future(http.post(replica.server.url + "/generate", json=body, headers=replica.server.headers))
+        post = asyncio.ensure_future(http.post_json(replica.server.url + "/generate", body, replica.server.headers))
         try:
             await asyncio.wait((post, replica.lost), return_when=asyncio.FIRST_COMPLETED)
             if not post.done():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megatron_papo.errors import UserError
 from megatron_papo.objective.rollout_mismatch import mismatch_metrics, mismatch_sums, sampling_bias_metrics, sampling_bias_sums
@@ -34,18 +35,25 @@ def only_allowed_tokens(model: torch.nn.Module, forbidden: Sequence[int]) -> Ite
     if not parallel.is_last_stage() or not forbidden:
         yield
         return
-
-    def forbid(module, inputs, output):
-        logits, bias = output
-        first = parallel.tp_group().rank() * logits.shape[-1]
-        local = torch.tensor([token - first for token in forbidden if first <= token < first + logits.shape[-1]], dtype=torch.long)
-        return logits.index_fill(-1, local.to(logits.device), -torch.inf), bias
-
-    handle = model.language_model.output_layer.register_forward_hook(forbid)
-    try:
+    weight = model.language_model.output_weight()
+    first = parallel.tp_group().rank() * weight.shape[0]
+    local = [token - first for token in forbidden if first <= token < first + weight.shape[0]]
+    with _WithoutLogits(weight, torch.tensor(local, dtype=torch.long, device=weight.device)):
         yield
-    finally:
-        handle.remove()
+
+
+class _WithoutLogits(TorchFunctionMode):
+    """Sets some outputs of the linear layer with this weight to -inf, wherever it is applied."""
+
+    def __init__(self, weight: Tensor, outputs: Tensor):
+        super().__init__()
+        self.weight, self.outputs = weight, outputs
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.nn.functional.linear and args[1].data_ptr() == self.weight.data_ptr():
+            return result.index_fill(-1, self.outputs, -torch.inf)
+        return result
 
 
 def parity_sample(rows: Sequence[Row], count: int = PARITY_ROLLOUTS) -> list[Row]:
@@ -95,11 +103,11 @@ def compare_with_server(
     old_log_probs: list[Tensor],
     limit: float | None,
     decode: Callable[[list[int]], str] | None = None,
-    prefix: str = "",
+    prefix: str = "rollout",
 ) -> dict[str, float]:
     """How far SGLang's log-probs are from Megatron's: the first sign of a wrong picture, weight or position.
 
-    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows, their names after `prefix`.
+    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows, with `prefix` for the first word of their names.
 
     old_log_probs: one [response_length] per row on the last stage, else []. Collective over all ranks. Raises UserError, listing the
     worst tokens in their context (as text where `decode` turns ids into it), where the mean difference exceeds limit.
@@ -116,7 +124,7 @@ def compare_with_server(
             f"log-probs of the rollouts differ by {mean:.3g} nats on average, {maximum:.3g} at most (limit {limit}): the server did not run"
             f" these weights or did not see these pictures (find out with: python -m tools.check_parity). Worst here: {worst}"
         )
-    return {prefix + name: value for name, value in metrics.items()}
+    return {name.replace("rollout", prefix, 1): value for name, value in metrics.items()}
 
 
 def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:

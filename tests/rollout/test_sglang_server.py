@@ -1,8 +1,6 @@
 """Starting, finding and stopping servers: the real one, and programs that die or hang in its place."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,11 +11,8 @@ import pytest
 
 from megatron_papo.config import ServerConfig, load_config
 from megatron_papo.errors import UserError
-from megatron_papo.rollout import sglang_client, sglang_server
-from megatron_papo.rollout.sglang_client import SglangClient
-from megatron_papo.rollout.sglang_requests import Sampling
+from megatron_papo.rollout import sglang_server
 from tests.conftest import DEMO_CONFIG, run_module
-from tests.rollout.conftest import request_for
 
 
 def record(directory):
@@ -84,6 +79,72 @@ def test_server_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did not answer"):
         sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python, start_timeout_seconds=1.5), "float32")
     assert not [p for p in psutil.process_iter(["cmdline"]) if python in (p.info["cmdline"] or [])]
+
+
+ANSWERING = """
+import http.server, json
+port = int(sys.argv[sys.argv.index('--port') + 1])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{}')
+http.server.ThreadingHTTPServer(('127.0.0.1', port), Handler).serve_forever()
+"""
+
+
+def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
+    """Programs that only answer, on a machine that seems to have GPUs."""
+    (tmp_path / "bin").mkdir()
+    stand_in(tmp_path / "bin" / "nvidia-smi", "sys.exit(0)")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    config = ServerConfig(python=stand_in(tmp_path / "python", ANSWERING), replicas=3, tensor_parallel_size=2, first_gpu=4)
+    where = tmp_path / "server"
+    servers = sglang_server.open_servers(str(where), tmp_path, config, "bfloat16")
+    directories = [where, where / "replica_1", where / "replica_2"]
+    assert [server.directory for server in servers] == directories and len({server.url for server in servers}) == 3
+    commands = [record(directory)["command"] for directory in directories]
+    assert [command[command.index("--base-gpu-id") + 1] for command in commands] == ["4", "6", "8"]
+    assert all(command[command.index("--tp") + 1] == "2" for command in commands)
+    assert len({record(directory)["api_key"] for directory in directories}) == 3
+    pids = [record(directory)["pid"] for directory in directories]
+    assert sglang_server.open_servers(str(where), tmp_path, config, "bfloat16") == servers  # found again
+    # one of them dies: it alone is started again
+    psutil.Process(pids[1]).kill()
+    sglang_server.open_servers(str(where), tmp_path, config, "bfloat16")
+    assert [record(directory)["pid"] == pid for directory, pid in zip(directories, pids)] == [True, False, True]
+    # fewer replicas: the last one is stopped
+    sglang_server.open_servers(str(where), tmp_path, config.model_copy(update={"replicas": 2}), "bfloat16")
+    assert not psutil.pid_exists(pids[2]) and psutil.pid_exists(pids[0])
+    status = sglang_server.status(where)
+    assert [usable for usable, _ in status] == [True, True, False]
+    assert sglang_server.stop_all(where) == 2 and not psutil.pid_exists(pids[0])
+
+
+def test_ports_of_replicas_count_on(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = ServerConfig(python=stand_in(tmp_path / "python", ANSWERING), replicas=2, port=port)
+    try:
+        servers = sglang_server.open_servers(str(tmp_path / "server"), tmp_path, config, "float32")
+        assert [server.url for server in servers] == [f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port + 1}"]
+    finally:
+        sglang_server.stop_all(tmp_path / "server")
+
+
+def test_settings_of_a_foreign_server(server, capsys):
+    """By the real server's own account of itself, and with what would be wrong changed in it."""
+    import httpx
+
+    info = httpx.get(server.url + "/server_info", headers=server.headers, trust_env=False).json()
+    sglang_server.check_settings("URL", info, "float32")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="computes in float32, model.dtype is bfloat16"):
+        sglang_server.check_settings("URL", info, "bfloat16")
+    sglang_server.check_settings("URL", {**info, "enable_deterministic_inference": False}, "float32")
+    assert "ignores seeds" in capsys.readouterr().out
 
 
 def test_port_taken(tmp_path):

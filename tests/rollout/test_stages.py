@@ -87,6 +87,49 @@ def test_other_iteration_and_seed_give_other_responses(rollouts, common, tmp_pat
     assert refused.returncode == 2 and "arguments.iteration" in refused.stderr
 
 
+def test_over_sampling_keeps_the_first_complete_groups_and_counts_the_rest(rollouts, common, demo_data, tmp_path):
+    output = tmp_path / "over"
+    overrides = ["rollout.over_sampling=0.45", "rollout.concurrency=6"]
+    result = stage("stages.stage4_rollout", *common, "--iteration", 2, "--output", output, overrides=overrides)
+    assert result.returncode == 0, result.stderr
+    drawn_prompts = 24  # 16 * 1.45 = 23.2
+    counts = json.loads((output / "manifest.json").read_text())["counts"]
+    groups = list(groups_of(read_jsonl(output / "rollouts.jsonl", Rollout), 3, output))
+    assert len(groups) == counts["prompts"] == 16
+    assert counts["prompts_used"] == drawn_prompts and counts["next_position"] == 2 * drawn_prompts and counts["prompts_cancelled"] == 8
+    assert counts["requests_cancelled_waiting"] > 0
+    cancelled = counts["requests_cancelled_running"] + counts["requests_cancelled_waiting"]
+    assert 0 < cancelled <= 8 * 3 and counts["responses_kept"] == counts["responses_sampled"] == 16 * 3
+    assert f"8 prompts not finished, {cancelled} requests cancelled" in result.stdout
+    prompts = read_jsonl(demo_data / "prompts.jsonl", Prompt)
+    drawn = [(epoch, prompts[i].id) for epoch, i in prompts_at(len(prompts), drawn_prompts, drawn_prompts, seed=1)]
+    places = [drawn.index((g[0].epoch, g[0].prompt_id)) for g in groups]
+    assert places == sorted(places)
+    # control: without it nothing is cancelled
+    plain = json.loads((rollouts / "manifest.json").read_text())["counts"]
+    assert plain["requests_cancelled_running"] == plain["requests_cancelled_waiting"] == plain["prompts_cancelled"] == 0
+    both = stage(
+        "stages.stage4_rollout", *common, "--iteration", 2, "--output", tmp_path / "x",
+        overrides=["rollout.over_sampling=0.5", "rollout.dynamic_sampling={}"],
+    )  # fmt: skip
+    refused(both, tmp_path / "x", "over_sampling and dynamic_sampling do not go together")
+
+
+def test_replicas_given_by_their_urls_give_the_same_bytes(server, rollouts, common, tmp_path):
+    """--server with two URLs (of one server): groups are shared out, and the file is the same."""
+    output = tmp_path / "two"
+    inputs = [*common[:-1], f"{server.url},{server.url}/"]
+    command = ["--config", DEMO_CONFIG, *SMALL, *inputs, "--iteration", 3, "--output", output]
+    result = run_module("stages.stage4_rollout", *command, env={"SGLANG_API_KEY": server.api_key})
+    assert result.returncode == 0, result.stderr
+    assert (output / "rollouts.jsonl").read_bytes() == (rollouts / "rollouts.jsonl").read_bytes()
+
+
+def test_a_router_needs_servers_by_their_urls(common, tmp_path):
+    result = stage("stages.stage4_rollout", *common, "--iteration", 1, "--output", tmp_path / "x", overrides=["server.router=http://127.0.0.1:9"])
+    refused(result, tmp_path / "x", "server.router", "--server")
+
+
 def test_evaluation(common, demo_data, tmp_path):
     output = tmp_path / "evaluation"
     result = stage("stages.stage7_evaluate", *common, "--output", output)
