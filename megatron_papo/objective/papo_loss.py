@@ -122,6 +122,13 @@ def top_share(values: Tensor, response_mask: Tensor, share: float) -> Tensor:
     return (of_responses >= threshold).to(values.dtype)
 
 
+def selected_kl(values: Tensor, response_mask: Tensor, top_p: float | None, clip: float | None) -> Tensor:
+    """KL_prcp per token with what the options leave of it: the top_p share of each rollout's tokens, then clamped to [0, clip]."""
+    if top_p is not None:
+        values = values * top_share(values, response_mask, top_p)
+    return values if clip is None else values.clamp(0.0, clip)
+
+
 def annealed_kl_prcp_coef(step: int, start: float, end: float, steps: int) -> float:
     """gamma at optimizer step 0, 1, ... of the run: linear from start to end over `steps` steps, then constant.
 
@@ -203,16 +210,9 @@ def papo_loss(
 
     if masked_image_log_probs is not None:
         masked_image_log_probs = clean(masked_image_log_probs)
-        if kl_prcp_estimator == "exact":
-            per_token = clean(exact_kl_prcp)
-        else:
-            per_token = KL_ESTIMATORS[kl_prcp_estimator](log_probs, masked_image_log_probs)
-        kl_prcp = per_token
-        if kl_prcp_top_p is not None:
-            kl_prcp = kl_prcp * top_share(kl_prcp, response_mask, kl_prcp_top_p)
-        if kl_prcp_clip is not None:
-            kl_prcp = kl_prcp.clamp(0.0, kl_prcp_clip)
-        terms["kl_prcp"] = (weights * kl_prcp).sum()
+        exact = kl_prcp_estimator == "exact"
+        per_token = clean(exact_kl_prcp) if exact else KL_ESTIMATORS[kl_prcp_estimator](log_probs, masked_image_log_probs)
+        terms["kl_prcp"] = (weights * selected_kl(per_token, response_mask, kl_prcp_top_p, kl_prcp_clip)).sum()
         terms["masked_image_entropy_sampled"] = (token_weights * -masked_image_log_probs).sum()
         if masked_image_entropy is not None:
             terms["masked_image_entropy"] = (token_weights * clean(masked_image_entropy)).sum()

@@ -5,7 +5,7 @@ pi_old: the trainer's policy before the update. pi_rollout: the policy as the ro
 
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0
+from megatron_papo.objective.papo_loss import LOG_RATIO_LIMIT
 
 
 def mismatch_sums(old_log_probs: Tensor, rollout_log_probs: Tensor) -> dict[str, float]:
