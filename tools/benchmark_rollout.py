@@ -5,7 +5,7 @@
 Both send the same samples of the same seeds; the server's prefix cache is emptied before each pass, and the tokens that come back must
 be the same. The bare loop has its request bodies ready as bytes, and `concurrency` threads that post them and read JSON, nothing else:
 no checks, no health, no failover, no pictures to load, and no prompt computed ahead. The client does all it does in stage 4, from
-pictures in memory on. Compared are the fastest passes, because other work on the machine only ever slows one down.
+pictures in memory on. Compared are all passes of each together: they take turns, so that other work on the machine slows both down.
 
 Without --server one is started with --hf, or with a tiny random model, and stopped again. The last line is a JSON object:
 tokens_per_second, raw_tokens_per_second, overhead (1 - their ratio; negative where the client is faster), and more.
@@ -82,7 +82,7 @@ def benchmark(arguments, work: Path) -> dict:
         if not arguments.server:
             sglang_server.stop_all(work / "server")
     count = sum(map(len, tokens))
-    ours, raw = count / min(seconds["client"]), count / min(seconds["raw"])
+    ours, raw = (arguments.rounds * count / sum(seconds[driver]) for driver in ("client", "raw"))
     print(f"client {ours:.0f} tokens/s, bare loop {raw:.0f} tokens/s: overhead {100 * (1 - ours / raw):.1f} %")
     return {
         "tokens_per_second": round(ours, 1),

@@ -8,6 +8,7 @@ tokens, Megatron's over the whole vocabulary. `only_allowed_tokens` removes the 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_papo.errors import UserError
 from megatron_papo.objective.rollout_mismatch import mismatch_metrics, mismatch_sums, sampling_bias_metrics, sampling_bias_sums
+from megatron_papo.rollout.sglang_requests import forbidden_tokens
 from megatron_papo.training import collectives, parallel
 from megatron_papo.training.batching import Row
 
@@ -125,6 +127,27 @@ def compare_with_server(
             f" these weights or did not see these pictures (find out with: python -m tools.check_parity). Worst here: {worst}"
         )
     return {name.replace("rollout", prefix, 1): value for name, value in metrics.items()}
+
+
+def parity_gate(
+    model: torch.nn.Module,
+    sweep: Callable[[torch.nn.Module, list[Row]], dict[str, list[Tensor]]],
+    rows: Sequence[Row],
+    hf_files: Path,
+    limit: float | None,
+) -> dict[str, float]:
+    """compare_with_server for a sample of the rollouts, over the tokens that the server may sample: 0 but for rounding if all is well.
+
+    -> parity_log_prob_difference_mean, _max, ... sweep: computes log_probs of rows. hf_files: directory with config.json and
+    tokenizer.json of the checkpoint. Collective over all ranks. Raises UserError as compare_with_server does.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(hf_files / "tokenizer.json"))
+    sample = parity_sample(rows)
+    with only_allowed_tokens(model, forbidden_tokens(hf_files, tokenizer.get_vocab(with_added_tokens=True))):
+        log_probs = sweep(model, sample)["log_probs"]
+    return compare_with_server(sample, log_probs, limit, tokenizer.decode, "parity")
 
 
 def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:
