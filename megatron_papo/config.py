@@ -407,7 +407,8 @@ class TrainingConfig(Section):
     log_prob_micro_batch_size: int = Field(gt=0)
     """Rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
     max_rollout_log_prob_difference: float | None = Field(default=None, gt=0)
-    """Stop if the mean |log-prob by SGLang - log-prob by Megatron| of the response tokens exceeds this; null: only report it."""
+    """Stop before the first step if the mean |log-prob by SGLang - log-prob by Megatron|, over the tokens that the server may sample, exceeds
+    this; null: only report it. Rounding alone gives about 1e-6 in float32."""
 
 
 class EvaluationConfig(Section):

@@ -185,7 +185,7 @@ def first_sweeps(iteration: Iteration):
     """1 and 2. -> the policy as the iteration finds it, what stays fixed while it trains, and what that says about the rollouts."""
     import torch
 
-    from megatron_papo.training.rollout_checks import compare_with_server, measure_sampling_bias
+    from megatron_papo.training.rollout_checks import compare_with_server, measure_sampling_bias, parity_gate
 
     args, objective, rows = iteration.args, iteration.config.objective, iteration.my_rows
     model, cached = None, {}
@@ -202,7 +202,9 @@ def first_sweeps(iteration: Iteration):
         cached |= iteration.masked_branch(model, rows)
     if objective.importance_sampling_cap is not None and parallel.is_last_stage():
         cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs, device=parallel.device()) for row in rows]
-    checks = compare_with_server(rows, old["log_probs"], iteration.config.training.max_rollout_log_prob_difference)
+    checks = compare_with_server(rows, old["log_probs"], limit=None)
+    limit = iteration.config.training.max_rollout_log_prob_difference
+    checks |= parity_gate(model, iteration.sweep, rows, args.megatron / HF_FILES, limit)
     return model, cached, checks | measure_sampling_bias(old, iteration.config.rollout.top_p)
 
 

@@ -41,6 +41,7 @@ def test_metrics_have_their_parts(cached):
         assert row["rollout_log_prob_difference_max"] >= row["rollout_log_prob_difference_mean"] > 0
         assert abs(row["sampling_bias"]) < 6 * row["sampling_bias_error"] + 0.02  # the vision tokens are forbidden: a little mass is missing
         assert row["kl_prcp_coef"] == 0.01 and row["attempt"] == 1
+        assert row["parity_log_prob_difference_mean"] < 1e-5 < row["rollout_log_prob_difference_mean"]  # over the tokens the server may sample
 
 
 def test_the_papers_objective_without_a_reference(small_run, cached, tmp_path):
@@ -128,6 +129,15 @@ def test_stop_saves_nothing(small_run, tmp_path):
     result = run_module("stages.stage5_train", *arguments(small_run, tmp_path / "out", *NERVOUS, "hacking_guard.action=stop"))
     assert result.returncode == 2 and "error: hacking guard: step" in result.stderr and "nothing of this iteration was saved" in result.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_parity_with_the_server_is_a_gate(small_run, tmp_path):
+    """Within rounding it passes any sensible limit; past the limit nothing is trained and the worst tokens are named."""
+    limit = "training.max_rollout_log_prob_difference"
+    result = run_module("stages.stage5_train", *arguments(small_run, tmp_path / "out", f"{limit}=1e-12"))
+    assert result.returncode == 2 and "error: log-probs of the rollouts differ by" in result.stderr and "token" in result.stderr
+    assert not (tmp_path / "out").exists()
+    train(small_run, tmp_path / "out", f"{limit}=1e-4")
 
 
 def test_a_missing_reference_is_named(small_run, tmp_path):
