@@ -6,7 +6,6 @@ compressed), each with a CRC-32. data.pkl is read with the four names that belon
 
 import collections
 import io
-import os
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_papo.checkpoint.hashed_files import read_into
 from megatron_papo.errors import UserError
 
 _LOCAL_HEADER = 30
@@ -40,9 +40,9 @@ class ChunkData:
 
 
 def find_data(file: int, start: int, length: int, path: Path) -> ChunkData:
-    """Of the archive at file[start : start + length], file being a descriptor. Raises UserError if it is not a plain tensor."""
+    """Of the archive at file[start : start + length], file being a descriptor of open_for_reading. Raises UserError if it is not a plain tensor."""
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Slice(file, start, length))) as archive:
+        with zipfile.ZipFile(io.BufferedReader(_Slice(file, start, length, path))) as archive:
             entries = {name.partition("/")[2]: name for name in archive.namelist()}
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise ValueError("big-endian")
@@ -50,7 +50,8 @@ def find_data(file: int, start: int, length: int, path: Path) -> ChunkData:
             data = archive.getinfo(entries[f"data/{key}"])
         if data.compress_type != zipfile.ZIP_STORED or data.file_size != dtype.itemsize * torch.Size(shape).numel():
             raise ValueError(f"{data.file_size} bytes for shape {list(shape)}")
-        header = os.pread(file, _LOCAL_HEADER, start + data.header_offset)
+        header = bytearray(_LOCAL_HEADER)
+        read_into(file, start + data.header_offset, memoryview(header), path)
         if header[:4] != b"PK\x03\x04":
             raise ValueError("no data header")
         skipped = sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))  # name and padding
@@ -66,8 +67,8 @@ def find_data(file: int, start: int, length: int, path: Path) -> ChunkData:
 class _Slice(io.RawIOBase):
     """A part of a file, as a file."""
 
-    def __init__(self, file: int, start: int, length: int):
-        self._file, self._start, self._length, self._at = file, start, length, 0
+    def __init__(self, file: int, start: int, length: int, path: Path):
+        self._file, self._start, self._length, self._path, self._at = file, start, length, path, 0
 
     def readable(self):
         return True
@@ -87,10 +88,9 @@ class _Slice(io.RawIOBase):
 
     def readinto(self, target):
         count = max(0, min(len(target), self._length - self._at))
-        data = os.pread(self._file, count, self._start + self._at)
-        target[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+        read_into(self._file, self._start + self._at, memoryview(target)[:count], self._path)
+        self._at += count
+        return count
 
 
 class _TensorPickle(pickle.Unpickler):

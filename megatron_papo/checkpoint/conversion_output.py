@@ -3,8 +3,12 @@
 The source is hashed while it is converted, not before: a large checkpoint is read once. Where the output exists already, it is hashed first.
 """
 
+import os
 import shutil
 from pathlib import Path
+
+# torch then asks the kernel for huge pages: memory for tensors is otherwise got at 2.4 GB/s, slower than the disk. It must be set before.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import (

@@ -9,13 +9,14 @@ in the files; tensors that nothing permutes (embeddings) pass in blocks of rows.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_papo.checkpoint import config_json, hf_files, verify
-from megatron_papo.checkpoint.hashed_files import HashedWriter, new_tensor_hash, tensor_bytes, tensor_hash
+from megatron_papo.checkpoint.hashed_files import HashedWriter, ahead, new_tensor_hash, tensor_bytes, tensor_hash
 from megatron_papo.checkpoint.hf_files import HFCheckpoint, TensorInfo
 from megatron_papo.checkpoint.layouts import LAYOUTS
 from megatron_papo.checkpoint.name_map import Piece, disk_name, pieces
@@ -30,6 +31,8 @@ BLOCK_BYTES = 128 << 20
 """Tensors that nothing permutes are read and written in blocks of rows of at most this size."""
 HELD_BYTES = 2 << 30
 """Tensors that wait for the others of their piece are forgotten beyond this, and read again when the others are there."""
+READERS = 2
+"""Threads that read the result back."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were just done."""
@@ -137,12 +140,15 @@ def _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress) -> list[
     def block_rows(name: str) -> int | None:
         return _block_rows(piece_of[name], checkpoint.tensors[name].dtype.itemsize)
 
+    def hashed():
+        for name, first, tensor in checkpoint.read_in_order(block_rows):
+            cast = tensor.to(dtypes[piece_of[name].megatron])
+            hashes[name].update(tensor_bytes(cast))
+            yield name, first, cast, tensor.nbytes
+
     order, seen, held = [], {}, _Held()
-    for name, first, tensor in checkpoint.read_in_order(block_rows):
+    for name, first, tensor, num_bytes in ahead(hashed()):
         piece = piece_of[name]
-        num_bytes = tensor.nbytes
-        tensor = tensor.to(dtypes[piece.megatron])
-        hashes[name].update(tensor_bytes(tensor))
         if block_rows(name) is not None:
             writer.write(piece.megatron, piece.layer, first, tensor)
             if first == 0:
@@ -190,29 +196,32 @@ class _Held:
 
 def _read_back_megatron(written: MegatronCheckpoint, order: list[Piece], source: HFCheckpoint, progress: Progress) -> dict[str, str]:
     """Official name -> hash of what the finished checkpoint holds."""
-    hashes = {}
     mine = {piece.name: piece for piece in written.pieces}
-    for piece in order:
-        if set(mine[piece.name].hf_shapes) != set(piece.hf_shapes):
-            raise RuntimeError(f"{piece.name} was planned for other tensors")
-        for name, _, tensor, done in _hf_blocks(written, mine[piece.name]):
-            hashes.setdefault(name, new_tensor_hash()).update(tensor_bytes(tensor))
-            if done:
-                progress(source.tensors[name].num_bytes)
-    return {name: value.hexdigest() for name, value in hashes.items()}
+
+    def read_one(planned: Piece) -> dict[str, str]:
+        piece = mine[planned.name]
+        hashes = {name: new_tensor_hash() for name in piece.hf_shapes}
+        for name, tensor in _hf_blocks(written, piece):
+            hashes[name].update(tensor_bytes(tensor))
+        return {name: value.hexdigest() for name, value in hashes.items()}
+
+    found = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for hashes in pool.map(read_one, order):
+            found |= hashes
+            progress(sum(source.tensors[name].num_bytes for name in hashes))
+    return found
 
 
-def _hf_blocks(checkpoint: MegatronCheckpoint, piece: Piece) -> Iterator[tuple[str, int, torch.Tensor, bool]]:
-    """A piece as Hugging Face tensors: (name, first row, rows, whether they are the last)."""
+def _hf_blocks(checkpoint: MegatronCheckpoint, piece: Piece) -> Iterator[tuple[str, torch.Tensor]]:
+    """A piece as Hugging Face tensors, or as blocks of rows of the only one: (name, rows)."""
     step = _block_rows(piece, checkpoint.stored.tensors[piece.megatron].dtype.itemsize)
     if step is None:
-        for name, tensor in checkpoint.read_piece(piece).items():
-            yield name, 0, tensor, True
+        yield from checkpoint.read_piece(piece).items()
         return
     ((name, shape),) = piece.hf_shapes.items()
     for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        yield name, first, checkpoint.stored.read(piece.megatron, piece.layer, (first, last)), last == shape[0]
+        yield name, checkpoint.stored.read(piece.megatron, piece.layer, (first, min(first + step, shape[0])))
 
 
 def megatron_to_hf(
@@ -239,9 +248,9 @@ def megatron_to_hf(
     for file, header in headers.items():
         with HashedWriter(target / file) as writer:
             writer.write(len(header.encode()).to_bytes(8, "little") + header.encode())
-            for name in hf_files.names_in_order(header):
-                for block in reader.blocks(disk_name(name)):
-                    writer.write(tensor_bytes(block))
+            blocks = (block for name in hf_files.names_in_order(header) for block in reader.blocks(disk_name(name)))
+            for block in ahead(blocks):
+                writer.write(tensor_bytes(block))
         written[file] = writer.sha256
     read_back = _read_back_hf(HFCheckpoint(target), checkpoint, progress)
     verify.write_proof(target, "megatron_to_hf", verify.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back)
@@ -274,7 +283,7 @@ class _InHFOrder:
 
     def _streamed(self, piece: Piece, name: str) -> Iterator[torch.Tensor]:
         stored, proved = new_tensor_hash(), new_tensor_hash()
-        for _, _, tensor, _ in _hf_blocks(self.checkpoint, piece):
+        for _, tensor in _hf_blocks(self.checkpoint, piece):
             proved.update(tensor_bytes(tensor))
             self.progress(tensor.nbytes)
             tensor = tensor.to(self.dtype or tensor.dtype)
@@ -306,21 +315,24 @@ class _InHFOrder:
 
 def _read_back_hf(written: HFCheckpoint, source: MegatronCheckpoint, progress: Progress) -> dict[str, str]:
     """Piece -> hash of what the finished checkpoint holds, taken back into Megatron's layout; in the order of the files."""
-    hashes = {}
-    for piece in sorted(source.pieces, key=lambda piece: written.place(next(iter(piece.hf_shapes)))):
-        stored_dtype = source.stored.tensors[piece.megatron].dtype
-        step = _block_rows(piece, stored_dtype.itemsize)
-        count = torch.Size(piece.megatron_shape).numel() * stored_dtype.itemsize
+
+    def read_one(piece: Piece) -> str:
+        step = _block_rows(piece, source.stored.tensors[piece.megatron].dtype.itemsize)
         if step is None:
-            hashes[piece.name] = tensor_hash(piece.layout.to_megatron([written.read(name) for name in piece.hf_shapes], written.hf))
-        else:
-            ((name, shape),) = piece.hf_shapes.items()
-            hash_ = new_tensor_hash()
-            for first in range(0, shape[0], step):
-                hash_.update(tensor_bytes(written.read(name, (first, min(first + step, shape[0])))))
-            hashes[piece.name] = hash_.hexdigest()
-        progress(count)
-    return hashes
+            return tensor_hash(piece.layout.to_megatron([written.read(name) for name in piece.hf_shapes], written.hf))
+        ((name, shape),) = piece.hf_shapes.items()
+        value = new_tensor_hash()
+        for first in range(0, shape[0], step):
+            value.update(tensor_bytes(written.read(name, (first, min(first + step, shape[0])))))
+        return value.hexdigest()
+
+    order = sorted(source.pieces, key=lambda piece: written.place(next(iter(piece.hf_shapes))))
+    found = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for piece, value in zip(order, pool.map(read_one, order)):
+            found[piece.name] = value
+            progress(sum(source.tensors[name].num_bytes for name in piece.hf_shapes))
+    return found
 
 
 def _check_hf(checkpoint: HFCheckpoint, plan: list[Piece]) -> None:

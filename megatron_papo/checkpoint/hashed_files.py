@@ -1,12 +1,17 @@
 """Sequential reading and writing of large files with their sha256 computed alongside, leaving the page cache as it was.
 
 Checkpoints are larger than memory: pages that will not be used again are given back at once, so that a conversion neither drives out
-what other programs keep there nor waits for the kernel to find room. sha256 runs in a thread of its own (hashlib releases the GIL).
+what other programs keep there nor waits for the kernel to find room. sha256 and reading ahead run in threads of their own (hashlib, file and tensor operations release the GIL).
 """
 
+import errno
 import hashlib
+import mmap
 import os
+import queue
+import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +21,10 @@ import xxhash
 from megatron_papo.errors import UserError
 
 BLOCK = 16 << 20
-"""Bytes per read, and per write-back that is asked for."""
-_KEPT = 256 << 20
-"""Pages written so long ago are on disk by now and can be dropped."""
-_SMALL = 1 << 16
-"""Writes below this are gathered."""
+"""Bytes per read and write."""
+_BUFFERS = 4
+_ALIGNED = 4096
+"""What O_DIRECT asks of addresses and sizes."""
 
 
 def new_tensor_hash():
@@ -68,73 +72,89 @@ class _Sha256:
 
 
 class HashedWriter:
-    """A new file, written from beginning to end. A context manager; after it, .sha256 and .position (bytes). Raises UserError on a full disk."""
+    """A new file, written from beginning to end. A context manager; after it, .sha256 and .position (bytes). Raises UserError on a full disk.
+
+    Written past the page cache where the file system can (O_DIRECT), which costs a third of the processor time; blocks are hashed and
+    written in two threads while the next one is filled.
+    """
 
     def __init__(self, path: Path):
         self.path, self.position, self.sha256 = path, 0, None
-        self._small = bytearray()
-        self._written = self._dropped = 0
-        self._hash = _Sha256()
+        self._hash = hashlib.sha256()
+        self._pools = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+        self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(_BUFFERS)]
+        self._running: deque[tuple[Future, Future]] = deque()
+        """Of the blocks before the current one, oldest first."""
+        self._number = self._filled = 0
 
     def __enter__(self):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            try:
+                self._file = os.open(self.path, flags | os.O_DIRECT, 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._file = os.open(self.path, flags, 0o666)  # a file system in memory, for example
         except OSError as error:
             raise cannot_write(self.path, error)
         return self
 
     def write(self, data) -> int:
         """Bytes or a memoryview; on return it may be changed."""
-        size = len(data)
+        view = memoryview(data).cast("B")
+        size = len(view)
         self.position += size
-        if size < _SMALL:
-            self._small += data
-            return size
-        self._flush_small()
-        self._append(data)
+        while view:
+            part = view[: BLOCK - self._filled]
+            memoryview(self._buffers[self._number])[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            view = view[len(part) :]
+            if self._filled == BLOCK:
+                self._start_block()
         return size
 
     def flush(self) -> None:
-        """torch.save calls it; close() is what counts."""
+        """torch.save calls it; leaving the context is what counts."""
 
-    def _flush_small(self) -> None:
-        if self._small:
-            small, self._small = self._small, bytearray()
-            self._append(small)
+    def _start_block(self) -> None:
+        """Hands the current buffer over and takes the next, when that is free again."""
+        buffer, size = memoryview(self._buffers[self._number]), self._filled
+        padded = -(-size // _ALIGNED) * _ALIGNED  # of the last block; cut off again in the end
+        work = (self._hash.update, buffer[:size]), (self._write_all, buffer[:padded])
+        self._running.append(tuple(pool.submit(*each) for pool, each in zip(self._pools, work)))
+        self._number, self._filled = (self._number + 1) % _BUFFERS, 0
+        if len(self._running) == _BUFFERS:
+            self._wait_for_oldest()
 
-    def _append(self, data) -> None:
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), BLOCK):
-            block = view[start : start + BLOCK]
-            self._hash.update(block)
-            self._write_block(block)
-        self._hash.wait()
+    def _write_all(self, block: memoryview) -> None:
+        while block:
+            block = block[os.write(self._file, block) :]
 
-    def _write_block(self, block: memoryview) -> None:
+    def _wait_for_oldest(self) -> None:
         try:
-            while block:
-                count = os.write(self._file, block)
-                # On written pages this starts the write-back; those that are on disk already are dropped.
-                os.posix_fadvise(self._file, self._written, count, os.POSIX_FADV_DONTNEED)
-                self._written += count
-                block = block[count:]
+            for future in self._running.popleft():
+                future.result()
         except OSError as error:
             raise cannot_write(self.path, error)
-        if self._written - self._dropped > 2 * _KEPT:
-            os.posix_fadvise(self._file, self._dropped, _KEPT, os.POSIX_FADV_DONTNEED)
-            self._dropped += _KEPT
 
     def __exit__(self, kind, error, trace):
         try:
             if kind is None:
-                self._flush_small()
+                if self._filled:
+                    self._start_block()
+                while self._running:
+                    self._wait_for_oldest()
+                os.ftruncate(self._file, self.position)
                 os.fsync(self._file)
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as error:
-            raise cannot_write(self.path, error)
+        except OSError as refused:
+            raise cannot_write(self.path, refused)
         finally:
+            for pool in self._pools:
+                pool.shutdown()
             os.close(self._file)
-            self.sha256 = self._hash.close()
+            self.sha256 = self._hash.hexdigest()
 
 
 class HashedReader:
@@ -145,8 +165,7 @@ class HashedReader:
         self._hash = _Sha256()
 
     def __enter__(self):
-        self._file = os.open(self.path, os.O_RDONLY)
-        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._file = open_for_reading(self.path)
         return self
 
     def read(self, size: int) -> torch.Tensor:
@@ -157,7 +176,6 @@ class HashedReader:
             block = view[start : start + BLOCK]
             read_into(self._file, self.position, block, self.path)
             self._hash.update(block)
-            os.posix_fadvise(self._file, self.position, len(block), os.POSIX_FADV_DONTNEED)
             self.position += len(block)
         return data
 
@@ -166,13 +184,73 @@ class HashedReader:
         self.sha256 = self._hash.close()
 
 
-def read_into(file: int, offset: int, view: memoryview, path: Path) -> None:
-    """Fills `view` from a file descriptor. Raises UserError where the file ends or cannot be read."""
-    while len(view):
+def ahead(items: Iterable, depth: int = 2) -> Iterator:
+    """The items in their order, made in another thread up to `depth` ahead; its exceptions are raised here."""
+    made: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(entry) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def make():
         try:
-            count = os.preadv(file, [view], offset)
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def open_for_reading(path: Path) -> int:
+    """A descriptor for read_into, past the page cache where the file system can. Raises UserError."""
+    try:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECT)
         except OSError as error:
-            raise UserError(f"{path}: cannot read: {error.strerror}: copy the checkpoint again")
-        if not count:
-            raise UserError(f"{path}: ended at byte {offset} while it was read: copy the checkpoint again")
+            if error.errno != errno.EINVAL:
+                raise
+            return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror}): restore it or make it again")
+
+
+_thread = threading.local()
+
+
+def read_into(file: int, offset: int, view: memoryview, path: Path) -> None:
+    """Fills `view` from a descriptor of open_for_reading. Raises UserError where the file ends or cannot be read."""
+    if not hasattr(_thread, "buffer"):
+        _thread.buffer = memoryview(mmap.mmap(-1, BLOCK + 2 * _ALIGNED))
+    while len(view):
+        skipped = offset % _ALIGNED
+        wanted = min(-(-(skipped + len(view)) // _ALIGNED) * _ALIGNED, len(_thread.buffer))
+        try:
+            count = os.preadv(file, [_thread.buffer[:wanted]], offset - skipped) - skipped
+        except OSError as error:
+            raise UserError(f"{path}: cannot read: {error.strerror}: restore it or make it again")
+        if count <= 0:
+            raise UserError(f"{path}: ended at byte {offset} while it was read: copy it or make it again")
+        count = min(count, len(view))
+        view[:count] = _thread.buffer[skipped : skipped + count]
         view, offset = view[count:], offset + count

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, read_into, tensor_bytes
+from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, open_for_reading, read_into, tensor_bytes
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import MANIFEST
@@ -93,10 +93,9 @@ class HFCheckpoint:
             offset += rows[0] * (info.num_bytes // shape[0])
             shape = (rows[1] - rows[0], *shape[1:])
         target = torch.empty(shape, dtype=info.dtype)
-        descriptor = os.open(self.directory / file, os.O_RDONLY)
+        descriptor = open_for_reading(self.directory / file)
         try:
             read_into(descriptor, offset, tensor_bytes(target), self.directory / file)
-            os.posix_fadvise(descriptor, offset, target.nbytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
         return target

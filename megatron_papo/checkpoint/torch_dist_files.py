@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 
 from megatron_papo.checkpoint.chunk_data import ChunkData, find_data
-from megatron_papo.checkpoint.hashed_files import BLOCK, HashedWriter, cannot_write, read_into, tensor_bytes
+from megatron_papo.checkpoint.hashed_files import BLOCK, HashedWriter, cannot_write, open_for_reading, read_into, tensor_bytes
 from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.errors import UserError
 
@@ -131,17 +131,13 @@ class _Chunk:
             if at == self._followed:
                 self._crc = zlib.crc32(block, self._crc)
                 self._followed = at + len(block)
-        os.posix_fadvise(file, data.offset + start, end - start, os.POSIX_FADV_DONTNEED)
         if self._followed == data.num_bytes == end and self._crc != data.crc:
             raise UserError(f"{path}: the checksum of the data at byte {data.offset} is wrong, bits have changed: {_AGAIN}")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, Path]]:
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror}): {_AGAIN}")
+    file = open_for_reading(path)
     try:
         yield file, path
     finally:
