@@ -95,6 +95,7 @@ for ((i = 1; i <= ITERATIONS; i++)); do
   stage 5 "${TRAIN_LAUNCHER[@]}" -m stages.stage5_train "${SETTINGS[@]}" --iteration "$i" --data "$DATA" --rollouts "$IT/rollouts" \
     --megatron "$MEGATRON" --reference "$REFERENCE" "${ROLLBACK[@]}" --output "$IT/megatron"
   stage 6 python -m stages.stage6_convert_to_hf "${SETTINGS[@]}" --megatron "$IT/megatron" --output "$IT/hf"
+  stage 6 python -m tools.keep_checkpoints "${SETTINGS[@]}" --iterations "$RUN/iterations" --newest "$i"
   HF=$IT/hf MEGATRON=$IT/megatron PREVIOUS=(--previous "$IT/rollouts")
   CHECKPOINTS+=("$MEGATRON")
   if ((ROLLBACK_ITERATIONS > 0)); then # where the hacking guard of the next iteration may go back to

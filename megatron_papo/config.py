@@ -429,6 +429,9 @@ class Config(Section):
     seed: int = Field(default=1, ge=0)
     iterations: int = Field(gt=0)
     """Rollout + train rounds of run_all.sh. Not part of any stage's fingerprint: raising it continues a finished run."""
+    keep_checkpoints: int | None = Field(default=None, gt=0)
+    """Keep the Megatron checkpoints of only so many iterations, the newest, and of as many as hacking_guard.rollback_iterations may need;
+    null: all. Exported checkpoints, rollouts and metrics stay. Not part of any stage's fingerprint."""
     model: ModelConfig
     data: DataConfig
     sft: SftConfig | None

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
@@ -47,6 +48,7 @@ def main() -> None:
     if out.done:
         out.announce_done()
         return
+    require_proof_if_converted(arguments.hf)
     with out:
         roll_out(config, arguments.data, arguments.hf, arguments.server, arguments.iteration, first_position, inputs["hf"], out)
 

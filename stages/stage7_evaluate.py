@@ -11,6 +11,7 @@ Writes: predictions.jsonl, one records.Prediction per line; metrics.json.
 import json
 from pathlib import Path
 
+from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
@@ -35,6 +36,7 @@ def main() -> None:
     if out.done:
         out.announce_done()
         return
+    require_proof_if_converted(arguments.hf)
     with out:
         evaluate(config, arguments.data, arguments.prompts, arguments.hf, arguments.server, inputs["hf"], out)
 

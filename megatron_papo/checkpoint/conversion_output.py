@@ -10,6 +10,7 @@ from pathlib import Path
 # torch then asks the kernel for huge pages: memory for tensors is otherwise got at 2.4 GB/s, slower than the disk. It must be set before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import (
     StageOutput,
@@ -31,7 +32,6 @@ def to_megatron(source: Path, output: Path, options: dict, check=lambda hf: None
         return
     from megatron_papo.checkpoint.convert import HFCheckpoint, hf_to_megatron
     from megatron_papo.checkpoint.progress import byte_progress
-    from megatron_papo.checkpoint.verify import require_proof_if_converted
 
     require_proof_if_converted(source)
     checkpoint = HFCheckpoint(source)
@@ -57,7 +57,6 @@ def to_hf(source: Path, output: Path, options: dict) -> None:
     from megatron_papo.checkpoint.convert import MegatronCheckpoint, megatron_to_hf
     from megatron_papo.checkpoint.model_card import write_model_card
     from megatron_papo.checkpoint.progress import byte_progress
-    from megatron_papo.checkpoint.verify import require_proof_if_converted
 
     verify_files(source, only_sizes=WEIGHTS)
     require_proof_if_converted(source)

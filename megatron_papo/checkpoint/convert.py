@@ -4,7 +4,7 @@
     megatron_to_hf(MegatronCheckpoint(megatron_dir), hf_dir)    back; the same bytes if nothing was trained in between
 
 Every tensor on either side is mapped exactly once or a UserError lists the names. Both then read the result back from disk through the
-inverse layouts, compare it with what they had read, and write proof.json (verify.py). Memory: the tensors of one layer that lie apart
+inverse layouts, compare it with what they had read, and write proof.json (proof.py). Memory: the tensors of one layer that lie apart
 in the files; tensors that nothing permutes (embeddings) pass in blocks of rows.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint import config_json, hf_files, verify
+from megatron_papo.checkpoint import config_json, hf_files, proof
 from megatron_papo.checkpoint.hashed_files import HashedWriter, ahead, new_tensor_hash, tensor_bytes, tensor_hash
 from megatron_papo.checkpoint.hf_files import HFCheckpoint, TensorInfo
 from megatron_papo.checkpoint.layouts import LAYOUTS
@@ -129,7 +129,7 @@ def hf_to_megatron(
     hf_files.save_headers(checkpoint.headers, target / HF_FILES)
     read_back = _read_back_megatron(MegatronCheckpoint(target), order, checkpoint, progress)
     source = {name: value.hexdigest() for name, value in hashes.items()}
-    verify.write_proof(target, "hf_to_megatron", checkpoint.file_hashes, dtype, source, read_back)
+    proof.write_proof(target, "hf_to_megatron", checkpoint.file_hashes, dtype, source, read_back)
     return Written(checkpoint.file_hashes, writer.hashes)
 
 
@@ -253,7 +253,7 @@ def megatron_to_hf(
                 writer.write(tensor_bytes(block))
         written[file] = writer.sha256
     read_back = _read_back_hf(HFCheckpoint(target), checkpoint, progress)
-    verify.write_proof(target, "megatron_to_hf", verify.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back)
+    proof.write_proof(target, "megatron_to_hf", proof.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back)
     return Written({}, written)
 
 
@@ -267,7 +267,7 @@ class _InHFOrder:
         self.checkpoint, self.dtype, self.progress = checkpoint, dtype, progress
         self.hashes: dict[str, str] = {}
         """By piece, of what was read, in the dtype that is written."""
-        self._proved = verify.proved_tensors(checkpoint.directory)
+        self._proved = proof.proved_tensors(checkpoint.directory)
         self._held = _Held()
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:

@@ -5,6 +5,7 @@ what other programs keep there nor waits for the kernel to find room. sha256 and
 """
 
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -130,6 +131,8 @@ class HashedWriter:
     def _write_all(self, block: memoryview) -> None:
         while block:
             block = block[os.write(self._file, block) :]
+            if len(block) % _ALIGNED:  # the disk is nearly full: without O_DIRECT the next attempt says so
+                fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~os.O_DIRECT)
 
     def _wait_for_oldest(self) -> None:
         try:

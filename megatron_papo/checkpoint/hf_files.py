@@ -14,6 +14,7 @@ import torch
 
 from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, open_for_reading, read_into, tensor_bytes
 from megatron_papo.checkpoint.name_map import disk_name
+from megatron_papo.checkpoint.proof import PROOF
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import MANIFEST
 from megatron_papo.model.hf_config import read_hf_config
@@ -21,7 +22,6 @@ from megatron_papo.model.hf_config import read_hf_config
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADERS = "safetensors_headers.json"
 """Beside the small files in a Megatron checkpoint: the header of each safetensors file, as it was."""
-PROOF = "proof.json"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 _DTYPES = {
     "F64": torch.float64,
@@ -144,9 +144,17 @@ def _weight_files(directory: Path) -> list[str]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(path.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged index ({error!r}): copy the checkpoint again")
+        index = {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged index ({_short(error)}): copy the checkpoint again")
+    if not index:
+        raise UserError(f"{path}: names no tensor: copy the checkpoint again")
+    return index
+
+
+def _short(error: Exception) -> str:
+    """On one line, without the data that some exceptions quote."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _read_header(path: Path) -> str:
@@ -159,7 +167,7 @@ def _read_header(path: Path) -> str:
             text = stream.read(length).decode()
         end = _check_entries(header_entries(text))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}): copy the checkpoint again")
+        raise UserError(f"{path}: not a complete safetensors file ({_short(error)}): copy the checkpoint again")
     if path.stat().st_size != 8 + length + end:
         raise UserError(f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again")
     return text
@@ -170,6 +178,8 @@ def _check_entries(entries: dict[str, dict]) -> int:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, stop = entry["data_offsets"]
+        if not isinstance(entry["dtype"], str) or not isinstance(entry["shape"], list):
+            raise ValueError(f"no dtype and shape for {name[:80]}")
         if not all(type(number) is int and 0 <= number < 1 << 48 for number in (start, stop, *entry["shape"])):
             raise ValueError(f"impossible numbers for {name[:80]}")
         if start != end or stop < start:

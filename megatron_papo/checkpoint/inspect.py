@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, MegatronCheckpoint, open_checkpoint
+from megatron_papo.checkpoint.hf_files import names_in_order
+from megatron_papo.checkpoint.proof import PROOF, require_proof
+from megatron_papo.errors import UserError
 from megatron_papo.manifest import read_manifest
 
 
@@ -40,18 +43,12 @@ def describe(directory: Path) -> dict:
         facts |= _megatron(checkpoint)
     else:
         facts["files"] = {file: (directory / file).stat().st_size for file in checkpoint.headers}
-        if any(name not in checkpoint.tensors for header in checkpoint.headers.values() for name in _raw_names(header)):
+        if any(name not in checkpoint.tensors for header in checkpoint.headers.values() for name in names_in_order(header)):
             facts["names"] = "in-memory (transformers' module names)"
     manifest = read_manifest(directory)
     facts["made_by"] = None if manifest is None else {"stage": manifest["stage"], "git_commit": manifest["git_commit"]}
     facts["proof"] = _proof(directory)
     return facts
-
-
-def _raw_names(header: str) -> list[str]:
-    from megatron_papo.checkpoint.hf_files import names_in_order
-
-    return names_in_order(header)
 
 
 def _megatron(checkpoint: MegatronCheckpoint) -> dict:
@@ -73,10 +70,6 @@ def _tensor_parallel_size(checkpoint: MegatronCheckpoint) -> int:
 
 
 def _proof(directory: Path) -> str:
-    from megatron_papo.checkpoint.hf_files import PROOF
-    from megatron_papo.checkpoint.verify import require_proof
-    from megatron_papo.errors import UserError
-
     if not (directory / PROOF).exists():
         return "none"
     try:

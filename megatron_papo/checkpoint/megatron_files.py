@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import save as dcp_save
 
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, require_same_names
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of, make_reproducible
+from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
 from megatron_papo.training import optimizer_checkpoint
@@ -64,6 +65,11 @@ def save(directory: Path, model: torch.nn.Module, optimizer=None, state: dict | 
         tree["optimizer"] = optimizer_checkpoint.sharded_state(optimizer, tree["model"], is_loading=False)
     if state is not None:
         tree["state"] = state
+    tree["saved_from"] = {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+    }
     dist_checkpointing.save(tree, str(directory), sharded_strategy=_PlainSave("torch_dist", 1))
     if torch.distributed.get_rank() == 0:
         make_reproducible(Path(directory))
@@ -71,10 +77,12 @@ def save(directory: Path, model: torch.nn.Module, optimizer=None, state: dict | 
 
 
 def load_weights(directory: Path, model: torch.nn.Module) -> None:
-    """Collective. Fills the model, casting to its dtype. Raises UserError for missing or unknown tensors and other shapes.
+    """Collective. Fills the model, casting to its dtype. Raises UserError for missing or unknown tensors and other shapes, and for a
+    converted checkpoint whose proof is missing or failed.
 
     An optimizer that exists already must be told: optimizer.reload_model_params().
     """
+    require_proof_if_converted(Path(directory))
     _check_against(Path(directory), model)
     tree = dist_checkpointing.load({"model": _model_state(model)}, str(directory))
     result = _unwrap(model).load_state_dict(tree["model"], strict=False)

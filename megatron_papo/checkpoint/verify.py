@@ -1,91 +1,11 @@
-"""Proof that a conversion kept every bit, and the comparison of any two checkpoints.
+"""The comparison of any two checkpoints, tensor by tensor, in bounded memory."""
 
-proof.json: which tool converted what; per tensor the hash of what was read from the source (in the dtype asked for) and of what came out
-of the finished checkpoint, read again from disk and taken back through the inverse layout.
-"""
-
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from megatron_papo.checkpoint.hashed_files import new_tensor_hash, tensor_bytes
-from megatron_papo.checkpoint.hf_files import PROOF
-from megatron_papo.errors import UserError
-from megatron_papo.manifest import file_hash, git_commit, read_manifest
-
-VERSION = 2
-TOOL = "megatron_papo tools.convert 2"
-"""Name and version of what writes proofs; the second part rises when a conversion of the same source would give other bytes."""
-MADE_BY_CONVERSION = {"stage3_convert_to_megatron": "hf_to_megatron", "stage6_convert_to_hf": "megatron_to_hf"}
-
-
-def write_proof(
-    directory: Path, conversion: str, files: dict[str, str], dtype: torch.dtype | None, source: dict[str, str], read_back: dict[str, str]
-) -> None:
-    """Writes proof.json. Raises UserError, naming tensors, if the checkpoint does not hold what was converted.
-
-    files: of the source, name -> sha256. source, read_back: by tensor.
-    """
-    wrong = sorted(name for name in source.keys() | read_back.keys() if source.get(name) != read_back.get(name))
-    rows = {name: {"source_xxh3_128": source.get(name), "read_back_xxh3_128": read_back.get(name)} for name in sorted(source | read_back)}
-    proof = {
-        "version": VERSION,
-        "tool": TOOL,
-        "git_commit": git_commit(),
-        "conversion": conversion,
-        "dtype": str(dtype).removeprefix("torch.") if dtype else "as in the source",
-        "passed": not wrong,
-        "source_sha256": dict(sorted(files.items())),
-        "tensors": rows,
-    }
-    (directory / PROOF).write_text(json.dumps(proof, indent=1))
-    if wrong:
-        raise UserError(f"{directory}: {len(wrong)} tensors read back differ from the source ({', '.join(wrong[:8])}): convert again")
-
-
-def require_proof(directory: Path) -> dict:
-    """The proof that the checkpoint's conversion kept every tensor. Raises UserError if it is missing, damaged or failed."""
-    path = Path(directory) / PROOF
-    try:
-        proof = json.loads(path.read_text())
-        if proof.get("version") != VERSION:
-            raise UserError(f"{path}: proof version {proof.get('version')}, expected {VERSION}: convert the checkpoint again")
-        rows = proof["tensors"].values()
-        good = proof["passed"] is True and bool(rows) and all(row["source_xxh3_128"] == row["read_back_xxh3_128"] for row in rows)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing: this checkpoint was not made by stage 3 or stage 6: convert it again")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged proof ({error!r}): convert the checkpoint again")
-    if not good:
-        raise UserError(f"{path}: the conversion was not exact: convert the checkpoint again")
-    return proof
-
-
-def require_proof_if_converted(directory: Path) -> None:
-    """require_proof of a checkpoint that a conversion made, which its manifest (or its proof) says; others need none."""
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    made_by = None if manifest is None else manifest.get("stage")
-    if made_by in MADE_BY_CONVERSION or (directory / PROOF).exists():
-        require_proof(directory)
-
-
-def proved_tensors(directory: Path) -> dict[str, str]:
-    """Official name -> hash, of a Megatron checkpoint that was converted from Hugging Face; nothing of one that was trained."""
-    if not (Path(directory) / PROOF).exists():
-        return {}
-    proof = require_proof(directory)
-    if proof["conversion"] != "hf_to_megatron":
-        return {}
-    return {name: row["read_back_xxh3_128"] for name, row in proof["tensors"].items()}
-
-
-def small_file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of the files of a Megatron checkpoint that say what is where; its tensors are hashed one by one."""
-    names = [".metadata", "common.pt", "metadata.json"]
-    return {name: file_hash(directory / name) for name in names}
+from megatron_papo.checkpoint.proof import require_proof as require_proof
 
 
 def differences(first, second, progress=lambda count: None) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Hugging Face -> Megatron -> Hugging Face is bitwise, every tensor exactly once; what does not belong is refused before anything is written."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -8,10 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_papo.checkpoint import convert, torch_dist_files
 from megatron_papo.checkpoint.convert import HFCheckpoint, MegatronCheckpoint, hf_to_megatron, megatron_to_hf, open_checkpoint
 from megatron_papo.checkpoint.hf_files import HEADERS
 from megatron_papo.checkpoint.name_map import pieces
-from megatron_papo.checkpoint.verify import differences, require_proof
+from megatron_papo.checkpoint.proof import require_proof
+from megatron_papo.checkpoint.verify import differences
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from tests import random_model
@@ -64,8 +68,9 @@ def test_round_trip_gives_the_same_files(hf, megatron, tmp_path, name):
     back = to_hf(megatron[name], tmp_path / "back")
     weights = sorted(file.name for file in (hf / name).glob("model*"))
     assert len(weights) > 3 if name == "sharded" else weights == ["model.safetensors"]
-    for file in [*weights, "config.json", "generation_config.json"]:
+    for file in [*weights, "generation_config.json"]:
         assert (back / file).read_bytes() == (hf / name / file).read_bytes(), file
+    assert read_hf_config(back) == read_hf_config(hf / name)
     require_proof(megatron[name])
     require_proof(back)
     assert not list(back.glob("*.bin")) and (back / "tokenizer.json").exists() == (name == "tied")
@@ -148,9 +153,13 @@ def test_verify_finds_one_changed_value(hf, megatron, tmp_path):
     weights["model.layers.2.self_attn.v_proj.bias"][5] += 0.25
     save_file(weights, changed / "model.safetensors")
     rows = list(differences(open_checkpoint(megatron["untied"]), open_checkpoint(changed)))
-    assert rows == ["model.layers.2.self_attn.v_proj.bias: values differ, at most by 0.25"]
+    assert len(rows) == 1
+    assert rows[0].startswith("model.layers.2.self_attn.v_proj.bias: values differ, 1 of 16 values, at most by 0.25, xxh3 ")
+    before, after = rows[0].split()[-2:]
+    assert len(before) == len(after) == 32 and before != after
     rows = list(differences(open_checkpoint(hf / "sharded"), open_checkpoint(megatron["tied"])))
     assert rows[0] == f"lm_head.weight: only in {hf / 'sharded'}" and "torch.bfloat16" in rows[1]
+    assert "at most by 0." in rows[1] or "at most by 1" in rows[1]
 
 
 def spoil_names(directory, change):
@@ -238,16 +247,24 @@ def test_damaged_megatron_checkpoints_are_refused(damaged_megatron, capsys):
         MegatronCheckpoint(damaged_megatron)
 
 
-def test_bits_flipped_inside_a_megatron_checkpoint_are_noticed(hf, damaged_megatron):
+def test_a_bit_flipped_inside_a_megatron_checkpoint_is_noticed(hf, damaged_megatron, tmp_path):
+    """Wherever: in numbers (their checksum) or between them (the archive)."""
+    missed = 0
     weights = damaged_megatron / "__0_0.distcp"
-    data = bytearray(weights.read_bytes())
-    data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
-    try:
-        rows = list(differences(open_checkpoint(hf / "untied"), open_checkpoint(damaged_megatron)))
-    except UserError as error:
-        rows = [str(error)]
-    assert len(rows) == 1
+    whole = weights.read_bytes()
+    for place in range(100, len(whole), len(whole) // 12):
+        data = bytearray(whole)
+        data[place] ^= 16
+        weights.write_bytes(data)
+        shutil.rmtree(tmp_path / "back", ignore_errors=True)
+        try:
+            to_hf(damaged_megatron, tmp_path / "back")
+        except UserError as error:
+            assert "__0_0.distcp: " in str(error) and ("bits have changed" in str(error) or "damaged" in str(error))
+        else:  # padding, which holds nothing
+            assert (tmp_path / "back" / "model.safetensors").read_bytes() == (hf / "untied" / "model.safetensors").read_bytes()
+            missed += 1
+    assert missed < 4
 
 
 def test_another_models_megatron_checkpoint_is_refused(damaged_megatron, hf):
@@ -260,12 +277,94 @@ def test_proofs(damaged_megatron):
     path = damaged_megatron / "proof.json"
     proof = json.loads(path.read_text())
     require_proof(damaged_megatron)
+    assert proof["tool"].startswith("megatron_papo") and proof["conversion"] == "hf_to_megatron" and proof["dtype"] == "as in the source"
     name = "visual.merger.mlp.2.weight"
-    proof["tensors"][name]["read_back_sha256"] = "0" * 64
-    for text, message in ((json.dumps(proof), "not exact"), ("{}", "damaged"), ('{"passed": true, "tensors": {}, "version": 1}', "not exact")):
+    proof["tensors"][name]["read_back_xxh3_128"] = "0" * 32
+    cases = [
+        (json.dumps(proof), "not exact"),
+        (json.dumps({**proof, "passed": False}), "not exact"),
+        ("{}", "proof version None"),
+        ('{"version": 2}', "damaged"),
+        ('{"passed": true, "tensors": {}, "version": 2}', "not exact"),
+        ("[", "damaged"),
+    ]
+    for text, message in cases:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             require_proof(damaged_megatron)
     path.unlink()
     with pytest.raises(UserError, match="missing"):
         require_proof(damaged_megatron)
+
+
+def test_the_proof_names_its_source_by_sha256(hf, megatron):
+    proof = require_proof(megatron["sharded"])
+    files = sorted((hf / "sharded").glob("*.safetensors"))
+    assert proof["source_sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_megatron_checkpoint_that_is_not_what_was_proved_is_refused(damaged_megatron, tmp_path):
+    """Its checksums may be right: another checkpoint's files, copied over."""
+    path = damaged_megatron / "proof.json"
+    path.write_text(path.read_text().replace(json.loads(path.read_text())["tensors"]["model.norm.weight"]["source_xxh3_128"], "0" * 32))
+    with pytest.raises(UserError, match="model.norm.weight is not what its proof.json says"):
+        to_hf(damaged_megatron, tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "sharded"])
+def test_small_blocks_and_little_room_give_the_same_files(hf, megatron, tmp_path, monkeypatch, name):
+    """Blocks of a few rows, and tensors forgotten and read again because too many wait."""
+    monkeypatch.setattr(convert, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(convert, "HELD_BYTES", 3000)
+    monkeypatch.setattr(torch_dist_files, "_FILE_BYTES", 100_000)
+    split = to_megatron(hf / name, tmp_path / "split")
+    assert len(list(split.glob("*.distcp"))) > 1 == len(list(megatron[name].glob("*.distcp")))
+    chunks = TorchDistCheckpoint(split).chunks("language_model.embedding.word_embeddings.weight")
+    assert len(chunks) > 30
+    assert list(differences(open_checkpoint(split), open_checkpoint(megatron[name]))) == []
+    back = to_hf(split, tmp_path / "back")
+    for file in (hf / name).glob("model*"):
+        assert (back / file.name).read_bytes() == file.read_bytes()
+
+
+def test_options_of_the_export(hf, megatron, tmp_path):
+    """dtype and shard size change the files; transformers reads them to what it would have rounded to itself."""
+    from safetensors import safe_open
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    target = tmp_path / "bf16"
+    target.mkdir()
+    megatron_to_hf(MegatronCheckpoint(megatron["untied"]), target, dtype=torch.bfloat16, shard_bytes=80_000)
+    require_proof(target)
+    files = sorted(target.glob("*.safetensors"))
+    assert len(files) > 5 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    largest = max(file.stat().st_size for file in files)
+    assert largest < 80_000 + 8_000  # header on top
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(target, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.dtype == torch.bfloat16
+    expected = load_file(hf / "untied" / "model.safetensors")
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as stream:
+            found |= {name: stream.get_tensor(name) for name in stream.keys()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].bfloat16()) for name in expected)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_dtype_on_the_way_in(hf, tmp_path):
+    """Also what a checkpoint of mixed dtypes needs."""
+    target = tmp_path / "megatron"
+    target.mkdir()
+    hf_to_megatron(HFCheckpoint(hf / "untied"), target, dtype=torch.bfloat16)
+    assert {info.dtype for info in MegatronCheckpoint(target).tensors.values()} == {torch.bfloat16}
+    source = load_file(hf / "untied" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert torch.equal(MegatronCheckpoint(target).read("model.layers.1.mlp.up_proj.weight"), source.bfloat16())
+    assert require_proof(target)["dtype"] == "bfloat16"
+    mixed = shutil.copytree(hf / "untied", tmp_path / "mixed")
+    spoil_names(mixed, lambda w: w.update({"model.layers.1.self_attn.k_proj.bias": w["model.layers.1.self_attn.k_proj.bias"].half()}))
+    (tmp_path / "converted").mkdir()
+    hf_to_megatron(HFCheckpoint(mixed), tmp_path / "converted", dtype=torch.float32)
+    require_proof(tmp_path / "converted")

@@ -15,28 +15,41 @@ RESUMED = {
     "same": SAVED,
     "tp1_pp2": dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=2, data_parallel_size=2),
     "tp2_pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, data_parallel_size=1),
+    "tp1": dict(data_parallel_size=4),
+    "pp4": dict(pipeline_model_parallel_size=4),
 }
+MOVED = ["tp1", "pp4", "tp1_pp2"]
+"""Where a run that was saved at TP2 x PP2 is resumed, with one, four and two times its data-parallel size."""
 
 
 def run_all(directory, data) -> dict:
-    """Kind -> {"whole": losses of 2 * STEPS steps, layout: losses of the last STEPS after resuming, "fresh": without optimizer state}."""
+    """Kind -> {"whole": losses of 2 * STEPS steps, layout: losses of the last STEPS after resuming, "fresh": without optimizer state}.
+
+    moved_KIND: the same for runs saved at TP2 x PP2; what each layout has loaded is saved again, before it steps, beside the first.
+    """
     results = {}
     for kind, (dtype, distributed, layouts) in KINDS.items():
         path = directory / f"resume_{kind}"
         shutil.rmtree(path, ignore_errors=True)
-        results[kind] = {"whole": whole_run(directory / "tied", path, data, dtype, distributed)}
+        results[kind] = {"whole": whole_run(directory / "tied", path, data, SAVED, dtype, distributed)}
         for name in layouts:
             results[kind][name] = resumed_run(path, data, RESUMED[name], dtype, distributed, with_optimizer=True)
         if kind == "distributed":
             results[kind]["fresh"] = resumed_run(path, data, SAVED, dtype, distributed, with_optimizer=False)
+    for kind, (dtype, distributed) in {"fp32": ("float32", False), "bf16_distributed": ("bfloat16", True)}.items():
+        path = directory / f"moved_{kind}"
+        results[path.name] = {"whole": whole_run(directory / "tied", path, data, RESUMED["tp2_pp2"], dtype, distributed)}
+        for name in MOVED:
+            again = directory / f"moved_{kind}_{name}"
+            results[path.name][name] = resumed_run(path, data, RESUMED[name], dtype, distributed, with_optimizer=True, save_to=again)
     return results
 
 
-def whole_run(converted, path, data, dtype, distributed) -> list[float]:
+def whole_run(converted, path, data, layout, dtype, distributed) -> list[float]:
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.training import parallel
 
-    model, wrapped, optimizer = build(converted, SAVED, dtype, distributed)
+    model, wrapped, optimizer = build(converted, layout, dtype, distributed)
     optimizer.reload_model_params()
     losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
     megatron_files.save(path, model, optimizer, state={"step": STEPS, "order": [3, 1, 2]})
@@ -47,7 +60,7 @@ def whole_run(converted, path, data, dtype, distributed) -> list[float]:
     return losses
 
 
-def resumed_run(path, data, layout, dtype, distributed, with_optimizer) -> list[float]:
+def resumed_run(path, data, layout, dtype, distributed, with_optimizer, save_to=None) -> list[float]:
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.training import parallel
 
@@ -56,6 +69,8 @@ def resumed_run(path, data, layout, dtype, distributed, with_optimizer) -> list[
         state = megatron_files.load_optimizer(path, model, optimizer)
         if state != {"step": STEPS, "order": [3, 1, 2]}:
             raise RuntimeError(f"state came back as {state}")
+        if save_to is not None:
+            megatron_files.save(save_to, model, optimizer, state=state)
     else:
         optimizer.reload_model_params()
     losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
