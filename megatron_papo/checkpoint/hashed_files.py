@@ -130,9 +130,14 @@ class HashedWriter:
 
     def _write_all(self, block: memoryview) -> None:
         while block:
-            block = block[os.write(self._file, block) :]
-            if len(block) % _ALIGNED:  # the disk is nearly full: without O_DIRECT the next attempt says so
-                fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~os.O_DIRECT)
+            try:
+                block = block[os.write(self._file, block) :]
+            except OSError as error:
+                flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                    raise
+                # Where room for a whole block is lacking, O_DIRECT cannot say so: without it the next attempt does.
+                fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
 
     def _wait_for_oldest(self) -> None:
         try:

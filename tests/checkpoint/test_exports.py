@@ -178,3 +178,14 @@ def test_inspect_says_where_a_proof_fails(converted, tmp_path):
     assert describe(directory)["proof"].startswith("FAILED: ") and "not exact" in describe(directory)["proof"]
     with pytest.raises(UserError, match="not a directory"):
         describe(tmp_path / "nothing")
+
+
+def test_an_export_leaves_the_training_checkpoint_alone(trained, tmp_path):
+    """Also one that may not be written to: what a run goes on with is what it saved."""
+
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(trained.rglob("*")) if path.is_file()}
+
+    before = state()
+    conversion_output.to_hf(trained, tmp_path / "out", {})
+    assert state() == before and not list(trained.parent.glob("trained.*"))
