@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     command.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint directory of either kind")
     command = commands.add_parser("benchmark", help="both directions against a plain copy")
     command.add_argument("--geometry", choices=NAMES, required=True, help="of which published model, or tiny")
-    command.add_argument("--directory", type=Path, metavar="DIR", help="where to work; needs three times the model (default: the temporary one)")
+    command.add_argument("--directory", type=Path, metavar="DIR", help="where to work; needs twice the model (default: the temporary one)")
     return parser.parse_args()
 
 

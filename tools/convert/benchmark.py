@@ -4,6 +4,8 @@ The checkpoint has the geometry of a published model and distinct random bfloat1
 cache and ends when all it wrote is on disk. seconds_copy is the mean of a plain copy of the source and one of the Megatron files; beside
 it stands a copy in large blocks that gives pages back at once, which is faster where the kernel is slow to find room for its page cache.
 The conversions are the commands a user types, in processes of their own, from start to exit: with reading back, hashing, manifest, proof.
+identical: all files of the round trip, weights, index and config.json, have the sha256 of those it began with, which are deleted on the
+way so that twice the model's size is enough.
 """
 
 import json
@@ -20,9 +22,10 @@ import numpy as np
 import torch
 
 from megatron_papo.checkpoint.hashed_files import BLOCK
-from megatron_papo.checkpoint.hf_files import INDEX, HFCheckpoint, TensorInfo, headers_for, write_index
+from megatron_papo.checkpoint.hf_files import TensorInfo, headers_for, write_index
 from megatron_papo.checkpoint.name_map import pieces
 from megatron_papo.errors import UserError
+from megatron_papo.manifest import file_hash
 from megatron_papo.model.hf_config import read_hf_config
 from tools.convert.geometry import config_tree
 
@@ -49,17 +52,18 @@ def _measure(geometry: str, root: Path) -> dict:
     }
     total = sum(info.num_bytes for info in infos.values())
     free = shutil.disk_usage(root).free
-    if free < 3 * total + SPARE:
-        raise UserError(f"{root.parent}: {geometry} needs {(3 * total + SPARE) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose another --directory")
+    if free < 2 * total + SPARE:
+        raise UserError(f"{root.parent}: {geometry} needs {(2 * total + SPARE) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose another --directory")
     _say(f"making a {geometry} checkpoint of {total / 1e9:.2f} GB")
     make_checkpoint(source, dict(sorted(infos.items())))
+    hashes = {file.name: file_hash(file) for file in source.iterdir()}
     copies = _copies(source, root / "copy")
     to_megatron = _command("to-megatron", "--hf", source, "--output", megatron, source=source)
+    shutil.rmtree(source)
     copies = [sum(pair) / 2 for pair in zip(copies, _copies(megatron, root / "copy"))]
     to_hf = _command("to-hf", "--megatron", megatron, "--output", back, source=megatron)
     copy, in_blocks = copies
-    weights = sorted(HFCheckpoint(source).headers)
-    names = [*weights, "config.json", *([INDEX] if (source / INDEX).exists() else [])]
+    identical = all((back / name).is_file() and file_hash(back / name) == value for name, value in hashes.items())
     return {
         "geometry": geometry,
         "bytes": total,
@@ -72,7 +76,7 @@ def _measure(geometry: str, root: Path) -> dict:
         "ratio_to_megatron_in_blocks": round(to_megatron[0] / in_blocks, 3),
         "ratio_to_hf_in_blocks": round(to_hf[0] / in_blocks, 3),
         "peak_resident_bytes": max(to_megatron[1], to_hf[1]),
-        "identical": all(_same_bytes(source / name, back / name) for name in names),
+        "identical": identical,
         "load_average": round(os.getloadavg()[0], 1),
     }
 
@@ -156,16 +160,6 @@ def _forget(directory: Path) -> None:
             os.fsync(descriptor)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-
-
-def _same_bytes(first: Path, second: Path) -> bool:
-    if not second.is_file() or first.stat().st_size != second.stat().st_size:
-        return False
-    with open(first, "rb") as a, open(second, "rb") as b:
-        while data := a.read(BLOCK):
-            if data != b.read(BLOCK):
-                return False
-    return True
 
 
 def _say(text: str) -> None:
