@@ -30,6 +30,7 @@ def flat(tree: dict, tied: bool) -> dict:
     if "dtype" in merged:
         merged["torch_dtype"] = merged.pop("dtype")
     merged["tie_word_embeddings"] = tied
+    merged["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]  # 4.57 writes it into text_config; servers look for it at top level
     return {**merged, "vision_config": _vision(tree["vision_config"])}
 
 

@@ -13,21 +13,20 @@ from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from tests import random_model
 
-FROM_4_57 = {  # what transformers 4.57.6 writes for tests.random_model's tied configuration, without keys that decide nothing
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+FROM_4_57 = {  # written by transformers 4.57.6 for the sizes of tests.random_model, tied
     "dtype": "float32",
     "image_token_id": 250,
     "model_type": "qwen2_5_vl",
     "text_config": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "attention_dropout": 0.0,
         "bos_token_id": 0,
-        "dtype": "float32",
         "eos_token_id": 1,
         "hidden_act": "silu",
         "hidden_size": 64,
         "initializer_range": 0.1,
         "intermediate_size": 88,
-        "layer_types": ["full_attention"] * 4,
+        "layer_types": ["full_attention", "full_attention", "full_attention", "full_attention"],
         "max_position_embeddings": 512,
         "max_window_layers": 80,
         "model_type": "qwen2_5_vl_text",
@@ -42,19 +41,16 @@ FROM_4_57 = {  # what transformers 4.57.6 writes for tests.random_model's tied c
         "tie_word_embeddings": True,
         "use_cache": True,
         "use_sliding_window": False,
-        "vision_token_id": 151654,
         "vocab_size": 260,
     },
     "transformers_version": "4.57.6",
     "video_token_id": 251,
     "vision_config": {
         "depth": 3,
-        "dtype": "float32",
         "fullatt_block_indexes": [1],
         "hidden_act": "silu",
         "hidden_size": 32,
         "in_channels": 3,
-        "in_chans": 3,
         "initializer_range": 0.1,
         "intermediate_size": 44,
         "model_type": "qwen2_5_vl",
@@ -117,6 +113,7 @@ def test_a_nested_config_and_its_flat_spelling_are_one_model(converted, tmp_path
         assert getattr(theirs.text_config, key) == getattr(reference.text_config, key), key
     assert theirs.text_config.rope_parameters["mrope_section"] == [1, 1, 2] and theirs.text_config.rope_parameters["rope_theta"] == 1e6
     assert theirs.tie_word_embeddings is True and theirs.image_token_id == 250
+    assert theirs.architectures == ["Qwen2_5_VLForConditionalGeneration"]
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         logits = [Qwen2_5_VLForConditionalGeneration.from_pretrained(path)(input_ids=ids).logits for path in (flat, converted / "hf")]
