@@ -94,9 +94,11 @@ def run_case(case: dict, **changes):
     """-> {metric: float}, gradient [B, T, V] of one case through our objective; changes: options of papo_loss that differ."""
     import torch
 
+    from megatron_papo.training import parallel
+
+    parallel.hush_known_warnings()
     from megatron_papo.model.log_probs import token_statistics
     from megatron_papo.objective.papo_loss import papo_loss
-    from megatron_papo.training import parallel
     from megatron_papo.training.batching import pad_responses
 
     parallel.connect()

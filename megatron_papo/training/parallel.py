@@ -62,7 +62,7 @@ def initialize(parallel: ParallelConfig) -> None:
     Raises UserError if the launcher started another number of processes than parallel asks for.
     """
     _check_world_size(parallel)
-    _hush_known_warnings()
+    hush_known_warnings()
     from megatron_papo.training import cpu_backend
 
     cpu_backend.install()
@@ -114,7 +114,7 @@ def _check_world_size(parallel: ParallelConfig) -> None:
     )
 
 
-def _hush_known_warnings() -> None:
+def hush_known_warnings() -> None:
     """megatron-core warns on every rank of what it does without TransformerEngine and of torch functions it will have to give up."""
     for module in (r"megatron\.core\.", r"torch\.distributed\.", r"megatron_papo\.training\.cpu_backend"):
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
