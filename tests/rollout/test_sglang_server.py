@@ -1,6 +1,7 @@
 """Starting, finding and stopping servers: the real one, and programs that die or hang in its place."""
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -122,10 +123,21 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     assert sglang_server.stop_all(where) == 2 and not psutil.pid_exists(pids[0])
 
 
+def two_free_ports() -> int:
+    """The first of two neighbours, below the range from which the system gives ports to outgoing connections."""
+    for port in random.sample(range(20000, 30000, 2), 100):
+        try:
+            with socket.socket() as first, socket.socket() as second:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+            return port
+        except OSError:
+            continue
+    raise AssertionError("no two free ports")
+
+
 def test_ports_of_replicas_count_on(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = two_free_ports()
     config = ServerConfig(python=stand_in(tmp_path / "python", ANSWERING), replicas=2, port=port)
     try:
         servers = sglang_server.open_servers(str(tmp_path / "server"), tmp_path, config, "float32")
