@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_papo.errors import UserError
+from megatron_papo.training import parallel
 
 
 def stage_parser(description: str, *inputs: tuple[str, str]) -> argparse.ArgumentParser:
@@ -22,12 +23,14 @@ def stage_parser(description: str, *inputs: tuple[str, str]) -> argparse.Argumen
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; a UserError becomes `error: ...` lines on stderr and exit status 2."""
+    """Runs a command and leaves; a UserError becomes `error: ...` lines on stderr and exit status 2."""
+    status = 0
     try:
         main()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    parallel.leave(status)

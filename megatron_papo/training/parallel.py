@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_papo.config import ParallelConfig
 from megatron_papo.errors import UserError
@@ -16,6 +16,9 @@ from megatron_papo.model.hf_config import HFConfig
 
 if TYPE_CHECKING:
     import torch
+
+
+_has_joined = False  # a process group: see leave()
 
 
 def check_parallel_sizes(hf: HFConfig, parallel: ParallelConfig) -> None:
@@ -129,6 +132,8 @@ def _this_program() -> str:
 def _join_process_group() -> None:
     import torch
 
+    global _has_joined
+    _has_joined = True
     if torch.cuda.is_available():
         torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     elif "MASTER_ADDR" in os.environ:
@@ -166,6 +171,19 @@ def disconnect() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """sys.exit(status), but a process that has joined a process group ends at once, without Python's finalization.
+
+    A library may keep a group alive after its end (DeepSpeed does), and a gloo thread that drops its last tensor while Python
+    finalizes aborts the process ("terminate called without an active exception"; one run in fourteen with two ranks on two cores).
+    """
+    if not _has_joined:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_first_stage() -> bool:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 
+from megatron_papo.command_line import run
+
 
 def main() -> None:
     import torch
@@ -105,4 +107,4 @@ def clip():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_papo.command_line import run
+
 LAYOUTS = {  # name -> (checkpoint, tp, pp, sequence parallel, recompute)
     "tp1": ("untied", 1, 1, False, "none"),
     "tp2": ("untied", 2, 1, False, "none"),
@@ -224,4 +226,4 @@ def swap_groups(model) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

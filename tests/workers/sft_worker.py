@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_papo.command_line import run
 from megatron_papo.config import DataConfig, ModelConfig, SftConfig
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.records import Prompt, read_jsonl
@@ -46,4 +47,4 @@ def main() -> None:
     parallel.disconnect()
 
 
-main()
+run(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_papo.command_line import run
 from megatron_papo.training import parallel
 from tests.model.test_log_probs import example, ours, weights_of
 
@@ -31,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

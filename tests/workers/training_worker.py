@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint import megatron_files
+from megatron_papo.command_line import run
 from megatron_papo.config import load_config
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
