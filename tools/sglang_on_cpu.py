@@ -196,13 +196,17 @@ def _install_triton():
 def tiled_mm(a, b):
     """a @ b, [M, K], [K, N] -> [M, N], in which the bits of a row do not depend on M or on the other rows.
 
-    BLAS picks its kernel, hence its order of summation, by the number of rows. Here it always sees TILE_ROWS of them.
+    BLAS picks its kernel, hence its order of summation, by the sizes. Here it always sees one tile of TILE_ROWS rows.
     """
     rows, inner = a.shape
     tiles = -(-rows // TILE_ROWS)
     padded = a.new_zeros(tiles * TILE_ROWS, inner)
     padded[:rows] = a
-    return torch.bmm(padded.view(tiles, TILE_ROWS, inner), b.expand(tiles, *b.shape)).view(tiles * TILE_ROWS, b.shape[1])[:rows]
+    padded = padded.view(tiles, 1, TILE_ROWS, inner)
+    products = a.new_empty(tiles, TILE_ROWS, b.shape[1])
+    for tile in range(tiles):
+        torch.bmm(padded[tile], b[None], out=products[tile : tile + 1])
+    return products.view(tiles * TILE_ROWS, b.shape[1])[:rows]
 
 
 def _tiled_addmm(bias, a, b, *, beta=1, alpha=1):

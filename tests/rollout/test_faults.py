@@ -54,6 +54,18 @@ class Seen(Counter):
             self.do()
 
 
+def same(samples: list, others: list) -> bool:
+    """The same tokens; log-probs to four units in the last place, of which another kind of CPU may promise less than all bits."""
+
+    def without_log_probs(sample):
+        return dataclasses.replace(sample, log_probs=[])
+
+    return all(
+        without_log_probs(one) == without_log_probs(other) and one.log_probs == pytest.approx(other.log_probs, rel=5e-7, abs=5e-7)
+        for one, other in zip(samples, others, strict=True)
+    )
+
+
 def each_once(seen: Seen, requests: list) -> bool:
     return seen == Counter(range(len(requests)))
 
@@ -65,7 +77,7 @@ def test_requests_of_a_lost_server_go_to_another(server, client, requests, sampl
     with proxy_to(server, fault, after=4) as (faulty, proxy):
         two = SglangClient([server, faulty], 16, 60, limits=IMPATIENT)
         started = time.monotonic()
-        assert two.sample(requests, sampling, "first", seen) == undisturbed
+        assert same(two.sample(requests, sampling, "first", seen), undisturbed)
         assert time.monotonic() - started < 30  # far below the 60 s of a request's own time-out
     assert each_once(seen, requests)
     assert two.traffic.servers_lost == 1 and two.traffic.servers_restarted == 0 and two.traffic.resent > 0
@@ -85,7 +97,7 @@ def test_a_passing_503_is_sent_again_to_the_same_server(server, client, requests
     seen = Seen()
     with proxy_to(server, "503", after=8) as (shaky, _):
         alone = SglangClient([shaky], 4, 60, limits=IMPATIENT)
-        assert alone.sample(requests, sampling, "first", seen) == undisturbed
+        assert same(alone.sample(requests, sampling, "first", seen), undisturbed)
     assert each_once(seen, requests) and alone.traffic.resent == 3 and alone.traffic.servers_lost == 0
 
 
@@ -111,7 +123,7 @@ def test_router_gets_the_samples_and_the_servers_the_control_calls(server, check
         client = SglangClient([worker], 16, 60, router=router)
         assert client.update_weights(checkpoints.second, "second") == 1
         assert client.update_weights(checkpoints.first, "first") == 1
-        assert client.sample(requests, sampling, "first") == undisturbed
+        assert same(client.sample(requests, sampling, "first"), undisturbed)
     assert set(samples.paths) <= {"/generate", "/health"} and samples.paths.count("/generate") == len(requests)
     assert "/generate" not in control.paths and control.paths.count("/update_weights_from_disk") == 2
 
@@ -173,7 +185,7 @@ def test_early_stop_cancels_and_counts_the_rest(client, requests, sampling, undi
     assert traffic.cancelled_running + traffic.cancelled_waiting + 3 == len(requests)
     assert traffic.cancelled_waiting == len(requests) - 3 - traffic.cancelled_running > 0 and traffic.cancelled_tokens > 0
     # the server is free again, and the aborted requests left nothing behind
-    assert client.sample(requests, sampling, "first") == undisturbed
+    assert same(client.sample(requests, sampling, "first"), undisturbed)
 
 
 def test_killed_in_mid_batch_and_started_again(server, server_dir, checkpoints, client, requests, sampling, undisturbed, capsys):
@@ -190,7 +202,7 @@ def test_killed_in_mid_batch_and_started_again(server, server_dir, checkpoints, 
         limits=IMPATIENT,
     )
     supervised.update_weights(checkpoints.first, "first")
-    assert supervised.sample(requests, sampling, "first", seen) == undisturbed
+    assert same(supervised.sample(requests, sampling, "first", seen), undisturbed)
     assert each_once(seen, requests)
     traffic = supervised.traffic
     assert traffic.servers_lost == traffic.servers_restarted == 1 and traffic.resent > 0
