@@ -7,6 +7,7 @@ configuration says otherwise, with a random key. Processes are ended by their nu
 
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -28,6 +29,7 @@ CPU_LAUNCHER = REPOSITORY / "tools" / "sglang_on_cpu.py"
 HEALTH_TIMEOUT_SECONDS = 30.0
 """/health generates a token, which takes about a second; SGLang itself gives up after 20."""
 STOP_SECONDS = 20.0
+PORT_ATTEMPTS = 3
 LOG_LINES = 30
 NOT_OF_ONE_SERVER = {
     "start_timeout_seconds", "replicas", "router", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
@@ -174,7 +176,20 @@ def log_tail(server_dir: Path, lines: int = LOG_LINES) -> str:
     return "\n".join("  " + line for line in text.splitlines()[-lines:])
 
 
+class _PortTaken(UserError):
+    """Somebody took the port between our choice and the moment, some seconds later, at which the server wanted it."""
+
+
 def _start(server_dir: Path, model: Path, server: ServerConfig, dtype: str, settings: dict, replica: int) -> Server:
+    for _ in range(PORT_ATTEMPTS - 1 if server.port == 0 else 0):
+        try:
+            return _start_once(server_dir, model, server, dtype, settings, replica)
+        except _PortTaken as error:
+            print(f"{error}: trying another", flush=True)
+    return _start_once(server_dir, model, server, dtype, settings, replica)
+
+
+def _start_once(server_dir: Path, model: Path, server: ServerConfig, dtype: str, settings: dict, replica: int) -> Server:
     python = _python(server)
     port = _port(server.host, server.port + replica if server.port else 0)
     api_key = secrets.token_hex(16)
@@ -237,13 +252,36 @@ def _python(server: ServerConfig) -> Path:
 
 
 def _port(host: str, port: int) -> int:
+    """The given port if it can be had. 0: a free one, if possible none that the system gives to outgoing connections in the meantime."""
+    if port == 0:
+        below = list(range(20000, _first_ephemeral_port()))
+        for candidate in random.sample(below, min(100, len(below))):
+            if _why_taken(host, candidate) is None:
+                return candidate
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+            return probe.getsockname()[1]
+    problem = _why_taken(host, port)
+    if problem is not None:
+        raise UserError(f"server.port {port} on {host}: {problem}: choose another, or 0 for any free port")
+    return port
+
+
+def _why_taken(host: str, port: int) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"server.port {port} on {host}: {error.strerror}: choose another, or 0 for any free port")
-        return probe.getsockname()[1]
+            return error.strerror
+    return None
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32768
 
 
 def _wait_until_ready(server: Server, process: psutil.Process, record: dict, timeout: float) -> Server:
@@ -260,6 +298,8 @@ def _wait_until_ready(server: Server, process: psutil.Process, record: dict, tim
                     raise UserError(f"the SGLang server died while starting; {tail}")
                 if _problem(server, timeout=5.0) is None:
                     break
+                if "address already in use" in log_tail(server.directory):  # SGLang says so and stays, without an ear
+                    raise _PortTaken(f"{server.url}: the port was taken while SGLang started")
                 if time.monotonic() - started > timeout:
                     raise UserError(
                         f"the SGLang server did not answer within server.start_timeout_seconds = {timeout:g}: raise it;"

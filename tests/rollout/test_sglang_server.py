@@ -82,6 +82,30 @@ def test_server_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
     assert not [p for p in psutil.process_iter(["cmdline"]) if python in (p.info["cmdline"] or [])]
 
 
+DEAF = """
+print("ERROR: [Errno 98] error while attempting to bind on address: address already in use", flush=True)
+time.sleep(600)
+"""
+"""What SGLang does when its port is taken."""
+
+
+def test_a_port_taken_meanwhile_is_no_hang(tmp_path, capsys):
+    once = f"if not os.path.exists('{tmp_path}/second'):\n    open('{tmp_path}/second', 'w')" + DEAF.replace("\n", "\n    ") + ANSWERING
+    python = stand_in(tmp_path / "python", "import os\n" + once)
+    sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python), "float32")
+    sglang_server.stop(tmp_path / "server")
+    assert "the port was taken while SGLang started: trying another" in capsys.readouterr().out
+    python = stand_in(tmp_path / "python", DEAF)
+    for port in (0, two_free_ports()):  # given up after some attempts; at once if the user wants this port
+        with pytest.raises(UserError, match="the port was taken while SGLang started"):
+            sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python, port=port), "float32")
+        assert capsys.readouterr().out.count("trying another") == (2 if port == 0 else 0)
+
+
+def test_free_ports_are_not_those_of_outgoing_connections():
+    assert all(20000 <= sglang_server._port("127.0.0.1", 0) < sglang_server._first_ephemeral_port() for _ in range(50))
+
+
 ANSWERING = """
 import http.server, json
 port = int(sys.argv[sys.argv.index('--port') + 1])
