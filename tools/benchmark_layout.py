@@ -45,6 +45,12 @@ def parse():
     return parser.parse_args()
 
 
+def response_lengths(rng: random.Random, group_size: int, mean: int) -> list[int]:
+    """Tokens of each response of a group: log-normal, the group's mean as given, up to rounding."""
+    draws = [math.exp(rng.gauss(0.0, SPREAD)) for _ in range(group_size)]
+    return [max(1, round(mean * draw * group_size / sum(draws))) for draw in draws]
+
+
 def make_rollouts(args, hf, directory: Path) -> list:
     """args.groups groups; one picture of noise per prompt, which is also written."""
     import numpy as np
@@ -61,9 +67,7 @@ def make_rollouts(args, hf, directory: Path) -> list:
         noise = np.random.default_rng(group).integers(0, 256, (side * PIXELS_PER_TOKEN, side * PIXELS_PER_TOKEN, 3), dtype=np.uint8)
         Image.fromarray(noise).save(directory / f"{group}.png")
         prompt = [hf.image_token_id, *(rng.randrange(100) for _ in range(text))]
-        draws = [math.exp(rng.gauss(0.0, SPREAD)) for _ in range(args.group_size)]
-        lengths = [max(1, round(args.response_tokens * draw * args.group_size / sum(draws))) for draw in draws]
-        for sample, length in enumerate(lengths):
+        for sample, length in enumerate(response_lengths(rng, args.group_size, args.response_tokens)):
             records.append(
                 Rollout(
                     prompt_id=str(group), iteration=1, epoch=0, group=group, sample=sample, answer="", prompt_token_ids=prompt,

@@ -8,8 +8,13 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 
-def seconds_in_turns(functions: dict[Hashable, Callable[[], object]], repeat: int) -> dict[Hashable, float]:
-    """Median wall seconds of each function, after one call that does not count; the functions take turns."""
+def seconds_in_turns(
+    functions: dict[Hashable, Callable[[], object]], repeat: int, statistic: Callable[[list[float]], float] = statistics.median
+) -> dict[Hashable, float]:
+    """Wall seconds of each function, after one call that does not count; the functions take turns.
+
+    statistic: of the repeats. `min` where other work on the machine is the only noise: it never makes a call faster.
+    """
     import torch
 
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -22,7 +27,7 @@ def seconds_in_turns(functions: dict[Hashable, Callable[[], object]], repeat: in
             wait()
             if number > 0:
                 found[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: statistic(seconds) for name, seconds in found.items()}
 
 
 def peak_bytes(function: Callable[[], object]) -> int:

@@ -46,18 +46,20 @@ class GroupAttention(MegatronModule):
 
 def attend_groups(query: Tensor, key: Tensor, value: Tensor, groups: list[tuple[int, list[int]]]) -> Tensor:
     """[1, heads, s, d], [1, kv groups, s, d] twice -> [1, heads, s, d]; zeros on the padding after the last group."""
-    outs, start = [], 0
+    lengths = [length for prompt, responses in groups for length in (prompt, *responses)]
+    lengths.append(query.shape[2] - sum(lengths))
+    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))  # slices would each have a gradient of the whole row
+    outs = []
     for prompt, responses in groups:
-        prefix = slice(start, start + prompt)
-        outs.append(_attend(query[:, :, prefix], key[:, :, prefix], value[:, :, prefix], is_causal=True))
-        start += prompt
-        for response in responses:
-            own = slice(start, start + response)
-            start += response
+        prompt_query, *prompt_keys = next(pieces)
+        outs.append(_attend(prompt_query, *prompt_keys, is_causal=True))
+        for response, mask in zip(responses, lower_right_masks(prompt, responses, query)):
+            own_query, *own_keys = next(pieces)
             if response:
-                keys, values = (torch.cat([x[:, :, prefix], x[:, :, own]], dim=2) for x in (key, value))
-                outs.append(_attend(query[:, :, own], keys, values, attn_mask=_lower_right(response, prompt + response, query.device)))
-    outs.append(torch.zeros_like(query[:, :, start:]))
+                keys, values = (torch.cat(both, dim=2) for both in zip(prompt_keys, own_keys))
+                outs.append(_attend(own_query, keys, values, attn_mask=mask))
+    padding, *_ = next(pieces)
+    outs.append(torch.zeros_like(padding))
     return torch.cat(outs, dim=2)
 
 
@@ -65,9 +67,14 @@ def _attend(query, key, value, **mask) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1], **mask)
 
 
-def _lower_right(rows: int, columns: int, device: torch.device):
-    """The causal mask of the last `rows` of `columns` positions. On a GPU it only names what flash attention does by itself; a CPU kernel
-    wants it written out, where bool is three times faster than torch's own floats."""
-    if device.type == "cuda":
-        return causal_lower_right(rows, columns)
-    return torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
+def lower_right_masks(prompt: int, responses: list[int], query: Tensor) -> list:
+    """For each response the attn_mask [response, prompt + response] of its tokens: they see the prompt and, causally, themselves.
+
+    On a GPU it only names what flash attention does by itself. A CPU kernel wants it written out, in query's dtype, or it makes and keeps a
+    copy per call; the mask of the longest response holds all others.
+    """
+    if query.is_cuda:
+        return [causal_lower_right(response, prompt + response) for response in responses]
+    longest = max(responses, default=0)
+    mask = query.new_full((longest, prompt + longest), float("-inf")).triu(prompt + 1)
+    return [mask[:response, : prompt + response] for response in responses]
