@@ -131,6 +131,9 @@ class ParallelConfig(Section):
     data_parallel_size: int = Field(default=1, gt=0)
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence. Needs tensor_model_parallel_size > 1."""
+    vision_tower: Literal["sharded", "spread"] = "sharded"
+    """sharded: the vision tower is tensor-parallel like the decoder. spread: every tensor-parallel rank holds it whole and encodes its share
+    of a micro-batch's pictures: no divisibility of its sizes, one exchange instead of four all-reduces per layer, more memory."""
 
     @property
     def world_size(self) -> int:

@@ -56,16 +56,16 @@ def transformer_layer(core_attention, mask_type: AttnMaskType) -> ModuleSpec:
 
 
 def transformer_config(*, dtype: torch.dtype, recompute: Literal["none", "full"], **sizes) -> TransformerConfig:
-    """What decoder and tower have in common; `sizes` are theirs. Tensor-parallel size from the layout that is initialized.
+    """What decoder and tower have in common; `sizes` are theirs. Without tensor_model_parallel_size among them: that of the layout.
 
     Ready for megatron-core's schedules and optimizers: finalize_model_grads_func, pipeline_dtype and variable sequence lengths are set.
     """
     fused_kernels = torch.cuda.is_available() and _imports("triton")
     recompute_all = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
     return TransformerConfig(
-        **sizes,
+        **{"tensor_model_parallel_size": tp, **sizes},
         **(recompute_all if recompute == "full" else {}),
-        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,

@@ -19,11 +19,23 @@ from megatron_papo.model.group_attention import GroupAttention, GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.layer_specs import RMSNorm, transformer_config, transformer_layer
 from megatron_papo.model.log_probs import TokenStatistics, output_token_statistics
+from megatron_papo.model.spread_vision import SpreadVisionTower, finalize_gradients
 from megatron_papo.model.vision import VisionTower
 
 
-def build_model(hf: HFConfig, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Literal["none", "full"]) -> "Qwen2_5_VL":
-    """This rank's pipeline stage, on its device, with weights that a checkpoint must still be loaded into."""
+def build_model(
+    hf: HFConfig,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Literal["none", "full"],
+    vision_tower: Literal["sharded", "spread"] = "sharded",
+) -> "Qwen2_5_VL":
+    """This rank's pipeline stage, on its device, with weights that a checkpoint must still be loaded into.
+
+    vision_tower: parallel.vision_tower. Gradients of a spread tower are whole only after config.finalize_model_grads_func, which
+    megatron-core's schedules call.
+    """
     config = transformer_config(
         dtype=dtype,
         recompute=recompute,
@@ -39,7 +51,9 @@ def build_model(hf: HFConfig, *, dtype: torch.dtype, sequence_parallel: bool, re
         mrope_section=list(hf.text.mrope_section),
         add_bias_linear=False,
     )
-    return Qwen2_5_VL(config, hf, recompute)
+    if vision_tower == "spread":
+        config.finalize_model_grads_func = finalize_gradients
+    return Qwen2_5_VL(config, hf, recompute, SpreadVisionTower if vision_tower == "spread" else VisionTower)
 
 
 @dataclass(frozen=True)
@@ -70,12 +84,12 @@ class Decoder(GPTModel):
 class Qwen2_5_VL(MegatronModule):
     """One pipeline stage: `vision_model` (first stage only) and `language_model`, megatron-core's GPTModel."""
 
-    def __init__(self, config: TransformerConfig, hf: HFConfig, recompute: str):
+    def __init__(self, config: TransformerConfig, hf: HFConfig, recompute: str, tower: type[VisionTower]):
         super().__init__(config)
         self.hf = hf
         self.pre_process, self.post_process = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         self.model_type = ModelType.encoder_or_decoder
-        self.vision_model = VisionTower(hf.vision, dtype=config.params_dtype, recompute=recompute) if self.pre_process else None
+        self.vision_model = tower(hf.vision, dtype=config.params_dtype, recompute=recompute) if self.pre_process else None
         layer = transformer_layer(GroupAttention, AttnMaskType.causal)
         self.language_model = Decoder(
             config=config,

@@ -1,9 +1,10 @@
-"""Qwen2.5-VL's vision tower on megatron-core's TransformerBlock: tensor-parallel, whole on the first pipeline stage.
+"""Qwen2.5-VL's vision tower on megatron-core's TransformerBlock: tensor-parallel, on the first pipeline stage.
 
 Pictures of any number and size go through as one sequence of patches. Most layers attend within windows of 112 x 112 pixels, a few
 within the whole picture (arXiv 2502.13923, section 2.1.1). Four patches of a 2 x 2 cell make one image token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,13 +127,22 @@ def _runs(sorted_lengths: list[int]) -> list[tuple[int, int]]:
     return [(sorted_lengths.count(length), length) for length in sorted(set(sorted_lengths))]
 
 
-class VisionTower(MegatronModule):
-    """Patches of any number of pictures -> image tokens in the decoder's width."""
+def check_patches(pixel_values: torch.Tensor, image_grids: Sequence[tuple[int, int, int]]) -> None:
+    """Raises ValueError, with both numbers, if the patches are not those of the grids."""
+    expected = sum(time * rows * columns for time, rows, columns in image_grids)
+    if pixel_values.shape[0] != expected:
+        raise ValueError(f"pixel_values holds {pixel_values.shape[0]} patches, the image grids {list(image_grids)} have {expected}")
 
-    def __init__(self, vision: VisionConfig, *, dtype: torch.dtype, recompute: str):
+
+class VisionTower(MegatronModule):
+    """Patches of any number of pictures -> image tokens in the decoder's width. groups: the weights are sharded over groups.tp."""
+
+    def __init__(self, vision: VisionConfig, *, dtype: torch.dtype, recompute: str, groups: ProcessGroupCollection | None = None):
+        groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
         config = transformer_config(
             dtype=dtype,
             recompute=recompute,
+            tensor_model_parallel_size=groups.tp.size(),
             num_layers=vision.depth,
             hidden_size=vision.hidden_size,
             num_attention_heads=vision.num_heads,
@@ -152,21 +162,19 @@ class VisionTower(MegatronModule):
         self.decoder = TransformerBlock(
             config,
             TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+            pg_collection=groups,
         )
         cell = vision.spatial_merge_size**2 * vision.hidden_size
-        linear = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False)
+        linear = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False, tp_group=groups.tp)
         self.merger_fc1 = ColumnParallelLinear(cell, cell, gather_output=False, **linear)
         self.merger_fc2 = RowParallelLinear(cell, vision.out_hidden_size, input_is_parallel=True, **linear)
 
     def forward(self, pixel_values: torch.Tensor, image_grids: list[tuple[int, int, int]]) -> torch.Tensor:
         """[patches, patch_values], (1, rows, columns) of each picture -> [patches / 4, out_hidden_size], in the pixels' order.
 
-        Raises ValueError, with both numbers, if the patches are not those of the grids.
+        Raises ValueError if the patches are not those of the grids.
         """
-        expected = sum(time * rows * columns for time, rows, columns in image_grids)
-        if pixel_values.shape[0] != expected:
-            raise ValueError(f"pixel_values holds {pixel_values.shape[0]} patches, the image grids {list(image_grids)} have {expected}")
+        check_patches(pixel_values, image_grids)
         where, device = geometry(self.vision, image_grids), pixel_values.device
         cells, merge = where.cells.to(device), self.vision.spatial_merge_size**2
         if where.pictures.order is not None:

@@ -16,8 +16,12 @@ from tools.convert.geometry import config_tree
 TENSORS = {"3b": 824, "7b": 729, "32b": 1161, "72b": 1353}
 """Counted by hand: 390 of the vision tower (32 x 12 + patches, norm and two biased layers), 12 per text layer, embedding, norm, head."""
 
-TENSOR_PARALLEL = {"3b": {1, 2, 4}, "7b": {1, 2, 4}, "32b": {1, 2, 4, 8}, "72b": {1, 2, 4, 8, 16}}
-"""Common divisors of heads, MLP widths and vocabulary; 16 ranks share the 8 key-value groups of the 72B model in pairs."""
+TENSOR_PARALLEL = {
+    "sharded": {"3b": {1, 2, 4}, "7b": {1, 2, 4}, "32b": {1, 2, 4, 8}, "72b": {1, 2, 4, 8, 16}},
+    "spread": {"3b": {1, 2, 4, 8, 16}, "7b": {1, 2, 4}, "32b": {1, 2, 4, 8}, "72b": {1, 2, 4, 8, 16, 32, 64}},
+}
+"""Common divisors of heads, MLP widths and vocabulary, with a spread tower of the text's alone. 16 ranks share the 8 key-value groups of the
+72B model in pairs."""
 
 
 def hf_config(tree, directory):
@@ -63,13 +67,14 @@ def test_a_map_with_a_gap_would_be_noticed(tmp_path):
     assert len(names) < TENSORS["3b"]
 
 
-def test_tensor_parallel_sizes(size, tmp_path):
+@pytest.mark.parametrize("vision_tower", TENSOR_PARALLEL)
+def test_tensor_parallel_sizes(size, vision_tower, tmp_path):
     """Every size up to 64: taken, or refused with a number that it does not divide."""
     hf = hf_config(official_tree(size), tmp_path)
     taken = set()
     for tp in range(1, 65):
         try:
-            check_parallel_sizes(hf, ParallelConfig(tensor_model_parallel_size=tp))
+            check_parallel_sizes(hf, ParallelConfig(tensor_model_parallel_size=tp, vision_tower=vision_tower))
             taken.add(tp)
         except UserError as error:
             words = str(error).replace(":", "").split()
@@ -77,7 +82,7 @@ def test_tensor_parallel_sizes(size, tmp_path):
                 continue
             number = int(words[words.index("choose") - 1])
             assert number % tp and f"tensor_model_parallel_size {tp} does not divide the" in str(error)
-    assert taken == TENSOR_PARALLEL[size]
+    assert taken == TENSOR_PARALLEL[vision_tower][size]
 
 
 def test_the_benchmark_has_the_published_geometry(size, tmp_path):

@@ -56,6 +56,14 @@ def test_impossible_sizes_name_the_number(hf_3b, tp, pp, change, message):
     assert "model_parallel_size" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_spread_tower_need_not_be_cut(hf_3b):
+    with pytest.raises(UserError, match="or parallel.vision_tower spread"):
+        parallel.check_parallel_sizes(hf_3b, sizes(8))
+    parallel.check_parallel_sizes(hf_3b, ParallelConfig(tensor_model_parallel_size=8, vision_tower="spread"))
+    with pytest.raises(UserError, match="text attention heads 16: choose a divisor$"):
+        parallel.check_parallel_sizes(hf_3b, ParallelConfig(tensor_model_parallel_size=3, vision_tower="spread"))
+
+
 def test_a_wrong_number_of_processes_is_refused_with_the_command(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 processes were started.* asks for 4 .*torchrun --nproc-per-node 4"):
