@@ -93,16 +93,27 @@ def batch() -> dict:
         pixel_values=torch.randn(patches, 1176, generator=random),
         labels=labels,
         weights=weights / weights.sum(),
+        grids=GRIDS,
     )
 
 
+def some_rows(data: dict, rows: list[int]) -> dict:
+    """Part of the batch, with the pictures of those rows: [0, 2] has two of them, [2] none."""
+    patches = [rows * columns for _, rows, columns in GRIDS]
+    pictures = [picture for row in rows for picture in ([0, 1], [2, 3, 4], [])[row]]
+    pixels = data["pixel_values"].split(patches)
+    chosen = {name: data[name][rows] for name in ("input_ids", "attention_mask", "labels", "weights")}
+    chosen["pixel_values"] = torch.cat([pixels[picture] for picture in pictures]) if pictures else None
+    return chosen | {"grids": [GRIDS[picture] for picture in pictures]}
+
+
 def reference(model, data: dict) -> dict:
-    """transformers' logits, loss and the gradient of every parameter, by official on-disk name."""
+    """transformers' logits, loss and the gradient of every parameter, by official on-disk name; zeros for a tower without a picture."""
     from megatron_papo.checkpoint.name_map import disk_name
 
     model.zero_grad()
     image_types = (data["input_ids"] == IMAGE).int()
-    grids = torch.tensor(GRIDS)
+    grids = torch.tensor(data["grids"]) if data["grids"] else None
     positions, _ = model.model.get_rope_index(data["input_ids"], image_types, grids, attention_mask=data["attention_mask"])
     logits = model(
         input_ids=data["input_ids"],
@@ -114,5 +125,8 @@ def reference(model, data: dict) -> dict:
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), reduction="none")
     loss = (losses * data["weights"].flatten()).sum()
     loss.backward()
-    gradients = {disk_name(name): parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {
+        disk_name(name): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
     return dict(position_ids=positions, logits=logits.detach(), loss=float(loss.detach()), gradients=gradients)

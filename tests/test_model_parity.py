@@ -21,6 +21,8 @@ from tests.workers import model_parity as worker
 from tests.workers import optimizer_resume
 
 ROOT = Path(__file__).resolve().parents[1]
+ROWS = {"few": [0, 2], "none": [2]}
+"""Rows of the batch with two pictures and without any."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,11 @@ def runs(tmp_path_factory):
         references[name] = random_model.reference(model, data)
         (directory / name).mkdir()
         hf_to_megatron(HFCheckpoint(directory / f"{name}_hf"), directory / name)
-    torch.save({**data, "position_ids": references["tied"]["position_ids"], "grids": random_model.GRIDS}, directory / "batch.pt")
+    torch.save({**data, "position_ids": references["tied"]["position_ids"]}, directory / "batch.pt")
+    for name, rows in ROWS.items():
+        part = random_model.some_rows(data, rows)
+        references[name] = random_model.reference(model, part)
+        torch.save({**part, "position_ids": references[name]["position_ids"]}, directory / f"batch_{name}.pt")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "workers" / "model_parity.py"
@@ -44,28 +50,51 @@ def runs(tmp_path_factory):
     return directory, data, references, json.loads((directory / "results.json").read_text())
 
 
-def compare(runs, name, checkpoint):
+def compare(runs, name, reference):
     """Largest logit difference on real tokens, loss difference, gradient difference relative to its norm by name, norm difference."""
     directory, data, references, results = runs
-    reference = references[checkpoint]
+    data = random_model.some_rows(data, ROWS[reference]) if reference in ROWS else data
+    reference = references[reference]
     kept = torch.load(directory / "results" / name / "kept.pt")
     real = data["attention_mask"].bool()
     logits = (kept["logits"] - reference["logits"])[real].abs().max().item()
     gradients = MegatronCheckpoint(directory / "results" / name)
     assert gradients.tensors.keys() == reference["gradients"].keys()
-    relative = {key: ((gradients.read(key) - value).norm() / value.norm()).item() for key, value in reference["gradients"].items()}
+    relative = {key: ((gradients.read(key) - value).norm() / (value.norm() or 1.0)).item() for key, value in reference["gradients"].items()}
     # Each parameter once, straight from transformers: independent of the name map that brought the gradients home.
     norm = torch.stack([value.norm() for value in reference["gradients"].values()]).norm().item()
     return logits, abs(kept["loss"] - reference["loss"]), relative, abs(results["parity"][name]["gradient_norm"] / norm - 1)
 
 
-@pytest.mark.parametrize("name", worker.LAYOUTS)
+def reference_of(name):
+    """Of a layout: its batch's name where it does not take the whole one, else its checkpoint's."""
+    return name.split("_")[-1] if name.endswith(("_few", "_none")) else (worker.LAYOUTS | worker.SPREAD)[name][0]
+
+
+@pytest.mark.parametrize("name", worker.LAYOUTS | worker.SPREAD)
 def test_equals_transformers(runs, name):
-    logits, loss, gradients, norm = compare(runs, name, worker.LAYOUTS[name][0])
+    logits, loss, gradients, norm = compare(runs, name, reference_of(name))
     assert logits < 1e-5
     assert loss < 1e-5
     assert {key: value for key, value in gradients.items() if value > 1e-5} == {}
     assert norm < 1e-6
+
+
+@pytest.mark.parametrize("name", worker.SPREAD)
+def test_replicas_of_a_spread_tower_stay_equal(runs, name):
+    assert runs[3]["parity"][name]["replicas_equal"]
+
+
+@pytest.mark.parametrize("name", worker.WRONG_SPREAD)
+def test_a_wrong_spread_is_noticed(runs, name):
+    """And only where it is wrong: the tower's gradients, or their norm."""
+    logits, loss, gradients, norm = compare(runs, name, "untied")
+    tower = {key for key in gradients if key.startswith("visual.")}
+    assert logits < 1e-5 and max(value for key, value in gradients.items() if key not in tower) < 1e-5
+    without_sum = name.endswith("without_sum")
+    assert runs[3]["parity"][name]["replicas_equal"] != without_sum
+    assert (max(gradients[key] for key in tower) > 1e-1) == without_sum
+    assert norm > 1e-4
 
 
 @pytest.mark.parametrize("name", worker.WRONG)
@@ -118,22 +147,37 @@ def test_training_resumes_as_if_nothing_had_happened(runs, kind):
         assert losses == pytest.approx(whole[2:], abs=tolerance, rel=0), name
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16_distributed"])
-def test_a_run_saved_at_tp2_pp2_moves_to_other_layouts_bit_for_bit(runs, kind):
+@pytest.mark.parametrize("kind", optimizer_resume.MOVED)
+def test_a_run_moves_to_other_layouts_bit_for_bit(runs, kind):
     """Weights, fp32 main parameters, both moments and steps as loaded elsewhere and saved again; the losses that follow, up to rounding."""
-    rows = runs[3]["resume"][f"moved_{kind}"]
+    rows, layouts = runs[3]["resume"][f"moved_{kind}"], optimizer_resume.MOVED[kind][-1]
     saved, start = TorchDistCheckpoint(runs[0] / f"moved_{kind}"), TorchDistCheckpoint(runs[0] / "tied")
     assert sum(key.startswith(OPTIMIZER_PREFIXES) for key in saved.tensors) >= 2 * len(start.tensors)
-    for name in optimizer_resume.MOVED:
+    for name in layouts:
         again = TorchDistCheckpoint(runs[0] / f"moved_{kind}_{name}")
         assert again.tensors == saved.tensors
         assert [key for key in saved.tensors if not torch.equal(saved.read(key, None), again.read(key, None))] == [], name
         assert rows[name] == pytest.approx(rows["whole"][2:], abs=5e-3 if "bf16" in kind else 1e-5, rel=0), name
-        assert again.common["saved_from"] == {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "data_parallel_size": 1} | (
-            optimizer_resume.RESUMED[name]
-        )
+        sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "data_parallel_size": 1}
+        assert again.common["saved_from"] == {key: optimizer_resume.RESUMED[name].get(key, size) for key, size in sizes.items()}
     key = "language_model.embedding.word_embeddings.weight"
     assert not torch.equal(saved.read(key, None).float(), start.read(key, None))  # and it had been trained
+
+
+def test_optimizer_steps_with_a_spread_tower_equal_those_with_a_sharded_one(runs):
+    """Two steps of Adam: the moments, which are linear and quadratic in the gradients, the weights, and the losses of four steps.
+
+    The limit for weights is wider: Adam makes a whole step of an element whose gradient is hardly more than rounding.
+    """
+    sharded, spread = (TorchDistCheckpoint(runs[0] / f"moved_{kind}") for kind in ("fp32", "spread"))
+    assert sharded.tensors == spread.tensors
+    relative = {}
+    for key in sharded.tensors:
+        ours, theirs = (checkpoint.read(key, None).double() for checkpoint in (spread, sharded))
+        relative[key] = ((ours - theirs).norm() / (theirs.norm() or 1.0)).item()
+    assert {key: value for key, value in relative.items() if value > (1e-5 if "exp_avg" in key else 1e-4)} == {}
+    losses = [runs[3]["resume"][f"moved_{kind}"]["whole"] for kind in ("fp32", "spread")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5, rel=0)
 
 
 def test_resuming_without_optimizer_state_is_noticed(runs):
@@ -155,9 +199,10 @@ def test_a_training_checkpoint_exports(runs, kind, tmp_path):
     assert torch.equal(exported, source.read("model.layers.1.self_attn.k_proj.weight"))
 
 
-@pytest.mark.parametrize("checkpoint", ["tied", "untied"])
-def test_round_trip_through_tensor_and_pipeline_parallel_ranks_is_bitwise(runs, checkpoint, tmp_path):
+@pytest.mark.parametrize("saved, checkpoint", [("tied", "tied"), ("untied", "untied"), ("spread", "untied"), ("after_spread", "untied")])
+def test_round_trip_through_tensor_and_pipeline_parallel_ranks_is_bitwise(runs, saved, checkpoint, tmp_path):
+    """spread: with the tower whole on every rank; after_spread: and then sharded."""
     directory = runs[0]
-    megatron_to_hf(MegatronCheckpoint(directory / f"saved_{checkpoint}"), tmp_path)
+    megatron_to_hf(MegatronCheckpoint(directory / f"saved_{saved}"), tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (directory / f"{checkpoint}_hf" / "model.safetensors").read_bytes()
     assert read_hf_config(tmp_path) == read_hf_config(directory / f"{checkpoint}_hf")

@@ -120,7 +120,7 @@ def make_cases() -> list[dict]:
                                   f"training.log_prob_micro_batch_size={micro + 1}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)],
                 }  # fmt: skip
             )
-    return cases + group_cases() + [micro_batch_case()]
+    return cases + group_cases() + [micro_batch_case()] + spread_cases()
 
 
 def group_cases() -> list[dict]:
@@ -131,6 +131,26 @@ def group_cases() -> list[dict]:
         layout = [f"parallel.{k}={v}" for k, v in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp))]
         overrides = [*layout, f"parallel.sequence_parallel={str(sequence).lower()}", "training.layout=group", f"training.max_tokens_per_micro_batch={budget}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)]
         cases.append({"name": f"group-{name}-{budget}-{objective}", "objective": objective, "step": STEP, "overrides": overrides})
+    return cases
+
+
+def spread_cases() -> list[dict]:
+    """Pictures spread over the tensor-parallel ranks: micro-batches of none, one, two or all of the pictures, with and without twins.
+
+    The tower has two heads: over four ranks it could not be sharded.
+    """
+    cases = []
+    for (tp, pp, dp, sequence), training, objective in [
+        ((2, 1, 2, False), ["micro_batch_size=3"], "token"),
+        ((2, 2, 1, True), ["micro_batch_size=4"], "sampled through both"),
+        ((4, 1, 1, True), ["micro_batch_size=3"], "paper"),
+        ((2, 2, 1, True), ["layout=group", "max_tokens_per_micro_batch=200"], "paper"),
+        ((4, 1, 1, False), ["layout=group", "max_tokens_per_micro_batch=120"], "recompute"),
+    ]:
+        layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "data_parallel_size": dp, "sequence_parallel": str(sequence).lower(), "vision_tower": "spread"}
+        overrides = [*(f"parallel.{k}={v}" for k, v in layout.items()), "training.log_prob_micro_batch_size=4", *(f"training.{x}" for x in training), *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)]
+        name = f"spread-tp{tp}{'pp2' * (pp > 1)}{'dp2' * (dp > 1)}{'sp' * sequence}-{'group-' * ('layout=group' in training)}{objective}"
+        cases.append({"name": name, "objective": objective, "step": STEP, "overrides": overrides})
     return cases
 
 

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 4 tests/workers/model_parity.py DIRECTORY
 
-DIRECTORY holds batch.pt and, per case "tied"/"untied", a Megatron checkpoint; results go to DIRECTORY/results.
+DIRECTORY holds batch.pt, batch_few.pt, batch_none.pt and, per case "tied"/"untied", a Megatron checkpoint; results go to DIRECTORY/results.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_papo.command_line import run
+from megatron_papo import command_line
 
 LAYOUTS = {  # name -> (checkpoint, tp, pp, sequence parallel, recompute)
     "tp1": ("untied", 1, 1, False, "none"),
@@ -26,6 +26,17 @@ LAYOUTS = {  # name -> (checkpoint, tp, pp, sequence parallel, recompute)
     "tp2_pp2_sp_recompute": ("untied", 2, 2, True, "full"),
     "tp1_recompute": ("untied", 1, 1, False, "full"),
 }
+SPREAD = {  # the same, with the pictures spread over the tensor-parallel ranks; batch: all five of them, two, none
+    "tp2_spread": ("untied", 2, 1, False, "none"),
+    "tp2_sp_spread": ("untied", 2, 1, True, "none"),
+    "tp2_pp2_spread": ("untied", 2, 2, False, "none"),
+    "tied_tp2_pp2_sp_spread_recompute": ("tied", 2, 2, True, "full"),
+    "tp4_sp_spread": ("untied", 4, 1, True, "none"),
+    "tp4_spread_few": ("untied", 4, 1, False, "none"),  # two ranks without a picture
+    "tp2_pp2_sp_spread_none": ("untied", 2, 2, True, "none"),
+}
+WRONG_SPREAD = ["tp2_spread_without_sum", "tp2_sp_spread_without_sum", "tp2_spread_counted_twice"]
+"""Negative controls: gradients not summed over the ranks; the gradient norm taken as if every rank had weights of its own."""
 WRONG = ["no_windows", "positions", "swapped_groups"]
 """Negative controls: each must be far from the reference."""
 
@@ -41,11 +52,18 @@ def main() -> None:
     data = torch.load(directory / "batch.pt")
     results = {}
     for name, (checkpoint, tp, pp, sequence_parallel, recompute) in LAYOUTS.items():
-        results[name] = run(directory, name, data, directory / checkpoint, tp, pp, sequence_parallel, recompute)
+        results[name] = run_layout(directory, name, data, directory / checkpoint, tp, pp, sequence_parallel, recompute)
+    for name, (checkpoint, tp, pp, sequence_parallel, recompute) in SPREAD.items():
+        batch = torch.load(directory / f"batch_{name.split('_')[-1]}.pt") if name.endswith(("_few", "_none")) else data
+        results[name] = run_layout(directory, name, batch, directory / checkpoint, tp, pp, sequence_parallel, recompute, "spread")
     for name in WRONG:
-        results[name] = run(directory, name, data, directory / "untied", 2, 2, False, "none")
+        results[name] = run_layout(directory, name, data, directory / "untied", 2, 2, False, "none")
+    for name in WRONG_SPREAD:
+        results[name] = run_layout(directory, name, data, directory / "untied", 2, 1, "_sp_" in name, "none", "spread")
     for checkpoint in ("tied", "untied"):
-        save_and_load(directory, checkpoint)
+        save_and_load(directory / checkpoint, directory / f"saved_{checkpoint}")
+    save_and_load(directory / "untied", directory / "saved_spread", "spread")
+    save_and_load(directory / "saved_spread", directory / "saved_after_spread")
     without_mode = tied_pipeline_without_cpu_backend(directory)
     refused = refusals(directory, data)
     resumed = optimizer_resume.run_all(directory, data)
@@ -56,10 +74,10 @@ def main() -> None:
     parallel.shutdown()
 
 
-def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute) -> dict:
+def run_layout(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute, vision_tower="sharded") -> dict:
     """One layout: forward and backward of the whole batch in one micro-batch, and an optimizer step of size 0 for the gradient norm."""
     import torch
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -74,10 +92,15 @@ def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute)
     hf = read_hf_config(checkpoint)
     if name == "no_windows":
         hf = dataclasses.replace(hf, vision=dataclasses.replace(hf.vision, full_attention_layers=tuple(range(hf.vision.depth))))
-    model = build_model(hf, dtype=torch.float32, sequence_parallel=sequence_parallel, recompute=recompute)
+    model = build_model(hf, dtype=torch.float32, sequence_parallel=sequence_parallel, recompute=recompute, vision_tower=vision_tower)
     megatron_files.load_weights(checkpoint, model)
     if name == "swapped_groups":
         swap_groups(model)
+    if name.endswith("without_sum"):
+        model.config.finalize_model_grads_func = finalize_model_grads
+    if name.endswith("counted_twice"):
+        for parameter in model.vision_model.parameters():
+            parameter.tensor_model_parallel = True
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.0, weight_decay=0.0, clip_grad=1e9), [wrapped])
     position_ids = torch.arange(data["input_ids"].shape[1]).expand_as(data["position_ids"])
@@ -103,6 +126,8 @@ def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute)
     )
     gradients = {key: parameter.main_grad.clone() for key, parameter in model.named_parameters()}
     _, gradient_norm, _ = optimizer.step()
+    tower = [value for key, value in gradients.items() if key.startswith("vision_model.")] if vision_tower == "spread" else []
+    all_alike = equal_on_tensor_parallel_ranks(tower)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(gradients[key])
@@ -114,7 +139,19 @@ def run(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute)
         torch.save(kept, target / "kept.pt")
     torch.distributed.barrier()
     parallel.destroy()
-    return {"gradient_norm": float(gradient_norm), "layer_calls": len(calls)}
+    return {"gradient_norm": float(gradient_norm), "layer_calls": len(calls), "replicas_equal": all_alike}
+
+
+def equal_on_tensor_parallel_ranks(tensors) -> bool:
+    """Bit for bit."""
+    import torch
+
+    from megatron_papo.training import parallel
+
+    flat = torch.cat([torch.zeros(1), *(tensor.flatten() for tensor in tensors)])
+    everyone = [torch.empty_like(flat) for _ in range(parallel.tp_group().size())]
+    torch.distributed.all_gather(everyone, flat, group=parallel.tp_group())
+    return all(torch.equal(flat, other) for other in everyone)
 
 
 def loss_of(logits, data, kept):
@@ -127,8 +164,8 @@ def loss_of(logits, data, kept):
     return loss, {}
 
 
-def save_and_load(directory, checkpoint) -> None:
-    """Through TP2 x PP2: load what stage 3 wrote, save it as training does."""
+def save_and_load(source, target, vision_tower="sharded") -> None:
+    """Through TP2 x PP2: load what stage 3 wrote, or this function, save it as training does."""
     import torch
 
     from megatron_papo.checkpoint import megatron_files
@@ -138,11 +175,13 @@ def save_and_load(directory, checkpoint) -> None:
     from megatron_papo.training import parallel
 
     parallel.initialize(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
-    model = build_model(read_hf_config(directory / checkpoint), dtype=torch.float32, sequence_parallel=False, recompute="none")
-    megatron_files.load_weights(directory / checkpoint, model)
-    megatron_files.save(directory / f"saved_{checkpoint}", model)
+    sizes = dict(dtype=torch.float32, sequence_parallel=False, recompute="none")
+    model = build_model(read_hf_config(source), **sizes, vision_tower=vision_tower)
+    megatron_files.load_weights(source, model)
+    megatron_files.save(target, model)
     if parallel.is_main_rank():
-        megatron_files.copy_hf_files(directory / checkpoint, directory / f"saved_{checkpoint}")
+        megatron_files.copy_hf_files(source, target)
+    torch.distributed.barrier()
     parallel.destroy()
 
 
@@ -226,4 +265,4 @@ def swap_groups(model) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

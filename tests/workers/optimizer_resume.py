@@ -17,15 +17,21 @@ RESUMED = {
     "tp2_pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, data_parallel_size=1),
     "tp1": dict(data_parallel_size=4),
     "pp4": dict(pipeline_model_parallel_size=4),
+    "spread": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, data_parallel_size=2, vision_tower="spread"),
 }
-MOVED = ["tp1", "pp4", "tp1_pp2"]
-"""Where a run that was saved at TP2 x PP2 is resumed, with one, four and two times its data-parallel size."""
+MOVED = {
+    "fp32": ("float32", False, "tp2_pp2", ["tp1", "pp4", "tp1_pp2", "spread"]),
+    "bf16_distributed": ("bfloat16", True, "tp2_pp2", ["tp1", "pp4", "tp1_pp2", "spread"]),
+    "spread": ("float32", False, "spread", ["tp2_pp2"]),
+    "spread_distributed": ("float32", True, "spread", ["tp1_pp2", "spread"]),
+}
+"""Name -> (dtype, DistributedOptimizer, layout saved in, layouts to resume in: with one, four and two times the data-parallel size, ...)."""
 
 
 def run_all(directory, data) -> dict:
     """Kind -> {"whole": losses of 2 * STEPS steps, layout: losses of the last STEPS after resuming, "fresh": without optimizer state}.
 
-    moved_KIND: the same for runs saved at TP2 x PP2; what each layout has loaded is saved again, before it steps, beside the first.
+    moved_KIND: the same for the runs of MOVED; what each layout has loaded is saved again, before it steps, beside the first.
     """
     results = {}
     for kind, (dtype, distributed, layouts) in KINDS.items():
@@ -36,10 +42,10 @@ def run_all(directory, data) -> dict:
             results[kind][name] = resumed_run(path, data, RESUMED[name], dtype, distributed, with_optimizer=True)
         if kind == "distributed":
             results[kind]["fresh"] = resumed_run(path, data, SAVED, dtype, distributed, with_optimizer=False)
-    for kind, (dtype, distributed) in {"fp32": ("float32", False), "bf16_distributed": ("bfloat16", True)}.items():
+    for kind, (dtype, distributed, saved_in, layouts) in MOVED.items():
         path = directory / f"moved_{kind}"
-        results[path.name] = {"whole": whole_run(directory / "tied", path, data, RESUMED["tp2_pp2"], dtype, distributed)}
-        for name in MOVED:
+        results[path.name] = {"whole": whole_run(directory / "tied", path, data, RESUMED[saved_in], dtype, distributed)}
+        for name in layouts:
             again = directory / f"moved_{kind}_{name}"
             results[path.name][name] = resumed_run(path, data, RESUMED[name], dtype, distributed, with_optimizer=True, save_to=again)
     return results
@@ -90,7 +96,8 @@ def build(checkpoint, layout, dtype, distributed):
     from megatron_papo.training import parallel
 
     parallel.initialize(ParallelConfig(**layout))
-    model = build_model(read_hf_config(checkpoint), dtype=getattr(torch, dtype), sequence_parallel=False, recompute="none")
+    options = dict(sequence_parallel=False, recompute="none", vision_tower=layout.get("vision_tower", "sharded"))
+    model = build_model(read_hf_config(checkpoint), dtype=getattr(torch, dtype), **options)
     megatron_files.load_weights(checkpoint, model)
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
     wrapped = DistributedDataParallel(model.config, settings, model)

@@ -29,7 +29,14 @@ def run_case(work: Path, case: dict) -> None:
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     rows = make_rows(rollouts, case["advantages"], work / "data", config, hf, work / "rollouts.jsonl")
     mine = split_over_ranks(rows, config.training.layout, parallel.dp_group().size())[parallel.dp_group().rank()]
-    model = build_model(hf, dtype=torch.float32, sequence_parallel=config.parallel.sequence_parallel, recompute=config.model.recompute)
+    layout = config.parallel
+    model = build_model(
+        hf,
+        dtype=torch.float32,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=config.model.recompute,
+        vision_tower=layout.vision_tower,
+    )
     collator = Collator(config, hf, work / "data", with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=torch.float32)
     size = config.training.log_prob_micro_batch_size
 
