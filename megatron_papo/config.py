@@ -171,6 +171,9 @@ class ServerConfig(Section):
     """How often a server is asked for its health while it has requests."""
     health_timeout_seconds: float = Field(default=30.0, gt=0)
     """A server that does not answer /health for so long hangs: its requests are sent again. SGLang itself gives up after 20 s."""
+    shares_gpus: bool = False
+    """The servers stand on GPUs that also train: they give up their memory when a stage is done with them (SGLang's
+    release_memory_occupation) and get it back when the next one wants them; a resident stage 5 gives up its own while it waits."""
     max_restarts: int = Field(default=3, ge=0)
     """How often one stage starts a lost server again; one more, and it is done without, or the stage ends with an error."""
     extra_arguments: list[str] = []
@@ -213,6 +216,9 @@ class RolloutConfig(Section):
     """Draw this share of prompts more than rollout_batch_size, and cancel what still runs once rollout_batch_size groups are complete:
     no waiting for the longest responses, but short ones are preferred, and which groups are complete first is a matter of timing: a
     stage that is run again gives other rollouts."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """1, in a resident run: the next iteration is sampled while the current one trains, with weights one iteration older than those that
+    are then trained on it; objective.importance_sampling_cap corrects for that. Wants GPUs of their own for both sides."""
 
     @property
     def drawn_prompts(self) -> int:
@@ -466,6 +472,10 @@ class Config(Section):
                 f"reward.soft_overlong_buffer_tokens {self.reward.soft_overlong_buffer_tokens} is larger than"
                 f" rollout.max_response_tokens {self.rollout.max_response_tokens}"
             )
+        if self.rollout.max_staleness and self.objective.importance_sampling_cap is None:
+            raise ValueError("rollout.max_staleness needs objective.importance_sampling_cap (2.0 is usual): other weights sampled the rollouts")
+        if self.rollout.max_staleness and self.server.shares_gpus:
+            raise ValueError("rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the same time")
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if self.training.layout == "group":
             if self.training.max_tokens_per_micro_batch is None:

@@ -139,6 +139,8 @@ class StageOutput:
         }
         self.fingerprint = self._hash_recipe()
         self.done = self._is_done()
+        self.started = psutil.Process().create_time()
+        """What the manifest's seconds count from. A process that makes several outputs sets it to the moment at which it could begin."""
 
     def _hash_recipe(self) -> str:
         return hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
@@ -163,7 +165,6 @@ class StageOutput:
         print(f"{self.stage}: {self.output} is there already, made from the same inputs: nothing to do", flush=True)
 
     def __enter__(self):
-        self._started = psutil.Process().create_time()
         for fingerprint in self._recipe["inputs"].values():
             if isinstance(fingerprint, Fingerprint):
                 verify_files(fingerprint.path)
@@ -207,7 +208,7 @@ class StageOutput:
             "recipe": self._recipe,
             "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
             "counts": self.counts,
-            "seconds": round(time.time() - self._started, 2),
+            "seconds": round(time.time() - self.started, 2),
             "git_commit": git_commit(),
             "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
             "files": files,

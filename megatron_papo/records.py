@@ -75,6 +75,8 @@ class Rollout(Record):
     masked_image_seed: int
     weight_version: str
     """What the server said its weights were when it answered: the fingerprint of the Hugging Face checkpoint."""
+    staleness: int = 0
+    """How many iterations older those weights are than the ones that this rollout trains first; 0 unless rollout.max_staleness is 1."""
 
 
 class Prediction(Record):

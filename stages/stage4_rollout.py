@@ -10,8 +10,12 @@ again and its requests are sent again. Grading: mathruler, in processes with a t
 Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic sampling the
         manifest of the iteration before.
 Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the order drawn.
+
+With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident), and samples each as soon as the weights for it have
+been exported; with rollout.max_staleness 1 these are one iteration old, so that sampling and training go on at the same time.
 """
 
+import argparse
 import itertools
 import time
 from collections.abc import Iterator
@@ -19,24 +23,60 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.command_line import run, stage_parser
+from megatron_papo.command_line import check_paths_given, run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import Fingerprint, StageOutput, input_fingerprint, read_manifest, require_input
+from megatron_papo.run_directory import Follower, RunDirectory
 
 SECTIONS = ["seed", "rollout", "reward", "masked_image", "data.min_pixels", "data.max_pixels", "model.dtype"]
 
 
+PATHS = ("data", "hf", "server", "iteration", "output")
+
+
 def main() -> None:
-    parser = stage_parser(__doc__, ("data", "output of stage 1"), ("hf", "Hugging Face checkpoint: the policy"))
-    parser.add_argument("--server", required=True, metavar="DIR|URL", help="directory of the run's server, or http://... of a running one")
-    parser.add_argument("--iteration", type=int, required=True, metavar="N", help="number of the iteration, from 1")
+    paths = ("data", "output of stage 1"), ("hf", "Hugging Face checkpoint: the policy")
+    parser = stage_parser(__doc__, *paths, follows=True)
+    server_help = "directory of the run's server, or http://... of a running one (default with --follow: server/ of the run)"
+    parser.add_argument("--server", metavar="DIR|URL", help=server_help)
+    parser.add_argument("--iteration", type=int, metavar="N", help="number of the iteration, from 1")
     previous_help = "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from iteration 2 on"
     parser.add_argument("--previous", type=Path, metavar="DIR", help=previous_help)
     arguments = parser.parse_args()
-    if arguments.iteration < 1:
-        raise UserError(f"--iteration {arguments.iteration}: iterations count from 1")
+    server, arguments.server = arguments.server, None if arguments.follow else arguments.server
+    check_paths_given(parser, arguments, PATHS, others=("previous",))
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.follow is not None:
+        follow(config, RunDirectory(arguments.follow, config), server)
+    elif arguments.iteration < 1:
+        raise UserError(f"--iteration {arguments.iteration}: iterations count from 1")
+    else:
+        iterate(config, arguments)
+
+
+def follow(config: Config, run: RunDirectory, server: str | None) -> None:
+    """All iterations of a run, each when the weights that sample it are there: one process, the same outputs."""
+    trusted = ()
+    with Follower(run.root, "stage4_rollout", "stage5_train") as follower:
+        for number in range(1, config.iterations + 1):
+            sampled_by = run.sampled_by(number)
+            if sampled_by > 0:
+                follower.wait_for(run.exported(sampled_by))
+            iterate(
+                config,
+                argparse.Namespace(
+                    iteration=number, data=run.data, hf=run.exported(sampled_by), server=server or str(run.server),
+                    previous=run.rollouts(number - 1) if number > 1 else None, output=run.rollouts(number),
+                ),
+                staleness=number - 1 - sampled_by, trusted=trusted, started=time.time(),
+            )  # fmt: skip
+            trusted = ("data",)
+
+
+def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, ...] = (), started: float | None = None) -> None:
+    """One iteration. staleness: of the weights, for the records. trusted: inputs whose files need not be verified again. started: when it
+    could begin; None: when the process did."""
     inputs = {
         "data": require_input(arguments.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data"),
         "hf": input_fingerprint(arguments.hf, "give --hf the output of stage 2 or 6, or a downloaded checkpoint"),
@@ -44,13 +84,17 @@ def main() -> None:
     first_position = (arguments.iteration - 1) * config.rollout.drawn_prompts
     if config.rollout.dynamic_sampling is not None and arguments.iteration > 1:
         inputs["previous"], first_position = end_of_previous(arguments.previous, arguments.iteration - 1, config.seed, inputs["data"])
+    inputs |= {name: str(inputs[name]) for name in trusted}
     out = StageOutput("stage4_rollout", arguments.output, config, SECTIONS, inputs, {"iteration": arguments.iteration})
+    out.started = started or out.started
     if out.done:
         out.announce_done()
         return
     require_proof_if_converted(arguments.hf)
     with out:
-        roll_out(config, arguments.data, arguments.hf, arguments.server, arguments.iteration, first_position, inputs["hf"], out)
+        roll_out(
+            config, arguments.data, arguments.hf, arguments.server, arguments.iteration, first_position, inputs["hf"], staleness, out
+        )
 
 
 def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str) -> tuple[Fingerprint, int]:
@@ -80,7 +124,7 @@ def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str)
 
 
 def roll_out(
-    config: Config, data: Path, hf: Path, where: str, iteration: int, first_position: int, fingerprint: str, out: StageOutput
+    config: Config, data: Path, hf: Path, where: str, iteration: int, first_position: int, fingerprint: str, staleness: int, out: StageOutput
 ) -> None:
     from megatron_papo.records import Prompt, read_jsonl, write_jsonl
     from megatron_papo.rollout.data_order import prompts_at
@@ -94,6 +138,7 @@ def roll_out(
         sample_and_grade,
     )
     from megatron_papo.rollout.sglang_requests import Sampling, forbidden_tokens
+    from megatron_papo.rollout.sglang_server import release_memory
 
     settings, dynamic = config.rollout, config.rollout.dynamic_sampling
     size = settings.group_size
@@ -121,8 +166,10 @@ def roll_out(
     started = time.monotonic()
     batch = one_round(next(rounds())) if dynamic is None else fill_batch(rounds(), settings.rollout_batch_size, dynamic)
     seconds = time.monotonic() - started
+    if config.server.shares_gpus:  # before the output is published, which is what training waits for
+        release_memory(client.servers)
 
-    write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept))
+    write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept, staleness))
     counts = _counts(batch, batch.rounds * count, client.traffic, seconds) | {"next_position": first_position + batch.rounds * count}
     out.counts |= counts
     print(f"iteration {iteration}: {_in_words(counts)}", flush=True)
@@ -189,7 +236,7 @@ def _troubles(counts: dict[str, float | int]) -> str:
     return words
 
 
-def _records(config: Config, iteration: int, groups: list) -> Iterator:
+def _records(config: Config, iteration: int, groups: list, staleness: int = 0) -> Iterator:
     """The Rollouts of the kept groups, numbered from 0."""
     from megatron_papo.records import Rollout
     from megatron_papo.seeds import derive_seed
@@ -217,6 +264,7 @@ def _records(config: Config, iteration: int, groups: list) -> Iterator:
                 sampling_seed=job.seed,
                 masked_image_seed=derive_seed(config.seed, "masked_image", job.prompt.id, group.epoch),
                 weight_version=result.sample.weight_version,
+                staleness=staleness,
             )
 
 

@@ -52,6 +52,7 @@ def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, finger
         sample_and_grade,
     )
     from megatron_papo.rollout.sglang_requests import Sampling, forbidden_tokens
+    from megatron_papo.rollout.sglang_server import release_memory
     from megatron_papo.seeds import derive_seed
 
     settings = config.evaluation
@@ -80,6 +81,8 @@ def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, finger
     pictures = picture_loader(data, config, max_pixels, kept=2 * config.rollout.concurrency)
     client, version = client_with_weights(where, hf, fingerprint, config, probe_of(prompts, pictures))
     graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, "evaluation")
+    if config.server.shares_gpus:
+        release_memory(client.servers)
     write_jsonl(out.partial / "predictions.jsonl", (_prediction(job, result) for job, result in zip(jobs, graded)))
     metrics = _metrics(jobs, graded, len(prompts), settings.samples_per_prompt)
     (out.partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")

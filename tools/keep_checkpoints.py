@@ -2,23 +2,15 @@
 
     python -m tools.keep_checkpoints --config FILE --iterations runs/NAME/iterations --newest 7
 
-Nothing is deleted before the newest iteration's checkpoint and its export are complete, files and proof. What the hacking guard may go
-back to is kept. A deleted checkpoint leaves its manifest, metrics and pruned.json: its stage counts as done, and says so when it is asked for.
+What is kept, and when nothing is deleted: megatron_papo/checkpoint/keep.py.
 """
 
 import argparse
-import json
-import os
-import time
 from pathlib import Path
 
-from megatron_papo.checkpoint.proof import require_proof
+from megatron_papo.checkpoint.keep import keep_newest
 from megatron_papo.command_line import run
-from megatron_papo.config import Config, load_config
-from megatron_papo.errors import UserError
-from megatron_papo.manifest import MANIFEST, PRUNED, read_manifest
-
-WEIGHTS = ("*.distcp", ".metadata", "common.pt", "metadata.json")
+from megatron_papo.config import load_config
 
 
 def main() -> None:
@@ -28,48 +20,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=Path, required=True, metavar="DIR", help="directory of the run's iterations")
     parser.add_argument("--newest", type=int, required=True, metavar="N", help="number of the iteration that has just been finished")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.overrides)
-    if config.keep_checkpoints is None:
-        return
-    require_complete(arguments.iterations, arguments.newest)
-    for number in range(1, oldest_kept(config, arguments.newest)):
-        prune(arguments.iterations / f"{number:04}" / "megatron", config.keep_checkpoints)
-
-
-def oldest_kept(config: Config, newest: int) -> int:
-    """Iteration i + 1 starts from iteration i and may go back to iteration i - rollback_iterations, so that many are kept besides i."""
-    return newest - max(config.keep_checkpoints, config.hacking_guard.rollback_iterations + 1) + 1
-
-
-def require_complete(iterations: Path, newest: int) -> None:
-    """Raises UserError unless the newest checkpoint and its export are there whole: all files in their sizes, and the proof."""
-    for name in ("megatron", "hf"):
-        directory = iterations / f"{newest:04}" / name
-        manifest = read_manifest(directory)
-        if manifest is None:
-            raise UserError(f"{directory}: not complete: nothing is deleted; run the stage that makes it")
-        if (directory / PRUNED).exists():
-            continue
-        for file, entry in manifest["files"].items():
-            if not (directory / file).is_file() or (directory / file).stat().st_size != entry["bytes"]:
-                raise UserError(f"{directory / file}: missing or of another size than its manifest says: nothing is deleted")
-    require_proof(iterations / f"{newest:04}" / "hf")
-
-
-def prune(directory: Path, kept: int) -> None:
-    """Deletes a checkpoint's weights; nothing to do where that has happened, or where there is none."""
-    if not (directory / MANIFEST).is_file() or not any(directory.glob("*.distcp")):
-        return
-    note = {"reason": f"keep_checkpoints: {kept}", "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    path = directory / PRUNED
-    path.write_text(json.dumps(note))
-    with open(path) as stream:
-        os.fsync(stream.fileno())  # before the weights go, so that a checkpoint without them is never without the note
-    freed = 0
-    for file in (file for pattern in WEIGHTS for file in directory.glob(pattern)):
-        freed += file.stat().st_size
-        file.unlink()
-    print(f"keep_checkpoints: {directory}: {freed / 1e9:.2f} GB deleted", flush=True)
+    keep_newest(load_config(arguments.config, arguments.overrides), arguments.iterations, arguments.newest)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,10 @@ def to_megatron(source: Path, output: Path, options: dict, check=lambda hf: None
         out.counts["tensors"] = len(checkpoint.tensors)
 
 
-def to_hf(source: Path, output: Path, options: dict) -> None:
-    """Megatron -> Hugging Face. options: dtype, shard_bytes, only where given."""
+def to_hf(source: Path, output: Path, options: dict, started: float | None = None) -> None:
+    """Megatron -> Hugging Face. options: dtype, shard_bytes, only where given. started: see StageOutput.started; None: with the process."""
     out = _output("stage6_convert_to_hf", output, "megatron", source, "give --megatron the directory of a Megatron checkpoint", options)
+    out.started = started or out.started
     if out.done:
         out.announce_done()
         return

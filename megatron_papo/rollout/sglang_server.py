@@ -30,6 +30,8 @@ HEALTH_TIMEOUT_SECONDS = 30.0
 """/health generates a token, which takes about a second; SGLang itself gives up after 20."""
 STOP_SECONDS = 20.0
 PORT_ATTEMPTS = 3
+MEMORY_TIMEOUT_SECONDS = 300.0
+"""For a server to give up its GPU memory, or to get it back: some gigabytes are copied."""
 LOG_LINES = 30
 NOT_OF_ONE_SERVER = {
     "start_timeout_seconds", "replicas", "router", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
@@ -53,6 +55,8 @@ class Server:
 def open_servers(where: str, model: Path, server: ServerConfig, dtype: str) -> list[Server]:
     """What --server names: URLs (http..., separated by commas) of running servers, or a server directory, in which they are started."""
     if where.startswith(("http://", "https://")):
+        if server.shares_gpus:
+            raise UserError("server.shares_gpus: is for servers that the stages start (--server DIR): whoever starts others manages their memory")
         return [connect(url, os.environ.get("SGLANG_API_KEY"), dtype) for url in where.split(",")]
     return connect_or_start_all(Path(where), model, server, dtype)
 
@@ -103,6 +107,8 @@ def connect_or_start(server_dir: Path, model: Path, server: ServerConfig, dtype:
     process = _process_of(record)
     if process is not None and record["settings"] == settings:
         running = Server(record["url"], record["api_key"], directory, replica)
+        if record.get("released"):
+            _call_memory(running, record, "resume_memory_occupation", released=False)
         problem = None if not record["ready"] else _problem(running)
         if problem is None:
             return running if record["ready"] else _wait_until_ready(running, process, record, server.start_timeout_seconds)
@@ -110,6 +116,26 @@ def connect_or_start(server_dir: Path, model: Path, server: ServerConfig, dtype:
     if process is not None:
         stop(directory)
     return _start(directory, Path(model).resolve(), server, dtype, settings, replica)
+
+
+def release_memory(servers: list[Server]) -> None:
+    """Has servers that the pipeline started give up their GPU memory, until connect_or_start finds them again. They must be idle."""
+    for server in servers:
+        _call_memory(server, _read_record(server.directory), "release_memory_occupation", released=True)
+
+
+def _call_memory(server: Server, record: dict, call: str, released: bool) -> None:
+    """server.json says first what is going to hold, so that a server whose state nobody knows (a killed stage) counts as released."""
+    try:
+        if released:
+            _write_record(server.directory, {**record, "released": True})
+        with _client(server, MEMORY_TIMEOUT_SECONDS) as client:
+            client.post(f"/{call}", json={}).raise_for_status()
+    except httpx.HTTPError as error:
+        stop(server.directory)
+        raise UserError(f"{server.url}: /{call} failed ({type(error).__name__}: {error}): the server was stopped; run the stage again")
+    if not released:
+        _write_record(server.directory, {**record, "released": False})
 
 
 def restart(lost: Server, model: Path, server: ServerConfig, dtype: str) -> Server:
@@ -161,6 +187,8 @@ def _status(server_dir: Path) -> tuple[bool, str]:
     process = _process_of(record)
     if process is None:
         return False, f"{server_dir}: no server is running"
+    if record.get("released"):
+        return True, f"{server_dir}: process {process.pid} at {record['url']} has given up its GPU memory until a stage wants it"
     problem = _problem(Server(record["url"], record["api_key"]))
     if problem:
         return False, f"{server_dir}: process {process.pid} at {record['url']}: {problem}"
@@ -229,6 +257,8 @@ def _launcher(python: Path, server: ServerConfig, replica: int) -> list[str]:
         tp = server.tensor_parallel_size
         command = [str(python), "-m", "sglang.launch_server", "--enable-deterministic-inference"]
         command += ["--tp", str(tp), "--mem-fraction-static", str(server.memory_fraction)]
+        if server.shares_gpus:
+            command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         return command + ["--base-gpu-id", str(server.first_gpu + replica * tp)]
     if server.tensor_parallel_size > 1:
         raise UserError("server.tensor_parallel_size: a server on a CPU is one process: set it to 1")

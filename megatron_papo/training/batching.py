@@ -4,7 +4,7 @@ plain: one row per rollout, prompt (images expanded) + response, padded on the r
 group: one row for all, in which each prompt stands once and its responses follow it (model/group_attention.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -156,6 +156,10 @@ def split_over_ranks(step: Sequence[Row], layout: str, ranks: int) -> list[list[
     return [[row for number in sorted(numbers) for row in groups[number]] for numbers in chosen]
 
 
+KEPT_PICTURE_BYTES = 2 << 30
+"""Prepared pictures that a rank remembers, so that the sweeps and the steps of an iteration do not load and resize them again."""
+
+
 class Collator:
     """Makes micro-batches of rows on this rank: pixels only where the vision tower lives, each distinct picture once."""
 
@@ -164,13 +168,11 @@ class Collator:
         self.with_pixels, self.device, self.dtype = with_pixels, device, dtype
         parallel = config.parallel
         self.length_multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        self._kept: dict[tuple, list[Tensor]] = {}
+        self._kept_bytes = 0
 
     def plan(self, rows: Sequence[Row], micro_batch_size: int, pictures: Pictures = "original") -> list[Sequence[Row]]:
         return plan_micro_batches(rows, self.config.training, micro_batch_size, 2 if pictures == "both" else 1)
-
-    def batches(self, plan: Sequence[Sequence[Row]], pictures: Pictures = "original") -> Iterator[MicroBatch]:
-        for rows in plan:
-            yield self.collate(rows, pictures)
 
     def collate(self, rows: Sequence[Row], pictures: Pictures = "original") -> MicroBatch:
         """masked: with the masked images of each rollout's seed. both: the original rows, then their masked twins."""
@@ -239,19 +241,30 @@ class Collator:
         distinct, patches, grids, places = {}, [], [], []
         for kind in kinds:
             for row in rows:
-                rollout = row.rollout
-                key = (kind, *rollout.images, *([rollout.masked_image_seed] if kind == "masked" else []))
+                key = self._key(row.rollout, kind)
                 if key not in distinct:
-                    distinct[key] = range(len(patches), len(patches) + len(rollout.images))
-                    patches += [torch.from_numpy(images.to_patches(picture)) for picture in self._load(rollout, kind)]
+                    distinct[key] = range(len(patches), len(patches) + len(row.rollout.images))
+                    patches += self._patches(row.rollout, kind)
                     grids += row.grids
                 places += distinct[key]
-        return (torch.cat(patches).to(self.device, self.dtype) if patches else None), grids, places
+        return (torch.cat(patches).to(self.device) if patches else None), grids, places
 
-    def _load(self, rollout: Rollout, kind: str):
+    def _key(self, rollout: Rollout, kind: str) -> tuple:
+        return (kind, *rollout.images, *([rollout.masked_image_seed] if kind == "masked" else []))
+
+    def _patches(self, rollout: Rollout, kind: str) -> list[Tensor]:
+        """[patches, 1176] of each of the rollout's pictures, on the host, in the model's dtype. Kept, while there is room."""
+        key = self._key(rollout, kind)
+        if key in self._kept:
+            return self._kept[key]
         data = self.config.data
         masking = dict(masking=self.config.masked_image, seed=rollout.masked_image_seed, saliency=rollout.saliency) if kind == "masked" else {}
-        return images.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
+        pictures = images.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
+        made = [torch.from_numpy(images.to_patches(picture)).to(self.dtype) for picture in pictures]
+        size = sum(each.nbytes for each in made)
+        if self._kept_bytes + size <= KEPT_PICTURE_BYTES:
+            self._kept[key], self._kept_bytes = made, self._kept_bytes + size
+        return made
 
 
 def pad_responses(values: Sequence[Tensor], response_mask: Tensor) -> Tensor:

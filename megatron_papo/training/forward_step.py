@@ -96,18 +96,18 @@ def _run(
     )
 
 
-def compute_log_probs(
+def sweep(
     model,
     collator: Collator,
     rows: Sequence[Row],
     micro_batch_size: int,
     temperature: float,
     progress: Callable[[int], None],
-    pictures: Pictures = "original",
-) -> dict[str, list[Tensor]]:
-    """log_probs and entropy of every row's response under the model, without gradient: one fp32 [response_length] per row.
+    kinds: Sequence[Pictures],
+) -> dict[Pictures, dict[str, list[Tensor]]]:
+    """One sweep over the rows without gradient, each micro-batch in turn with the pictures of every kind: {kind: log_probs and entropy}.
 
-    Both lists are empty before the last stage. Collective over the model-parallel group.
+    One fp32 [response_length] per row; no rows before the last stage. Collective over the model-parallel group.
     """
 
     def collect(batch: MicroBatch, statistics: TokenStatistics, non_loss_data: bool):
@@ -115,12 +115,22 @@ def compute_log_probs(
         progress(len(batch.rows))
         return [{name: values[i, : row.response_length] for name, values in tables.items()} for i, row in enumerate(batch.rows)]
 
-    if not rows:
-        return {"log_probs": [], "entropy": []}
-    plan = collator.plan(rows, micro_batch_size, pictures)
-    with torch.no_grad():
-        collected = _run(model, collator.batches(plan, pictures), len(plan), temperature, None, collect, forward_only=True)
-    return {name: [row[name] for batch in collected for row in batch] for name in ("log_probs", "entropy")}
+    collected = []
+    if rows and kinds:
+        plan = collator.plan(rows, micro_batch_size, kinds[0])
+        batches = (collator.collate(part, kind) for part in plan for kind in kinds)
+        with torch.no_grad():
+            collected = _run(model, batches, len(plan) * len(kinds), temperature, None, collect, forward_only=True)
+    found = {kind: [row for batch in collected[place :: len(kinds)] for row in batch] for place, kind in enumerate(kinds)}
+    return {kind: {name: [row[name] for row in each] for name in ("log_probs", "entropy")} for kind, each in found.items()}
+
+
+def compute_log_probs(
+    model, collator: Collator, rows: Sequence[Row], micro_batch_size: int, temperature: float, progress: Callable[[int], None],
+    pictures: Pictures = "original",
+) -> dict[str, list[Tensor]]:  # fmt: skip
+    """sweep() with one kind of pictures: log_probs and entropy of every row's response."""
+    return sweep(model, collator, rows, micro_batch_size, temperature, progress, [pictures])[pictures]
 
 
 def papo_step(
@@ -135,11 +145,14 @@ def papo_step(
     totals: StepTotals,
     settings: dict,
     progress: Callable[[int], None],
+    seen: dict[str, list[Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Forward and backward of one optimizer step over this rank's rows; gradients end in the DDP buffers.
 
-    cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last stage. totals: of the
-    whole step. settings: loss_settings of this step. Returns this rank's contributions to the metrics ({} before the last stage).
+    cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last stage. Without
+    old_log_probs the policy is its own old policy, as it is in the first step after sampling: the ratio is 1, with its gradient. totals:
+    of the whole step. settings: loss_settings of this step. seen: gets log_probs and entropy of every row, as sweep() gives them.
+    Returns this rank's contributions to the metrics ({} before the last stage).
     """
     pictures = "both" if objective.masked_rows_ride else "original"
     plan = collator.plan(rows, micro_batch_size, pictures)
@@ -153,6 +166,11 @@ def papo_step(
         if objective.average == "micro_batch":  # its own counts, as if every micro-batch of the step had as many
             own = StepTotals.of(batch.rows)
             here = StepTotals(own.tokens * scale, own.sequences * scale, own.correct_tokens * scale)
+        tables = response_statistics(statistics, batch, objective.masked_branch == "recompute_with_grad")
+        if seen is not None:
+            for name, values in seen.items():
+                values += [tables[name][i, : row.response_length].detach() for i, row in enumerate(batch.rows)]
+        tables = {"old_log_probs": tables["log_probs"].detach()} | batch.cached | tables
         value, metrics = papo_loss(
             advantages=torch.tensor([[row.advantage] for row in batch.rows], device=device),
             response_mask=batch.response_mask * counted,
@@ -160,8 +178,7 @@ def papo_step(
             num_tokens=here.tokens,
             num_sequences=here.sequences,
             num_correct_tokens=here.correct_tokens,
-            **batch.cached,
-            **response_statistics(statistics, batch, objective.masked_branch == "recompute_with_grad"),
+            **tables,
             **settings,
         )
         progress(len(batch.rows))
@@ -169,7 +186,8 @@ def papo_step(
 
     def batches() -> Iterator[MicroBatch]:
         first = 0
-        for batch in collator.batches(plan, pictures):
+        for part in plan:
+            batch = collator.collate(part, pictures)
             here = slice(first, first + len(batch.rows))
             first = here.stop
             if parallel.is_last_stage():

@@ -57,7 +57,7 @@ def test_killed_at_any_moment(faults, results):
     outcomes = [row["output"] for row in results["killed"]]
     assert results["first"] == {"message": "", "output": True, "left": []}
     assert set(outcomes) <= {True, None} and None in outcomes
-    assert any("killed.partial" in row["left"] for row in results["killed"])  # some were in the middle of it
+    assert any("killed.partial" in row["left"] for row in results["killed"])  # in the middle of it
     assert results["after"]["output"] is True and results["after"]["left"] == []
 
 

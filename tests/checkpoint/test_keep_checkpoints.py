@@ -8,7 +8,7 @@ from megatron_papo.config import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.manifest import require_input, verify_files
 from tests.conftest import DEMO_CONFIG, run_module
-from tools.keep_checkpoints import oldest_kept
+from megatron_papo.checkpoint.keep import oldest_kept
 
 ROWS = {"tensors": {"a": {"source_xxh3_128": "1", "read_back_xxh3_128": "1"}}, "version": 2, "passed": True, "conversion": "megatron_to_hf"}
 

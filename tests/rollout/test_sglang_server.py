@@ -35,6 +35,27 @@ def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypa
         sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
 
 
+def test_memory_is_given_up_and_taken_back(server, server_dir, client, checkpoints, prompts, pictures):
+    """On a CPU SGLang accepts the calls and has nothing to give; what holds is remembered, and the answers are the same."""
+    from megatron_papo.rollout.sglang_requests import Sampling
+    from tests.rollout.conftest import request_for
+
+    config = load_config(DEMO_CONFIG)
+    requests, sampling = [request_for(prompts["plain"], pictures, 1)], Sampling(1.0, 1.0, -1, 12, ())
+    before = client.sample(requests, sampling, "first")
+    sglang_server.release_memory([server])
+    assert record(server_dir)["released"] is True
+    assert sglang_server.status(server_dir)[0] == (True, sglang_server.status(server_dir)[0][1])
+    assert "has given up its GPU memory" in sglang_server.status(server_dir)[0][1]
+    again = sglang_server.connect_or_start(server_dir, checkpoints.first, config.server, config.model.dtype)
+    assert again == server and record(server_dir)["released"] is False
+    assert client.sample(requests, sampling, "first") == before
+    log = (server_dir / "server.log").read_text()
+    assert log.count("/release_memory_occupation") == log.count("/resume_memory_occupation") == 1
+    with pytest.raises(UserError, match="server.shares_gpus: is for servers that the stages start"):
+        sglang_server.open_servers(server.url, checkpoints.first, config.server.model_copy(update={"shares_gpus": True}), "float32")
+
+
 def test_url_where_nothing_listens():
     with pytest.raises(UserError, match="http://127.0.0.1:9: does not answer"):
         sglang_server.connect("http://127.0.0.1:9", None)
@@ -132,6 +153,9 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     commands = [record(directory)["command"] for directory in directories]
     assert [command[command.index("--base-gpu-id") + 1] for command in commands] == ["4", "6", "8"]
     assert all(command[command.index("--tp") + 1] == "2" for command in commands)
+    assert not any("--enable-memory-saver" in command for command in commands)
+    sharing = sglang_server._launcher(tmp_path, config.model_copy(update={"shares_gpus": True}), 0)
+    assert "--enable-memory-saver" in sharing and "--enable-weights-cpu-backup" in sharing
     assert len({record(directory)["api_key"] for directory in directories}) == 3
     pids = [record(directory)["pid"] for directory in directories]
     assert sglang_server.open_servers(str(where), tmp_path, config, "bfloat16") == servers  # found again

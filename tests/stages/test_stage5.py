@@ -74,6 +74,16 @@ def test_annealing_and_filtering_reach_the_run(small_run, cached, tmp_path):
     assert sum(row["cut_off"] for row in cached) > 0
 
 
+def test_one_step_needs_no_sweep_of_the_old_policy(small_run, cached, tmp_path):
+    """The update says what the old policy was: the same checks of the rollouts, a ratio of exactly 1."""
+    [row], _ = train(small_run, tmp_path / "out", "training.global_batch_size=16", "objective.importance_sampling_cap=2.0")
+    for name in ("rollout_log_prob_difference_mean", "rollout_kl_k3", "sampling_bias", "rollout_effective_sample_size"):
+        assert row[name] == pytest.approx(cached[0][name], rel=1e-4, abs=1e-7), name
+    assert row["kl_old"] == 0 == row["clip_fraction_high"] and row["parity_log_prob_difference_mean"] < 1e-5
+    assert 0 < abs(cached[1]["kl_old"])  # control: a second step is another policy than the old one
+    assert row["kl_prcp"] == pytest.approx((cached[0]["kl_prcp"] + cached[1]["kl_prcp"]) / 2, rel=0.2)
+
+
 @pytest.fixture(scope="module")
 def rolled_back(small_run, tmp_path_factory):
     output = tmp_path_factory.mktemp("stage5") / "rolled_back"

@@ -80,6 +80,8 @@ class Objective:
     """Which policy the masked branch is of, and whether gradient flows: objective.masked_branch."""
     filtered: bool = False
     """Cut-off rollouts do not count."""
+    one_step: bool = False
+    """The policy is its own old policy, whose log-probs nobody computes."""
 
 
 COEFFICIENTS = dict(beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
@@ -99,6 +101,7 @@ OBJECTIVES = {
         ["masked_branch=recompute", "kl_prcp_estimator=exact", "kl_prcp_clip=0.02", "kl_prcp_annealing={end: 0.1, steps: 4}"],
         dict(beta=0.3, gamma=0.15, eta_1=0.05 * 0.75, eta_2=0.07 * 0.75, estimator="exact", kl_clip=0.02), "recompute",
     ),
+    "one step": Objective(["importance_sampling_cap=1.1"], COEFFICIENTS | dict(importance_cap=1.1), one_step=True),
 }  # fmt: skip
 STEP = 2
 """Of the run: half way through the annealing from 0.2 to 0.1."""
@@ -109,12 +112,13 @@ def make_cases() -> list[dict]:
     cases = []
     for name, (tp, pp, dp, sequence) in LAYOUTS.items():
         layout = [f"parallel.{k}={v}" for k, v in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp))]
-        micros = {"dp4": (1, 2, 3, 1, 2, 1), "tp2pp2sp": (5, 3, 4, 12, 5, 4)}.get(name, (3,))
+        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5)}.get(name, (3,))
         for micro, objective in zip(micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]):
             cases.append(
                 {
                     "name": f"{name}-{micro}-{objective}",
                     "objective": objective,
+                    "one_step": OBJECTIVES[objective].one_step,
                     "step": STEP,
                     "overrides": [*layout, f"parallel.sequence_parallel={str(sequence).lower()}", f"training.micro_batch_size={micro}",
                                   f"training.log_prob_micro_batch_size={micro + 1}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)],
@@ -260,7 +264,7 @@ def reference(work):
                     masked_log_probs, masked_all = expected_tokens(model, rollout, data, True)
             rows.append(
                 {
-                    "advantage": advantages[i], "correct": rollout.rewards.accuracy == 1, "log_probs": list(log_probs), "old": list(old[i]),
+                    "advantage": advantages[i], "correct": rollout.rewards.accuracy == 1, "log_probs": list(log_probs), "old": list(log_probs.detach() if objective.one_step else old[i]),
                     "ref": list(ref[i]), "masked": list(masked_log_probs), "rollout": rollout.rollout_log_probs, "entropy": entropies(all_tokens),
                     "masked_entropy": entropies(masked_all), "exact_kl": list((all_tokens.exp() * (all_tokens - masked_all)).sum(-1)),
                 }  # fmt: skip

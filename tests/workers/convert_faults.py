@@ -32,7 +32,8 @@ def main() -> None:
         seconds = time.perf_counter() - started
         results[name] = {
             "first": first,
-            "killed": [kill(work, root / name / "killed", seconds * part / KILLS) for part in range(KILLS + 1)],
+            "killed": [kill(work, root / name / "killed", seconds * part / KILLS) for part in range(KILLS + 1)]
+            + [kill(work, root / name / "killed", None) for _ in range(2)],
             "after": child(work, root / name / "killed"),
             "full": full_disk(work, root / name / "full", 150_001),
             "no limit": full_disk(work, root / name / "full", resource.RLIM_INFINITY),
@@ -91,10 +92,16 @@ def complete(output: Path) -> bool | None:
     return read_manifest(output) is not None
 
 
-def kill(work, output: Path, after: float) -> dict:
+def kill(work, output: Path, after: float | None) -> dict:
+    """after: seconds; None: as soon as it has begun to write."""
     shutil.rmtree(output, ignore_errors=True)
     started = start(work, output)
-    time.sleep(after)
+    if after is None:
+        partial, deadline = output.with_name(output.name + ".partial"), time.monotonic() + 60
+        while not (partial.is_dir() and any(partial.iterdir())) and not output.exists() and time.monotonic() < deadline:
+            pass
+    else:
+        time.sleep(after)
     os.kill(started[0], signal.SIGKILL)
     return finish(started, output)
 

@@ -54,6 +54,8 @@ def run_case(work: Path, case: dict) -> None:
     wrapped, optimizer = build_optimizer(model, config.optimizer, torch.float32)
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
+    if case.get("one_step"):
+        del cached["old_log_probs"]
     metrics = papo_step(
         wrapped,
         collator,

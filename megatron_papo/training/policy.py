@@ -1,0 +1,78 @@
+"""What a training process holds from one iteration to the next: the policy with its optimizer on the device, the reference on the host."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from megatron_papo.checkpoint import megatron_files
+from megatron_papo.config import Config
+from megatron_papo.model.hf_config import HFConfig
+from megatron_papo.model.qwen2_5_vl import build_model
+from megatron_papo.training.optimizer import build_optimizer
+
+
+class Policy:
+    """This rank's part of the network that is trained. All ranks call the methods together."""
+
+    def __init__(self, config: Config, hf: HFConfig):
+        self.config, self.hf = config, hf
+        self.dtype = getattr(torch, config.model.dtype)
+        self.model = self.optimizer = None
+        self.state: dict = {"step": 0}
+        """Plain data that is saved with the checkpoint: the optimizer step of the run, the hacking guard's state."""
+        self.at: Path | None = None
+        """The checkpoint whose weights, optimizer and state these are."""
+        self._reference: list[torch.Tensor] | None = None
+
+    def load(self, checkpoint: Path) -> None:
+        """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is forgotten."""
+        self.forget()
+        model = self._build(checkpoint)
+        self.model, self.optimizer = build_optimizer(model, self.config.optimizer, self.dtype)
+        resumes = megatron_files.has_optimizer(checkpoint)
+        self.state = megatron_files.load_optimizer(checkpoint, model, self.optimizer) if resumes else {"step": 0}
+        self.at = checkpoint
+
+    def save(self, directory: Path, published: Path) -> None:
+        """Writes a checkpoint; published: the name it is going to have."""
+        megatron_files.save(directory, self.model.module, self.optimizer, self.state)
+        self.at = published
+
+    def forget(self) -> None:
+        """Gives up the device's memory; the next load brings everything back."""
+        self.model = self.optimizer = self.at = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def load_reference(self, checkpoint: Path) -> None:
+        """Into host memory (pinned on GPU machines), unless it is there already: the reference never changes."""
+        if self._reference is None:
+            with torch.no_grad():
+                self._reference = [_on_host(parameter) for parameter in self._build(checkpoint).parameters()]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[torch.nn.Module]:
+        """Within it the model has the reference's weights, its own wait in the reference's place. Afterwards they are back, bit for bit."""
+        self._exchange()
+        yield self.model
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, stored in zip(self.model.parameters(), self._reference, strict=True):
+            own = parameter.detach().clone()
+            parameter.copy_(stored)
+            stored.copy_(own)
+
+    def _build(self, checkpoint: Path) -> torch.nn.Module:
+        parallel, recompute = self.config.parallel, self.config.model.recompute
+        model = build_model(self.hf, dtype=self.dtype, sequence_parallel=parallel.sequence_parallel, recompute=recompute)
+        megatron_files.load_weights(checkpoint, model)
+        return model
+
+
+def _on_host(parameter: torch.Tensor) -> torch.Tensor:
+    stored = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda)
+    return stored.copy_(parameter)
