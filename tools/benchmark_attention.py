@@ -15,7 +15,8 @@ the causal mask aligned to the lower right, exactly what ours gets; padding need
 prompt's keys and values, as ours does. Dropout, rotary positions and projections are left out: they are not attention's.
 
 Outputs and gradients of the three are compared with each other first; the command fails where they differ by more than rounding. Times are
-the best of --repeat, taken in turns; peak memory includes q, k and v. The last line is one JSON object. CUDA where there is a device.
+the best of --repeat, taken in turns (CPU seconds of the process, so that other work does not count; wall seconds on a GPU or with more
+threads); peak memory includes q, k and v. The last line is one JSON object. CUDA where there is a device.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from importlib.metadata import version
 from megatron_papo.command_line import run
 from megatron_papo.errors import UserError
 from tools.benchmark_layout import response_lengths
-from tools.measure import peak_bytes, seconds_in_turns
+from tools.measure import peak_bytes, seconds_in_turns, shared_machine_clock
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Of a difference, relative to the largest number of its kind: rounding of sums in another order."""
@@ -144,10 +145,8 @@ def measure_group(args, responses: list[int], device) -> dict:
         out = run_step().float()
         if name == "plain":  # back into one row
             outputs[name] = [torch.zeros(tokens, out.shape[-1], device=device).index_copy_(0, places[real], out[real])]
-            gradients[name] = [
-                torch.zeros(tokens, x.shape[1], args.head_dim, device=device).index_add_(0, places[real], x.grad.transpose(1, 2)[real].float())
-                for x in rows
-            ]
+            of_rows = [x.grad.transpose(1, 2)[real].float() for x in rows]
+            gradients[name] = [torch.zeros(tokens, *x.shape[1:], device=device).index_add_(0, places[real], x) for x in of_rows]
         else:
             outputs[name], gradients[name] = [out], [x.grad[:, 0].float().clone() for x in row]
     found = {"group_size": len(responses), "response_tokens": responses}
@@ -157,7 +156,7 @@ def measure_group(args, responses: list[int], device) -> dict:
         for names, difference in found[f"max_abs_{kind}_difference"].items():
             if not difference <= TOLERANCE[args.dtype] * largest:
                 raise UserError(f"{kind}s, {names}: {difference:.1e} (largest {largest:.1e}): the times would compare different things")
-    found["seconds"] = seconds_in_turns(steps, args.repeat, min)
+    found["seconds"] = seconds_in_turns(steps, args.repeat, min, shared_machine_clock())
     found["peak_bytes"] = {}
     for name, run_step in steps.items():
         inputs = rows if name == "plain" else row

@@ -8,7 +8,10 @@ mean as given). The model is a Qwen2.5-VL that is small enough for two cores; th
 tower are what is timed. Both layouts take one group per micro-batch. They are measured in turns in one run.
 
 token_ratio: tokens of the plain layout, without its padding, over those of the group layout: what the ratio of the times could be if every
-token cost the same. --tp and --pp start that many processes. The last line of the output is one JSON object.
+token cost the same. padded_token_ratio: with the padding to the longest response of the group, which the plain layout computes too.
+seconds_pictures: the vision tower's part of the step, the same in both layouts. Times are the best of --repeat, taken in turns, since other
+work on the machine only adds; one process counts its own CPU seconds (`clock`). --tp and --pp start that many processes. The last line of
+the output is one JSON object.
 """
 
 import argparse
@@ -22,12 +25,14 @@ import tempfile
 from pathlib import Path
 
 from megatron_papo.command_line import run
-from tools.measure import peak_bytes, seconds_in_turns
+from tools.measure import peak_bytes, seconds_in_turns, shared_machine_clock
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 SPREAD = 0.5
 """Standard deviation of the logarithm of a response's length."""
 PIXELS_PER_TOKEN = 28
+SWEEPS = {"ref_log_probs": "original", "old_log_probs": "original", "masked_image_log_probs": "masked"}
+"""Passes without gradient, by what they yield, and the pictures they see."""
 
 
 def parse():
@@ -40,13 +45,13 @@ def parse():
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=256, help="width of the decoder (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="of the decoder (default 4)")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each, the median counts")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each, the best counts (default 3)")
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)  # of the processes that --tp and --pp start
     return parser.parse_args()
 
 
 def response_lengths(rng: random.Random, group_size: int, mean: int) -> list[int]:
-    """Tokens of each response of a group: log-normal, the group's mean as given, up to rounding."""
+    """Tokens of each response of a group: log-normal, the group's mean as given, up to rounding. One rng, one shape, whatever the mean."""
     draws = [math.exp(rng.gauss(0.0, SPREAD)) for _ in range(group_size)]
     return [max(1, round(mean * draw * group_size / sum(draws))) for draw in draws]
 
@@ -67,7 +72,7 @@ def make_rollouts(args, hf, directory: Path) -> list:
         noise = np.random.default_rng(group).integers(0, 256, (side * PIXELS_PER_TOKEN, side * PIXELS_PER_TOKEN, 3), dtype=np.uint8)
         Image.fromarray(noise).save(directory / f"{group}.png")
         prompt = [hf.image_token_id, *(rng.randrange(100) for _ in range(text))]
-        for sample, length in enumerate(response_lengths(rng, args.group_size, args.response_tokens)):
+        for sample, length in enumerate(response_lengths(random.Random(group), args.group_size, args.response_tokens)):
             records.append(
                 Rollout(
                     prompt_id=str(group), iteration=1, epoch=0, group=group, sample=sample, answer="", prompt_token_ids=prompt,
@@ -135,19 +140,34 @@ def measure(args, directory: Path) -> dict:
     wrapped, _ = build_optimizer(model, config.optimizer, dtype)
     totals, size = StepTotals.of(rows), args.group_size
 
+    def collator_of(config) -> Collator:
+        return Collator(config, hf, directory, with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=dtype)
+
     def step(layout: str) -> None:
         config = configs[layout]
-        collator = Collator(config, hf, directory, with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=dtype)
+        collator = collator_of(config)
 
         def sweep(pictures):
             return compute_log_probs(wrapped, collator, rows, size, 1.0, lambda _: None, pictures)["log_probs"]
 
-        cached = {"ref_log_probs": sweep("original"), "old_log_probs": sweep("original"), "masked_image_log_probs": sweep("masked")}
+        cached = {name: sweep(pictures) for name, pictures in SWEEPS.items()}
         wrapped.zero_grad_buffer()
         papo_step(
             wrapped, collator, rows, cached, size, 1.0, config.objective,
             totals=totals, settings=loss_settings(config.objective, 0), progress=lambda _: None,
         )  # fmt: skip
+
+    collator = collator_of(config)
+    batches = {kind: list(collator.batches(collator.plan(rows, size), kind)) for kind in ("original", "masked")}
+
+    def tower_passes() -> None:
+        for pictures in SWEEPS.values():
+            with torch.no_grad():
+                for batch in batches[pictures]:
+                    model.vision_model(batch.pixel_values, batch.image_grids)
+        for batch in batches["original"]:
+            out = model.vision_model(batch.pixel_values, batch.image_grids)
+            out.backward(torch.ones_like(out))
 
     gradients, peaks = {}, {}
     for layout in configs:
@@ -156,21 +176,28 @@ def measure(args, directory: Path) -> dict:
     scale = max((g.abs().max().item() for g in gradients["plain"]), default=0.0)
     difference = max(((a - b).abs().max().item() for a, b in zip(*gradients.values())), default=0.0)
     del gradients
-    seconds = seconds_in_turns({layout: lambda layout=layout: step(layout) for layout in configs}, args.repeat)
+    timed = {layout: lambda layout=layout: step(layout) for layout in configs}
+    timed["pictures"] = tower_passes if parallel.is_first_stage() else lambda: None
+    clock = shared_machine_clock(args.tp * args.pp)
+    seconds = seconds_in_turns(timed, args.repeat, min, clock)
     for layout in configs:
         peaks[layout] = peak_bytes(lambda layout=layout: step(layout))
     responses = sum(row.response_length for row in rows)
     prompts = [len(row.prompt_token_ids) for row in rows]
     tokens = {"plain": sum(prompts) + responses, "group": sum(prompts[:: args.group_size]) + responses}
-    found = {f"seconds_{layout}": collectives.max_over_ranks(seconds[layout]) for layout in configs}
+    longest = [max(row.response_length for row in rows[start : start + size]) for start in range(0, len(rows), size)]
+    tokens["plain_padded"] = sum(prompts) + size * sum(longest)
+    found = {f"seconds_{name}": collectives.max_over_ranks(value) for name, value in seconds.items()}
     found |= {
         "ratio": found["seconds_plain"] / found["seconds_group"],
         "token_ratio": tokens["plain"] / tokens["group"],
-        **{f"tokens_{layout}": tokens[layout] for layout in configs},
+        "padded_token_ratio": tokens["plain_padded"] / tokens["group"],
+        **{f"tokens_{name}": count for name, count in tokens.items()},
         **{f"peak_bytes_{layout}": int(collectives.max_over_ranks(peaks[layout])) for layout in configs},
         "max_abs_gradient_difference": collectives.max_over_ranks(difference),
         "max_abs_gradient": collectives.max_over_ranks(scale),
     }
+    found["clock"] = clock.__name__
     parallel.shutdown()
     return found
 
@@ -178,7 +205,12 @@ def measure(args, directory: Path) -> dict:
 def show(args, found: dict) -> None:
     shape = f"groups of {args.group_size}, prompts of {args.prompt_tokens}, responses of {args.response_tokens} tokens, TP{args.tp} x PP{args.pp}"
     print(f"ratio {found['ratio']:.2f} of {found['token_ratio']:.2f} that the token counts allow ({found['ratio'] / found['token_ratio']:.0%}): {shape}")
-    print(f"seconds per step: plain {found['seconds_plain']:.2f}, group {found['seconds_group']:.2f}")
+    print(f"seconds per step: plain {found['seconds_plain']:.2f}, group {found['seconds_group']:.2f}", end="")
+    print(f"; of these the vision tower in either {found['seconds_pictures']:.2f}", end="")
+    if args.pp == 1:  # stages overlap
+        rest = {layout: found[f"seconds_{layout}"] - found["seconds_pictures"] for layout in ("plain", "group")}
+        print(f", and without it a ratio of {rest['plain'] / rest['group']:.2f}", end="")
+    print(f"; tokens with padding: {found['padded_token_ratio']:.2f}")
     print(f"peak bytes: plain {found['peak_bytes_plain']:,}, group {found['peak_bytes_group']:,} ({found['peak_bytes_plain'] / found['peak_bytes_group']:.2f} x)")
     print(f"largest difference of a gradient {found['max_abs_gradient_difference']:.1e}, largest gradient {found['max_abs_gradient']:.1e}")
     print(json.dumps(found))

@@ -8,10 +8,22 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 
 
+def shared_machine_clock(processes: int = 1) -> Callable[[], float]:
+    """The clock that other work on the machine moves least: CPU seconds of this process where one thread of it does everything, as on an
+    idle machine; where a GPU, more threads or more processes work together, wall seconds."""
+    import torch
+
+    alone = processes == 1 and torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if alone else time.perf_counter
+
+
 def seconds_in_turns(
-    functions: dict[Hashable, Callable[[], object]], repeat: int, statistic: Callable[[list[float]], float] = statistics.median
+    functions: dict[Hashable, Callable[[], object]],
+    repeat: int,
+    statistic: Callable[[list[float]], float] = statistics.median,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Hashable, float]:
-    """Wall seconds of each function, after one call that does not count; the functions take turns.
+    """Seconds of each function, after one call that does not count; the functions take turns.
 
     statistic: of the repeats. `min` where other work on the machine is the only noise: it never makes a call faster.
     """
@@ -22,11 +34,11 @@ def seconds_in_turns(
     for number in range(repeat + 1):
         for name, function in functions.items():
             wait()
-            started = time.perf_counter()
+            started = clock()
             function()
             wait()
             if number > 0:
-                found[name].append(time.perf_counter() - started)
+                found[name].append(clock() - started)
     return {name: statistic(seconds) for name, seconds in found.items()}
 
 

@@ -44,8 +44,8 @@ def test_plain_rows_are_what_they_stand_for():
     """A response next to its prompt only: torch's causal attention of that row, without padding, is `plain`'s row."""
     assert plain_places(2, [3, 1]).tolist() == [[0, 1, 2, 3, 4], [0, 1, 5, -1, -1]]
     row = torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(1))
-    padded = row[:, :, plain_places(2, [3, 1])[1].clamp(min=0)]
-    torch.testing.assert_close(plain(padded, padded, padded)[:, :3], plain(row[:, :, [0, 1, 5]], row[:, :, [0, 1, 5]], row[:, :, [0, 1, 5]]))
+    padded, alone = row[:, :, plain_places(2, [3, 1])[1].clamp(min=0)], row[:, :, [0, 1, 5]]
+    torch.testing.assert_close(plain(padded, padded, padded)[:, :3], plain(alone, alone, alone))
 
 
 def test_missing_package(tmp_path):

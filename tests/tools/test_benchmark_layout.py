@@ -7,7 +7,8 @@ import pytest
 from tests.conftest import run_module
 
 KEYS = {
-    "seconds_plain", "seconds_group", "ratio", "token_ratio", "peak_bytes_plain", "peak_bytes_group", "max_abs_gradient_difference",
+    "seconds_plain", "seconds_group", "seconds_pictures", "ratio", "token_ratio", "padded_token_ratio",
+    "peak_bytes_plain", "peak_bytes_group", "max_abs_gradient_difference",
 }  # fmt: skip
 
 
@@ -19,6 +20,8 @@ def test_report(layout):
     found = json.loads(result.stdout.splitlines()[-1])
     assert KEYS <= found.keys()
     assert found["tokens_plain"] == 2 * 3 * 60 + found["tokens_group"] - 2 * 60
+    assert found["tokens_plain_padded"] > found["tokens_plain"]  # no group's responses are all of one length
+    assert found["padded_token_ratio"] == pytest.approx(found["tokens_plain_padded"] / found["tokens_group"])
     assert found["token_ratio"] == pytest.approx(found["tokens_plain"] / found["tokens_group"])
     assert found["ratio"] == pytest.approx(found["seconds_plain"] / found["seconds_group"])
     assert 0 < found["max_abs_gradient_difference"] < 1e-5 * found["max_abs_gradient"]
