@@ -158,7 +158,7 @@ def measure(args, directory: Path) -> dict:
         )  # fmt: skip
 
     collator = collator_of(config)
-    batches = {kind: list(collator.batches(collator.plan(rows, size), kind)) for kind in ("original", "masked")}
+    batches = {kind: [collator.collate(part, kind) for part in collator.plan(rows, size)] for kind in ("original", "masked")}
 
     def tower_passes() -> None:
         for pictures in SWEEPS.values():
