@@ -1,0 +1,217 @@
+"""What a training step computes: tokens, model FLOPs, and, on GPUs, how much of the device that uses.
+
+Model FLOPs are those of the matrix products that the layout needs, as in PaLM (arXiv 2204.02311, appendix B): a multiplication with its
+addition is 2; the backward pass is twice the forward pass; what is computed again to save memory (model.recompute, the output layer's
+chunks) does not count, nor do padding, norms, rotary angles, softmax and the loss. Differs from PaLM's 6N + 12LHQT per token: each
+product is counted, attention by the (query, key) pairs that are really wanted instead of T^2, and the output layer where it is applied.
+
+For a decoder with L layers, width h, H heads and G key-value groups of d, MLP width f, vocabulary V, one forward pass is
+
+    L (tokens (2 h (H + 2 G) d  +  2 H d h  +  6 h f)  +  pairs 4 H d)  +  2 h V responses
+                QKV                output      MLP              scores, values      output layer
+
+and for a vision tower with D layers, width w, MLP width m, patches of c numbers, cells of k = 4 patches, decoder width h
+
+    patches (2 c w  +  D (8 w^2 + 6 w m))  +  4 w sum over layers of pairs  +  cells (2 (k w)^2 + 2 k w h)
+             embedding    QKV, output, MLP        scores, values                merger
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+
+from megatron_papo.config import Config, ObjectiveConfig, TrainingConfig
+from megatron_papo.model.hf_config import HFConfig, TextConfig, VisionConfig
+from megatron_papo.training import collectives
+from megatron_papo.training.batching import Pictures, Row, plan_micro_batches, split_over_ranks
+
+BACKWARD = 2
+"""FLOPs of the backward pass over those of the forward pass."""
+PEAK_FLOPS = {
+    "A100": 312e12, "A800": 312e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12, "GH200": 989.4e12,
+    "H200": 989.4e12, "B200": 2250e12, "GB200": 2500e12,
+}  # fmt: skip
+"""Dense bf16 FLOP/s by words of the device's name, the first that fit: NVIDIA's data sheets, half of what they give with sparsity."""
+
+
+def attention_pairs(prompt: int, responses: Iterable[int]) -> int:
+    """(query, key) pairs of a prompt and its responses, each token seeing itself: the prompt causal, a response all of it and itself."""
+    return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in responses)
+
+
+def decoder_flops(text: TextConfig, tokens: int, pairs: int, responses: int) -> int:
+    """Of one forward pass. tokens: positions. pairs: see attention_pairs. responses: positions that reach the output layer."""
+    queries, keys = text.num_heads * text.head_dim, text.num_kv_groups * text.head_dim
+    per_token = 2 * text.hidden_size * (queries + 2 * keys) + 2 * queries * text.hidden_size + 6 * text.hidden_size * text.intermediate_size
+    return text.num_layers * (tokens * per_token + pairs * 4 * queries) + responses * 2 * text.hidden_size * text.vocab_size
+
+
+@lru_cache(maxsize=1 << 16)
+def vision_flops(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
+    """Of one forward pass of one picture of (1, rows, columns) patches."""
+    width, merge = vision.hidden_size, vision.spatial_merge_size
+    patches = grid[0] * grid[1] * grid[2]
+    full = sum(layer in vision.full_attention_layers for layer in range(vision.depth))
+    pairs = full * patches**2 + (vision.depth - full) * window_pairs(vision, grid)
+    per_patch = 2 * vision.patch_values * width + vision.depth * (8 * width**2 + 6 * width * vision.intermediate_size)
+    cell = merge**2 * width
+    return patches * per_patch + pairs * 4 * width + patches // merge**2 * 2 * cell * (cell + vision.out_hidden_size)
+
+
+def window_pairs(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
+    """(query, key) pairs of the patches of one picture in its windows, which are smaller at the right and lower edge."""
+    side = vision.window_size // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
+    rows, columns = ([side] * (length // side) + [length % side] for length in grid[1:])
+    return sum(height**2 for height in rows) * sum(width**2 for width in columns)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the model over the rollouts of one or more optimizer steps."""
+
+    pictures: Pictures
+    """As Collator.plan and Collator.collate take it."""
+    micro_batch_size: int
+    with_gradient: tuple[Pictures, ...] = ()
+    """original, masked: the rows whose forward pass is followed by a backward pass that anybody wants."""
+
+
+def sweeps(pictures: Sequence[Pictures], training: TrainingConfig) -> list[Pass]:
+    """Passes without gradient over rows with these pictures: ["original", "masked"] for old policy and masked branch."""
+    return [Pass(kind, training.log_prob_micro_batch_size) for kind in pictures]
+
+
+def update(objective: ObjectiveConfig, training: TrainingConfig) -> Pass:
+    """The forward and backward pass of an optimizer step. Twins that ride for their logits alone count as a forward pass."""
+    if not objective.masked_rows_ride:
+        return Pass("original", training.micro_batch_size, ("original",))
+    with_gradient = ("original", "masked") if objective.masked_branch == "recompute_with_grad" else ("original",)
+    return Pass("both", training.micro_batch_size, with_gradient)
+
+
+@dataclass
+class Work:
+    """Counts of some passes, over all ranks."""
+
+    tokens: int = 0
+    """Positions of the decoder that hold a token; a twin's are others."""
+    padding: int = 0
+    """Positions that hold none and are computed all the same."""
+    patches: int = 0
+    """That go through the vision tower."""
+    model_flops: int = 0
+
+
+def work_of(rows: Sequence[Row], each: Pass, config: Config, hf: HFConfig) -> Work:
+    """Of one pass over the rows of one data-parallel rank, by the micro-batches that training.batching makes of them."""
+    training, parallel, work = config.training, config.parallel, Work()
+    multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    kinds = _kinds(each)
+    for part in plan_micro_batches(rows, training, each.micro_batch_size, len(kinds)):
+        lengths = list(_prompt_and_responses(part, training.layout))
+        tokens = [prompt + sum(responses) for prompt, responses in lengths]
+        in_rows = [sum(tokens)] if training.layout == "group" else tokens
+        positions = len(in_rows) * -(-max(in_rows) // multiple) * multiple
+        pairs = sum(attention_pairs(prompt, responses) for prompt, responses in lengths)
+        decoder = decoder_flops(hf.text, sum(tokens), pairs, sum(row.response_length for row in part))
+        for kind in kinds:
+            grids = _distinct_pictures(part, kind)
+            forward = decoder + sum(vision_flops(hf.vision, grid) for grid in grids)
+            work.tokens += sum(tokens)
+            work.padding += positions - sum(tokens)
+            work.patches += _patches(grids)
+            work.model_flops += forward * (1 + BACKWARD if kind in each.with_gradient else 1)
+    return work
+
+
+def _kinds(each: Pass) -> tuple[Pictures, ...]:
+    return ("original", "masked") if each.pictures == "both" else (each.pictures,)
+
+
+def _prompt_and_responses(part: Sequence[Row], layout: str) -> Iterator[tuple[int, list[int]]]:
+    """Lengths of each prompt of a micro-batch and of the responses that share it."""
+    if layout == "plain":
+        yield from ((len(row.prompt_token_ids), [row.response_length]) for row in part)
+        return
+    for _, group in groupby(part, key=lambda row: row.rollout.group):
+        rows = list(group)
+        yield len(rows[0].prompt_token_ids), [row.response_length for row in rows]
+
+
+def _distinct_pictures(part: Sequence[Row], kind: Pictures) -> list[tuple[int, int, int]]:
+    """Grids of what Collator sends through the vision tower for a micro-batch."""
+    found = {(*row.rollout.images, row.rollout.masked_image_seed if kind == "masked" else None): row.grids for row in part}
+    return [grid for grids in found.values() for grid in grids]
+
+
+def _patches(grids: Iterable[tuple[int, int, int]]) -> int:
+    return sum(time * rows * columns for time, rows, columns in grids)
+
+
+def step_accounting(
+    steps: Sequence[Sequence[Row]],
+    config: Config,
+    hf: HFConfig,
+    passes: Sequence[Pass],
+    seconds: float,
+    device: str | None = None,
+) -> dict[str, float]:
+    """Metrics of the passes that the rows of these optimizer steps went through together, in so many seconds.
+
+    steps: the rows of each, those of all data-parallel ranks: one step for an update, all steps of an iteration for a sweep over it.
+    device: device_name(). Everything is over all ranks:
+
+        tokens_computed    tokens through the decoder, all passes and twins; image tokens included, padding not
+        padding_tokens     positions on top of them that hold no token
+        tokens_naive       the same passes with a row per rollout, each twin a pass of its own
+        patches_computed   patches through the vision tower, all passes
+        patches_naive      with every picture once per rollout and pass
+        model_flops        see the module; of the work in the layout used, a prompt that is repeated because its group was cut included
+        tokens_per_second  prompt and response tokens of the rollouts, each rollout once whatever the passes, per second
+        mfu                model_flops / (seconds * ranks * peak of the device): only in bfloat16 on a device that PEAK_FLOPS knows
+    """
+    rows, ranks = [row for step in steps for row in step], config.parallel.data_parallel_size
+    by_step = [split_over_ranks(step, config.training.layout, ranks) for step in steps]
+    shares = [[row for split in by_step for row in split[rank]] for rank in range(ranks)]
+    works = [work_of(share, each, config, hf) for each in passes for share in shares]
+    rollout_tokens = sum(len(row.prompt_token_ids) + row.response_length for row in rows)
+    branches = sum(len(_kinds(each)) for each in passes)
+    flops = sum(work.model_flops for work in works)
+    metrics = {
+        "tokens_computed": sum(work.tokens for work in works),
+        "padding_tokens": sum(work.padding for work in works),
+        "tokens_naive": branches * rollout_tokens,
+        "patches_computed": sum(work.patches for work in works),
+        "patches_naive": branches * sum(_patches(row.grids) for row in rows),
+        "model_flops": flops,
+        "tokens_per_second": rollout_tokens / seconds,
+    }
+    peak = peak_flops(device)
+    if peak is not None and config.model.dtype == "bfloat16":
+        metrics["mfu"] = flops / (seconds * config.parallel.world_size * peak)
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def peak_flops(device: str | None) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name; None for one that is not known, and for a MIG slice, which is a part of one."""
+    if device is None or "MIG" in device:
+        return None
+    return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", device)), None)
+
+
+def device_name() -> str | None:
+    """Of this process's GPU; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def peak_memory() -> dict[str, float]:
+    """peak_memory_bytes: the most that tensors held on any rank since the call before; {} without GPUs. All ranks call it together."""
+    if not torch.cuda.is_available():
+        return {}
+    here = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return {"peak_memory_bytes": float(collectives.max_over_ranks(here))}
