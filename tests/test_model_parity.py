@@ -176,8 +176,9 @@ def test_optimizer_steps_with_a_spread_tower_equal_those_with_a_sharded_one(runs
         ours, theirs = (checkpoint.read(key, None).double() for checkpoint in (spread, sharded))
         relative[key] = ((ours - theirs).norm() / (theirs.norm() or 1.0)).item()
     assert {key: value for key, value in relative.items() if value > (1e-5 if "exp_avg" in key else 1e-4)} == {}
-    losses = [runs[3]["resume"][f"moved_{kind}"]["whole"] for kind in ("fp32", "spread")]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5, rel=0)
+    losses = {kind: runs[3]["resume"][f"moved_{kind}"]["whole"] for kind in ("fp32", "spread", "spread_distributed")}
+    assert losses["fp32"] == pytest.approx(losses["spread"], abs=1e-5, rel=0)
+    assert losses["fp32"] == pytest.approx(losses["spread_distributed"], abs=1e-5, rel=0)
 
 
 def test_resuming_without_optimizer_state_is_noticed(runs):
