@@ -191,7 +191,9 @@ def train(args, config, policy, rollouts, out) -> None:
     if policy.at != args.megatron:
         policy.load(args.megatron)
     iteration = Iteration(args, config, policy, steps)
+    started = time.time()
     cached, checks = first_sweeps(iteration)
+    checks |= iteration.account_sweeps(time.time() - started)
     with MetricsLog(out.partial, args.iteration) if iteration.speaks else nullcontext() as log:
         attempts = optimizer_steps(iteration, cached, checks, log)
     iteration.bar.close()
@@ -210,6 +212,7 @@ class Iteration:
     def __init__(self, args, config, policy, steps):
         from tqdm import tqdm
 
+        from megatron_papo.training import accounting
         from megatron_papo.training.batching import Collator, split_over_ranks
 
         self.args, self.config, self.policy, self.steps = args, config, policy, steps
@@ -227,6 +230,7 @@ class Iteration:
         if objective.uses_masked_image and objective.masked_branch == "cached":
             self.first_kinds.append("masked")
         passes = objective.uses_reference + len(self.first_kinds) + self.passes_of_steps
+        accounting.peak_memory()  # counts from here
         self.speaks = collectives.is_reporting_rank()
         self.bar = tqdm(total=passes * len(self.my_rows), unit="rollout", disable=not self.speaks, mininterval=1.0)
 
@@ -244,6 +248,29 @@ class Iteration:
 
         size = self.config.training.log_prob_micro_batch_size
         return sweep(model, self.collator, rows, size, self.config.rollout.temperature, self.bar.update, kinds)
+
+
+    def account_sweeps(self, seconds: float) -> dict[str, float]:
+        """What the first sweeps computed in so many seconds, each metric with sweep_ in front. Collective over all ranks."""
+        from megatron_papo.training import accounting
+
+        passes = accounting.sweeps(["original"] * self.config.objective.uses_reference + self.first_kinds, self.config.training)
+        return {f"sweep_{name}": value for name, value in self._account(self.steps, passes, seconds).items()} if passes else {}
+
+    def account_step(self, step, seconds: float) -> dict[str, float]:
+        """The same of one optimizer step: the update, and the sweep before it if there is one."""
+        from megatron_papo.training import accounting
+
+        passes = accounting.sweeps(["masked"] * self.masked_branch_is_swept, self.config.training)
+        return self._account([step], [*passes, accounting.update(self.config.objective, self.config.training)], seconds)
+
+    def _account(self, steps, passes, seconds: float) -> dict[str, float]:
+        from megatron_papo.training import accounting
+
+        peak = accounting.peak_memory()
+        if not self.speaks:
+            return peak
+        return accounting.step_accounting(steps, self.config, self.policy.hf, passes, seconds, accounting.device_name()) | peak
 
 
 def masked_branch(swept: dict[str, dict[str, list]]) -> dict[str, list]:
@@ -321,9 +348,11 @@ def optimizer_steps(iteration: Iteration, cached: dict, checks: dict, log) -> in
         policy.state["step"] += 1
         number += 1
 
+        seconds = time.time() - started
+        metrics |= iteration.account_step(step, seconds)
         decision = guard.observe(metrics, policy.state["step"], attempt)
         if iteration.speaks:
-            update = {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": time.time() - started, "attempt": attempt}
+            update = {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": seconds, "attempt": attempt}
             used = {"kl_prcp_coef": settings["kl_prcp_coef"], "guard_signs": len(guard.signs)}
             log.write(policy.state["step"], metrics | step_statistics(step) | checks | update | used)
             if decision is not None:

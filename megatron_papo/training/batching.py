@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_papo import images
+from megatron_papo.balance import balanced
 from megatron_papo.config import Config, TrainingConfig
 from megatron_papo.errors import UserError
 from megatron_papo.model.group_attention import GroupSegments
@@ -148,12 +149,7 @@ def split_over_ranks(step: Sequence[Row], layout: str, ranks: int) -> list[list[
         return [list(step[rank::ranks]) for rank in range(ranks)]
     groups = [list(rows) for _, rows in groupby(step, key=lambda row: row.rollout.group)]
     cost = [len(group[0].prompt_token_ids) + sum(row.response_length for row in group) for group in groups]
-    loads, chosen = [0] * ranks, [[] for _ in range(ranks)]
-    for number in sorted(range(len(groups)), key=lambda i: -cost[i]):
-        rank = min(range(ranks), key=lambda r: (loads[r], len(chosen[r])))
-        loads[rank] += cost[number]
-        chosen[rank].append(number)
-    return [[row for number in sorted(numbers) for row in groups[number]] for numbers in chosen]
+    return [[row for number in share for row in groups[number]] for share in balanced(cost, ranks)]
 
 
 KEPT_PICTURE_BYTES = 2 << 30

@@ -68,7 +68,9 @@ class Policy:
 
     def _build(self, checkpoint: Path) -> torch.nn.Module:
         parallel, recompute = self.config.parallel, self.config.model.recompute
-        model = build_model(self.hf, dtype=self.dtype, sequence_parallel=parallel.sequence_parallel, recompute=recompute)
+        model = build_model(
+            self.hf, dtype=self.dtype, sequence_parallel=parallel.sequence_parallel, recompute=recompute, vision_tower=parallel.vision_tower
+        )
         megatron_files.load_weights(checkpoint, model)
         return model
 

@@ -22,9 +22,9 @@ def arguments(run, output, *overrides, megatron=None, iteration=1, reference=Tru
     return ["--config", DEMO_CONFIG, *settings(*SMALL_RUN, *ONE_PROCESS, *overrides), *paths, "--iteration", iteration, "--output", output, *extra]
 
 
-def train(run, output, *overrides, **options):
+def train(run, output, *overrides, processes=None, **options):
     """-> every line of metrics.jsonl, what was printed."""
-    result = run_module("stages.stage5_train", *arguments(run, output, *overrides, **options))
+    result = run_module("stages.stage5_train", *arguments(run, output, *overrides, **options), processes=processes)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], result.stdout + result.stderr
 
@@ -65,6 +65,24 @@ def test_recomputed_masked_branch_follows_the_weights(small_run, cached, tmp_pat
     assert metrics[0]["kl_prcp"] == pytest.approx(cached[0]["kl_prcp"], rel=1e-3)
     assert abs(metrics[1]["masked_image_entropy"] / cached[1]["masked_image_entropy"] - 1) > 1e-5  # the weights have moved in between
     assert "rollout.top_p" not in printed
+
+
+def test_pictures_spread_over_the_ranks_train_alike(small_run, cached, tmp_path):
+    metrics, _ = train(small_run, tmp_path / "out", "parallel.tensor_model_parallel_size=2", "parallel.vision_tower=spread", processes=2)
+    for ours, theirs in zip(metrics, cached, strict=True):
+        for name in ("loss", "gradient_norm", "entropy", "kl_prcp"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), name
+
+
+def test_steps_and_sweeps_are_accounted_for(small_run, cached, tmp_path):
+    """Twice the pass over the same rollouts, without gradient, in the sweeps; group layout: the prompts once."""
+    one, two = cached
+    assert one["sweep_tokens_computed"] == 3 * (one["tokens_computed"] + two["tokens_computed"])  # reference, old, masked
+    assert one["tokens_computed"] == one["tokens_naive"] and one["tokens_per_second"] == pytest.approx(one["tokens_naive"] / one["seconds"])
+    metrics, _ = train(small_run, tmp_path / "out", "training.layout=group", "training.max_tokens_per_micro_batch=1000")
+    assert metrics[0]["tokens_naive"] == one["tokens_naive"] > 1.5 * metrics[0]["tokens_computed"]
+    assert metrics[0]["model_flops"] < one["model_flops"] and metrics[0]["loss"] == pytest.approx(one["loss"], rel=1e-3, abs=1e-6)
+    assert "mfu" not in one and "peak_memory_bytes" not in one  # those are for GPUs
 
 
 def test_annealing_and_filtering_reach_the_run(small_run, cached, tmp_path):
