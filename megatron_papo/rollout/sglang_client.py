@@ -22,6 +22,7 @@ from megatron_papo.rollout.sglang_requests import (
     Sample,
     Sampling,
     build_request,
+    encode,
     parse_answer,
     parse_probe,
     prefix_request,
@@ -235,7 +236,7 @@ class SglangClient:
 
     async def _send(self, http: HttpConnection, replica: Replica, body: dict) -> tuple[int, bytes]:
         """POST /generate. Raises ServerLost as soon as the server is known to be lost, however long it would keep the connection."""
-        post = asyncio.ensure_future(http.post_json(replica.server.url + "/generate", body, replica.server.headers))
+        post = asyncio.ensure_future(http.post_json(replica.server.url + "/generate", encode(body), replica.server.headers))
         try:
             await asyncio.wait((post, replica.lost), return_when=asyncio.FIRST_COMPLETED)
             if not post.done():

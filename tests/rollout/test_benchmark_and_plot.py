@@ -47,7 +47,7 @@ async def talk(answers: list[bytes], posts: int) -> tuple[list, int]:
     found = []
     for _ in range(posts):
         try:
-            found.append(await http.post_json(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/generate", {"a": "ü"}, {"X-Key": "k"}))
+            found.append(await http.post_json(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/generate", json.dumps({"a": "ü"}).encode(), {"X-Key": "k"}))
         except (ConnectionError, TimeoutError) as error:
             found.append(type(error))
     http.close()
@@ -71,7 +71,7 @@ def test_connection():
         port = server.sockets[0].getsockname()[1]
         server.close()
         await server.wait_closed()
-        await HttpConnection(1.0, 1.0, ssl.create_default_context()).post_json(f"http://127.0.0.1:{port}/", {}, {})
+        await HttpConnection(1.0, 1.0, ssl.create_default_context()).post_json(f"http://127.0.0.1:{port}/", b"{}", {})
 
     with pytest.raises(ConnectionError):
         asyncio.run(nobody())

@@ -271,3 +271,10 @@ def test_cache_keys_follow_pictures_and_weights(prompts, pictures, sampling):
     for other in (build_request(request, images, sampling, "w"), build_request(request, images[::-1], sampling, "v")):
         assert other["extra_key"] != body["extra_key"] and other["mm_hashes"] != body["mm_hashes"]
     assert build_request(dataclasses.replace(request, seed=2), images, sampling, "v")["extra_key"] == body["extra_key"]
+
+
+@pytest.mark.parametrize("body", [{"a": [1, None, "ü"], "image_data": ['x"é', "y"], "z": {}}, {"image_data": ["q"], "k": 2}, {"k": {"image": 1}}])
+def test_encoded_body_is_the_body(body):
+    from megatron_papo.rollout.sglang_requests import encode
+
+    assert json.loads(encode(body)) == body
