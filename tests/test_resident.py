@@ -73,6 +73,7 @@ def test_one_process_each(both):
     assert len(commands) == 2 and all("--follow" in command for command in commands)
     seconds = [read_manifest(run / "iterations/0002/megatron")["seconds"] for run in both]
     assert seconds[1] < seconds[0]
+    assert all(json.loads((run / "summary.json").read_text())["seconds_per_iteration"] > 0 for run in both)
 
 
 def test_either_mode_goes_on_where_the_other_stopped(both):

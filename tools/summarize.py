@@ -7,6 +7,7 @@ writes  RUN/summary.json
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,12 @@ def seconds_per_stage(directory: Path) -> dict[str, float]:
     for manifest in map(lambda path: read_manifest(path.parent), sorted(directory.rglob(MANIFEST))):
         seconds[manifest["stage"]] = seconds.get(manifest["stage"], 0.0) + manifest["seconds"]
     return {stage: round(seconds[stage], 1) for stage in sorted(seconds)}
+
+
+def seconds_per_iteration(directory: Path) -> float | None:
+    """Median of what passed between one iteration's export and the next one's, by the clock; None where there are not two."""
+    times = sorted(path.stat().st_mtime for path in (directory / "iterations").glob(f"*/hf/{MANIFEST}"))
+    return round(median(later - earlier for earlier, later in zip(times, times[1:])), 1) if len(times) > 1 else None
 
 
 def summarize(directory: Path, cold_start: Path, papo: Path, hf: Path) -> dict:
@@ -38,7 +45,9 @@ def summarize(directory: Path, cold_start: Path, papo: Path, hf: Path) -> dict:
         "log": str(directory / "log.txt"),
     }
     seconds = seconds_per_stage(directory)
-    return metrics | {"seconds": seconds, "seconds_total": round(sum(seconds.values()), 1), "paths": paths}
+    return metrics | {"seconds": seconds, "seconds_total": round(sum(seconds.values()), 1)} | {
+        "seconds_per_iteration": seconds_per_iteration(directory), "paths": paths,
+    }  # fmt: skip
 
 
 def show(summary: dict) -> None:
@@ -56,6 +65,8 @@ def show(summary: dict) -> None:
     for stage, seconds in summary["seconds"].items():
         times.add_row(stage, f"{seconds:.0f}")
     times.add_row("all stages", f"{summary['seconds_total']:.0f}")
+    if summary["seconds_per_iteration"] is not None:
+        times.add_row("from one iteration to the next", f"{summary['seconds_per_iteration']:.1f}")
     console.print(times)
     for name, path in summary["paths"].items():
         console.print(f"{name.replace('_', ' ')}: {path}", highlight=False, soft_wrap=True)
