@@ -3,17 +3,22 @@
     python -m tools.sglang_server start  --server DIR --config FILE --model HF_DIR [--set SECTION.KEY=VALUE]
     python -m tools.sglang_server status --server DIR      exit status 0 if all are healthy, 1 if not
     python -m tools.sglang_server stop   --server DIR
+    python -m tools.sglang_server sampling-defaults --model HF_DIR      JSON for --preferred-sampling-params of servers behind sglang-router
 
 DIR holds server.json and server.log, for example runs/demo/server.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from megatron_papo.command_line import run
 from megatron_papo.config import load_config
 from megatron_papo.rollout import sglang_server
+from megatron_papo.rollout.sglang_requests import forbidden_tokens, logit_bias
 
 
 def main() -> None:
@@ -26,11 +31,16 @@ def main() -> None:
             action.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration: server and model.dtype")
             action.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
             action.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint to load first")
+    defaults = actions.add_parser("sampling-defaults")
+    defaults.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint, for its vocabulary")
     arguments = parser.parse_args()
     if arguments.action == "start":
         config = load_config(arguments.config, arguments.overrides)
         servers = sglang_server.connect_or_start_all(arguments.server, arguments.model, config.server, config.model.dtype)
         print(f"{arguments.server}: running at {', '.join(server.url for server in servers)}")
+    elif arguments.action == "sampling-defaults":
+        vocabulary = Tokenizer.from_file(str(arguments.model / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        print(json.dumps({"logit_bias": logit_bias(forbidden_tokens(arguments.model, vocabulary))}))
     elif arguments.action == "status":
         found = sglang_server.status(arguments.server)
         print("\n".join(line for _, line in found))

@@ -23,6 +23,7 @@ from megatron_papo.rollout.sglang_requests import (
     Sampling,
     build_request,
     encode,
+    logit_bias,
     parse_answer,
     parse_probe,
     prefix_request,
@@ -132,6 +133,8 @@ class SglangClient:
         for request in requests:
             sizes[request.group] = sizes.get(request.group, 0) + 1
         async with self._http() as control:
+            if self.router:
+                await asyncio.gather(*(self._require_defaults(control, server, sampling) for server in self.servers))
             replicas = Replicas([self.router] if self.router else self.servers, control, self.limits, self._replace if self.restart else None)
             none_yet = [None] * len(requests)
             batch = _Batch(requests, sampling, weight_version, on_sample, enough, replicas, none_yet, sizes)
@@ -153,6 +156,18 @@ class SglangClient:
             batch.traffic.servers_lost, batch.traffic.servers_restarted = replicas.lost, replicas.restarts
             self.traffic.add(batch.traffic)
         return batch.samples
+
+    async def _require_defaults(self, http: httpx.AsyncClient, server: Server, sampling: Sampling) -> None:
+        """sglang-router passes on the sampling parameters it knows, and logit_bias is not among them: the servers must have it by default."""
+        info = await self._call(http, server, "GET", "/server_info", None, "server_info")
+        defaults = info.get("preferred_sampling_params") or {}
+        defaults = json.loads(defaults) if isinstance(defaults, str) else defaults
+        if not logit_bias(sampling.forbidden).items() <= (defaults.get("logit_bias") or {}).items():
+            raise UserError(
+                f"{server.url}: behind server.router, which drops logit_bias, it could sample vision tokens: start it with"
+                ' --preferred-sampling-params "$(python -m tools.sglang_server sampling-defaults --model HF_DIR)", or leave server.router'
+                " out: the stage shares requests among the servers by itself"
+            )
 
     async def _work(self, batch: _Batch, waiting) -> None:
         """Sends one request after the other."""

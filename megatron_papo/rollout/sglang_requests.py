@@ -65,6 +65,11 @@ def forbidden_tokens(hf_dir: Path, vocabulary: dict[str, int]) -> tuple[int, ...
     return tuple(sorted(vision | (set(range(size)) - set(vocabulary.values()))))
 
 
+def logit_bias(forbidden: Sequence[int]) -> dict[str, float]:
+    """SGLang's sampling parameter under which these tokens are never sampled."""
+    return {str(token): FORBIDDEN_BIAS for token in forbidden}
+
+
 def build_request(request: Request, images: Sequence[str], sampling: Sampling, weight_version: str) -> dict:
     """The JSON body of POST /generate, but for its rid.
 
@@ -88,7 +93,7 @@ def build_request(request: Request, images: Sequence[str], sampling: Sampling, w
             "max_new_tokens": sampling.max_response_tokens,
             "sampling_seed": request.seed,
             "skip_special_tokens": False,
-            "logit_bias": {str(token): FORBIDDEN_BIAS for token in sampling.forbidden},
+            "logit_bias": logit_bias(sampling.forbidden),
         },
         "return_logprob": True,
         "extra_key": identity,

@@ -2,6 +2,7 @@
 
 import http.client
 import http.server
+import json
 import threading
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from megatron_papo.rollout.sglang_server import Server
 
 class Proxy:
     """fault: None; "hangs": no answer any more; "dies": connections are cut and new ones refused; "lies": weights are not passed on,
-    but said to be loaded; "router": knows no control calls, like sglang-router; "503": /generate fails for a while.
+    but said to be loaded; "router": knows no control calls and drops what it does not know from requests, like sglang-router 0.3.2; "503": /generate fails for a while.
     """
 
     def __init__(self, server: Server, fault: str | None = None, after: int = 0):
@@ -62,17 +63,18 @@ def proxy_to(server: Server, fault: str | None = None, after: int = 0):
                 return
             if proxy.fault == "router" and self.path not in ("/generate", "/health"):
                 return self.answer(404, b"{}")
+            if proxy.fault == "router" and body:
+                request = json.loads(body)
+                del request["sampling_params"]["logit_bias"]
+                request.pop("mm_hashes", None)
+                body = json.dumps(request).encode()
             if proxy.fault == "503" and self.path == "/generate" and proxy.after < proxy.generated <= proxy.after + 3:
                 return self.answer(503, b"busy")
             if proxy.fault == "lies" and self.path == "/update_weights_from_disk":
-                import json
-
                 proxy.claimed = json.loads(body)["weight_version"]
                 return self.answer(200, b'{"success": true, "message": "of course"}')
             status, content = proxy.forward(self.command, self.path, body)
             if proxy.claimed and self.path == "/model_info":
-                import json
-
                 content = json.dumps({**json.loads(content), "weight_version": proxy.claimed}).encode()
             self.answer(status, content)
 
