@@ -111,7 +111,7 @@ def follow(args) -> None:
                     policy.forget()
             if speaks:
                 export(run, number)
-            collectives.barrier()
+            follower.wait_for(run.exported(number))  # no collective: an export may take longer than those wait
     parallel.shutdown()
 
 

@@ -147,8 +147,8 @@ class OneBatch:
     def plan(self, rows, *_):
         return [rows]
 
-    def batches(self, *_):
-        yield self.batch
+    def collate(self, *_):
+        return self.batch
 
 
 def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: int) -> dict:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_papo.config import ParallelConfig
@@ -17,6 +18,9 @@ from megatron_papo.model.hf_config import HFConfig
 if TYPE_CHECKING:
     import torch
 
+
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for the first one, which verifies and hashes files: NCCL's ten minutes are too short for 72B."""
 
 _has_joined = False  # a process group: see leave()
 
@@ -143,9 +147,9 @@ def _join_process_group() -> None:
     global _has_joined
     _has_joined = True
     if torch.cuda.is_available():
-        torch.distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        torch.distributed.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device("cuda", torch.cuda.current_device()))
     elif "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     else:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 

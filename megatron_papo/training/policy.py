@@ -1,5 +1,6 @@
 """What a training process holds from one iteration to the next: the policy with its optimizer on the device, the reference on the host."""
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ class Policy:
     def forget(self) -> None:
         """Gives up the device's memory; the next load brings everything back."""
         self.model = self.optimizer = self.at = None
+        gc.collect()  # hooks make cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -51,6 +53,7 @@ class Policy:
         if self._reference is None:
             with torch.no_grad():
                 self._reference = [_on_host(parameter) for parameter in self._build(checkpoint).parameters()]
+            gc.collect()
 
     @contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
