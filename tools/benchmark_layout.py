@@ -8,7 +8,8 @@ mean as given). The model is a Qwen2.5-VL that is small enough for two cores; th
 tower are what is timed. Both layouts take one group per micro-batch. They are measured in turns in one run.
 
 token_ratio: tokens of the plain layout, without its padding, over those of the group layout: what the ratio of the times could be if every
-token cost the same. padded_token_ratio: with the padding to the longest response of the group, which the plain layout computes too.
+token cost the same. padded_token_ratio: with the padding to the longest response of the group, which the plain layout computes too. flops_ratio: model
+FLOPs of the step (training/accounting.py), which count attention and the vision tower for what they are, and no padding.
 seconds_pictures: the vision tower's part of the step, the same in both layouts. Times are the best of --repeat, taken in turns, since other
 work on the machine only adds; one process counts its own CPU seconds (`clock`). --tp and --pp start that many processes. The last line of
 the output is one JSON object.
@@ -121,7 +122,7 @@ def measure(args, directory: Path) -> dict:
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import collectives, parallel
+    from megatron_papo.training import accounting, collectives, parallel
     from megatron_papo.training.batching import Collator, make_rows
     from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
     from megatron_papo.training.optimizer import build_optimizer
@@ -197,7 +198,9 @@ def measure(args, directory: Path) -> dict:
         "max_abs_gradient_difference": collectives.max_over_ranks(difference),
         "max_abs_gradient": collectives.max_over_ranks(scale),
     }
-    found["clock"] = clock.__name__
+    passes = [*accounting.sweeps(list(SWEEPS.values()), config.training), accounting.update(config.objective, config.training)]
+    flops = {name: sum(accounting.work_of(rows, each, of, hf).model_flops for each in passes) for name, of in configs.items()}
+    found |= {"flops_ratio": flops["plain"] / flops["group"], "clock": clock.__name__}
     parallel.shutdown()
     return found
 
@@ -210,7 +213,7 @@ def show(args, found: dict) -> None:
     if args.pp == 1:  # stages overlap
         rest = {layout: found[f"seconds_{layout}"] - found["seconds_pictures"] for layout in ("plain", "group")}
         print(f", and without it a ratio of {rest['plain'] / rest['group']:.2f}", end="")
-    print(f"; tokens with padding: {found['padded_token_ratio']:.2f}")
+    print(f"; tokens with padding: {found['padded_token_ratio']:.2f}; FLOPs: {found['flops_ratio']:.2f}")
     print(f"peak bytes: plain {found['peak_bytes_plain']:,}, group {found['peak_bytes_group']:,} ({found['peak_bytes_plain'] / found['peak_bytes_group']:.2f} x)")
     print(f"largest difference of a gradient {found['max_abs_gradient_difference']:.1e}, largest gradient {found['max_abs_gradient']:.1e}")
     print(json.dumps(found))

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import run_module
 
 KEYS = {
-    "seconds_plain", "seconds_group", "seconds_pictures", "ratio", "token_ratio", "padded_token_ratio",
+    "seconds_plain", "seconds_group", "seconds_pictures", "ratio", "token_ratio", "padded_token_ratio", "flops_ratio",
     "peak_bytes_plain", "peak_bytes_group", "max_abs_gradient_difference",
 }  # fmt: skip
 
@@ -23,6 +23,7 @@ def test_report(layout):
     assert found["tokens_plain_padded"] > found["tokens_plain"]  # no group's responses are all of one length
     assert found["padded_token_ratio"] == pytest.approx(found["tokens_plain_padded"] / found["tokens_group"])
     assert found["token_ratio"] == pytest.approx(found["tokens_plain"] / found["tokens_group"])
+    assert 1 < found["flops_ratio"] < found["token_ratio"]  # the vision tower is the same in both, and attention gains less
     assert found["ratio"] == pytest.approx(found["seconds_plain"] / found["seconds_group"])
     assert 0 < found["max_abs_gradient_difference"] < 1e-5 * found["max_abs_gradient"]
     assert found["peak_bytes_group"] < found["peak_bytes_plain"]
