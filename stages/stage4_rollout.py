@@ -30,8 +30,6 @@ from megatron_papo.manifest import Fingerprint, StageOutput, input_fingerprint, 
 from megatron_papo.run_directory import Follower, RunDirectory
 
 SECTIONS = ["seed", "rollout", "reward", "masked_image", "data.min_pixels", "data.max_pixels", "model.dtype"]
-
-
 PATHS = ("data", "hf", "server", "iteration", "output")
 
 
@@ -44,11 +42,11 @@ def main() -> None:
     previous_help = "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from iteration 2 on"
     parser.add_argument("--previous", type=Path, metavar="DIR", help=previous_help)
     arguments = parser.parse_args()
-    server, arguments.server = arguments.server, None if arguments.follow else arguments.server
-    check_paths_given(parser, arguments, PATHS, others=("previous",))
+    needed = PATHS if arguments.follow is None else [name for name in PATHS if name != "server"]
+    check_paths_given(parser, arguments, needed, others=("previous",))
     config = load_config(arguments.config, arguments.overrides)
     if arguments.follow is not None:
-        follow(config, RunDirectory(arguments.follow, config), server)
+        follow(config, RunDirectory(arguments.follow, config), arguments.server)
     elif arguments.iteration < 1:
         raise UserError(f"--iteration {arguments.iteration}: iterations count from 1")
     else:
@@ -63,7 +61,7 @@ def follow(config: Config, run: RunDirectory, server: str | None) -> None:
             sampled_by = run.sampled_by(number)
             if sampled_by > 0:
                 follower.wait_for(run.exported(sampled_by))
-            iterate(
+            made = iterate(
                 config,
                 argparse.Namespace(
                     iteration=number, data=run.data, hf=run.exported(sampled_by), server=server or str(run.server),
@@ -71,12 +69,16 @@ def follow(config: Config, run: RunDirectory, server: str | None) -> None:
                 ),
                 staleness=number - 1 - sampled_by, trusted=trusted, started=time.time(),
             )  # fmt: skip
-            trusted = ("data",)
+            if made:
+                trusted = ("data",)
 
 
-def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, ...] = (), started: float | None = None) -> None:
-    """One iteration. staleness: of the weights, for the records. trusted: inputs whose files need not be verified again. started: when it
-    could begin; None: when the process did."""
+def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, ...] = (), started: float | None = None) -> bool:
+    """One iteration. -> whether there was anything to do.
+
+    staleness: of the weights, for the records. trusted: inputs whose files need not be verified again. started: when it could begin; None:
+    when the process did.
+    """
     inputs = {
         "data": require_input(arguments.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data"),
         "hf": input_fingerprint(arguments.hf, "give --hf the output of stage 2 or 6, or a downloaded checkpoint"),
@@ -89,12 +91,13 @@ def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, .
     out.started = started or out.started
     if out.done:
         out.announce_done()
-        return
+        return False
     require_proof_if_converted(arguments.hf)
     with out:
         roll_out(
             config, arguments.data, arguments.hf, arguments.server, arguments.iteration, first_position, inputs["hf"], staleness, out
         )
+    return True
 
 
 def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str) -> tuple[Fingerprint, int]:

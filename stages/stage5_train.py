@@ -173,7 +173,6 @@ def iterate(args, config, policy, rollouts, out) -> None:
         collectives.barrier()  # out.partial is there
         train(args, config, policy, rollouts, out)
         collectives.barrier()  # every rank has written
-    collectives.barrier()  # out is there
 
 
 def train(args, config, policy, rollouts, out) -> None:
@@ -248,7 +247,6 @@ class Iteration:
 
         size = self.config.training.log_prob_micro_batch_size
         return sweep(model, self.collator, rows, size, self.config.rollout.temperature, self.bar.update, kinds)
-
 
     def account_sweeps(self, seconds: float) -> dict[str, float]:
         """What the first sweeps computed in so many seconds, each metric with sweep_ in front. Collective over all ranks."""
