@@ -18,15 +18,11 @@ the output is one JSON object.
 import argparse
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 from megatron_papo.command_line import run
-from tools.measure import peak_bytes, seconds_in_turns, shared_machine_clock
+from tools.measure import measure_in_processes, peak_bytes, seconds_in_turns, shared_machine_clock
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 SPREAD = 0.5
@@ -221,19 +217,7 @@ def show(args, found: dict) -> None:
 
 def main() -> None:
     args = parse()
-    if args.checkpoint:  # one of several processes
-        found = measure(args, args.checkpoint)
-        if int(os.environ["RANK"]) == 0:
-            show(args, found)
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as directory:
-        make_checkpoint(args, Path(directory))
-        if args.tp * args.pp == 1:
-            show(args, measure(args, Path(directory)))
-            return
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.tp * args.pp)]
-        sys.exit(subprocess.run([*launcher, "-m", "tools.benchmark_layout", *sys.argv[1:], "--checkpoint", directory]).returncode)
+    measure_in_processes("tools.benchmark_layout", args, args.tp * args.pp, make_checkpoint, measure, show)
 
 
 if __name__ == "__main__":

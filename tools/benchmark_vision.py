@@ -13,15 +13,11 @@ parameters per rank; and how far tokens and gradient norms of the two are apart.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 from megatron_papo.command_line import run
-from tools.measure import seconds_in_turns
+from tools.measure import measure_in_processes, seconds_in_turns
 
 TOWERS = ("sharded", "spread")
 HEAD_WIDTH = 80
@@ -159,16 +155,7 @@ def show(args, found: dict) -> None:
 
 def main() -> None:
     args = parse()
-    if args.checkpoint:  # one of several processes
-        found = measure(args, args.checkpoint)
-        if int(os.environ["RANK"]) == 0:
-            show(args, found)
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as directory:
-        make_checkpoint(args, Path(directory))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.tp)]
-        sys.exit(subprocess.run([*launcher, "-m", "tools.benchmark_vision", *sys.argv[1:], "--checkpoint", directory]).returncode)
+    measure_in_processes("tools.benchmark_vision", args, args.tp, make_checkpoint, measure, show)
 
 
 if __name__ == "__main__":

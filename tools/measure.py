@@ -1,7 +1,10 @@
 """Seconds and bytes for the benchmarks."""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable
@@ -64,3 +67,25 @@ def peak_bytes(function: Callable[[], object]) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
+
+
+def measure_in_processes(
+    module: str, args, processes: int, make_checkpoint: Callable, measure: Callable[..., dict], show: Callable
+) -> None:
+    """What a benchmark that is one process or several does: make_checkpoint(args, directory), then show(args, measure(args, directory)).
+
+    Several are started by torchrun, as this command again with --checkpoint (args.checkpoint: it is one of them); the first one shows.
+    """
+    if args.checkpoint:
+        found = measure(args, args.checkpoint)
+        if int(os.environ["RANK"]) == 0:
+            show(args, found)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as directory:
+        make_checkpoint(args, Path(directory))
+        if processes == 1:
+            show(args, measure(args, Path(directory)))
+            return
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        sys.exit(subprocess.run([*launcher, "-m", module, *sys.argv[1:], "--checkpoint", directory]).returncode)
