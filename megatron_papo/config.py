@@ -1,8 +1,8 @@
 """The configuration of a run: strict, typed, one section per subject. YAML file + `--set section.key=value`.
 
-Every field is required in the YAML unless it has a default here; an unknown key is an error that names the nearest known one.
-A stage's fingerprint covers only the sections the stage reads (see manifest.py), so changing, say, `evaluation` never
-invalidates training. Units are part of the names or stand in the docstring under the field.
+Every field is required in the YAML unless it has a default here; an unknown key is an error that names the nearest
+known one. A stage's fingerprint covers only the sections the stage reads (see run/stage_output.py), so changing, say,
+`evaluation` never invalidates training. Units are part of the names or stand in the docstring under the field.
 """
 
 import difflib
@@ -23,9 +23,11 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     path: str | None
-    """Hugging Face Qwen2.5-VL checkpoint directory to start from. null: the tiny model that stage 1 makes for the synthetic task."""
+    """Hugging Face Qwen2.5-VL checkpoint directory to start from. null: the tiny model that stage 1 makes for the
+    synthetic task."""
     dtype: Literal["float32", "bfloat16"]
-    """Of the weights and activations in training and on the server. bfloat16 keeps fp32 main parameters in the optimizer."""
+    """Of the weights and activations in training and on the server. bfloat16 keeps fp32 main parameters in the
+    optimizer."""
     recompute: Literal["none", "full"] = "none"
     """full: recompute each decoder and vision layer in the backward pass; memory for time."""
 
@@ -40,7 +42,8 @@ class PromptSource(Section):
 
 
 class SyntheticTaskConfig(Section):
-    """Counting squares: a grid x grid picture of 14-pixel cells with lowest..highest coloured squares and Gaussian noise."""
+    """Counting squares: a grid x grid picture of 14-pixel cells with lowest..highest coloured squares and Gaussian
+    noise."""
 
     grid: int = Field(default=4, ge=2)
     lowest: int = Field(default=1, ge=0)
@@ -51,7 +54,9 @@ class SyntheticTaskConfig(Section):
     @model_validator(mode="after")
     def _fits(self):
         if not self.lowest < self.highest <= self.grid**2:
-            raise ValueError(f"needs lowest < highest <= grid * grid, got {self.lowest}, {self.highest}, grid {self.grid}")
+            raise ValueError(
+                f"needs lowest < highest <= grid * grid, got {self.lowest}, {self.highest}, grid {self.grid}"
+            )
         return self
 
 
@@ -67,7 +72,8 @@ class DataConfig(Section):
     target_key: str = "target"
     """Column with the target response (sft only)."""
     saliency_key: str = "saliency"
-    """Column with one saliency map per image, read where it is present; needed for `masked_image.strategy: semantic`."""
+    """Column with one saliency map per image, read where it is present; needed for `masked_image.strategy:
+    semantic`."""
     image_root: str | None = None
     """Directory that relative image paths start from and must stay inside. null: the directory of the data file."""
     prompt_template: str = (
@@ -79,7 +85,8 @@ class DataConfig(Section):
     """null: whatever the chat template does by itself."""
     min_pixels: int = Field(gt=0)
     max_pixels: int = Field(gt=0)
-    """Images are resized, keeping their aspect, so that height * width lies between these two (multiples of 28 px each side)."""
+    """Images are resized, keeping their aspect, so that height * width lies between these two (multiples of 28 px each
+    side)."""
     max_prompt_tokens: int = Field(gt=0)
     """Longer prompts (image tokens included) are dropped and counted."""
 
@@ -90,7 +97,9 @@ class DataConfig(Section):
         try:
             rendered = self.prompt_template.format(problem="PROBLEM")
         except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(f"prompt_template is not a format string with {{problem}} (write other braces doubled): {error}")
+            raise ValueError(
+                f"prompt_template is not a format string with {{problem}} (write other braces doubled): {error}"
+            )
         if "PROBLEM" not in rendered:
             raise ValueError("prompt_template does not contain {problem}")
         return self
@@ -132,8 +141,9 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence. Needs tensor_model_parallel_size > 1."""
     vision_tower: Literal["sharded", "spread"] = "sharded"
-    """sharded: the vision tower is tensor-parallel like the decoder. spread: every tensor-parallel rank holds it whole and encodes its share
-    of a micro-batch's pictures: no divisibility of its sizes, one exchange instead of four all-reduces per layer, more memory."""
+    """sharded: the vision tower is tensor-parallel like the decoder. spread: every tensor-parallel rank holds it whole
+    and encodes its share of a micro-batch's pictures: no divisibility of its sizes, one exchange instead of four
+    all-reduces per layer, more memory."""
 
     @property
     def world_size(self) -> int:
@@ -147,7 +157,8 @@ class ParallelConfig(Section):
 
 
 class ServerConfig(Section):
-    """The SGLang servers that a stage starts when it is not given any, and what is done when one fails. Not part of any fingerprint."""
+    """The SGLang servers that a stage starts when it is not given any, and what is done when one fails. Not part of any
+    fingerprint."""
 
     python: str | None = None
     """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
@@ -166,22 +177,27 @@ class ServerConfig(Section):
     """Size of the KV cache in tokens; null: what the memory fraction allows."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
     router: str | None = None
-    """URL of an sglang-router in front of the servers that --server lists by their URLs: samples go through it, control calls do not."""
+    """URL of an sglang-router in front of the servers that --server lists by their URLs: samples go through it, control
+    calls do not."""
     health_interval_seconds: float = Field(default=10.0, gt=0)
     """How often a server is asked for its health while it has requests."""
     health_timeout_seconds: float = Field(default=30.0, gt=0)
-    """A server that does not answer /health for so long hangs: its requests are sent again. SGLang itself gives up after 20 s."""
+    """A server that does not answer /health for so long hangs: its requests are sent again. SGLang itself gives up
+    after 20 s."""
     shares_gpus: bool = False
     """The servers stand on GPUs that also train: they give up their memory when a stage is done with them (SGLang's
-    release_memory_occupation) and get it back when the next one wants them; a resident stage 5 gives up its own while it waits."""
+    release_memory_occupation) and get it back when the next one wants them; a resident stage 5 gives up its own while
+    it waits."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often one stage starts a lost server again; one more, and it is done without, or the stage ends with an error."""
+    """How often one stage starts a lost server again; one more, and it is done without, or the stage ends with an
+    error."""
     extra_arguments: list[str] = []
     """Passed to sglang.launch_server as they are."""
 
 
 class DynamicSamplingConfig(Section):
-    """DAPO (arXiv 2503.14476): only groups that are neither all right nor all wrong are trained on; refill until the batch is full."""
+    """DAPO (arXiv 2503.14476): only groups that are neither all right nor all wrong are trained on; refill until the
+    batch is full."""
 
     lowest_accuracy: float = Field(default=0.01, ge=0, le=1)
     highest_accuracy: float = Field(default=0.99, ge=0, le=1)
@@ -194,7 +210,9 @@ class DynamicSamplingConfig(Section):
     @model_validator(mode="after")
     def _ordered(self):
         if self.lowest_accuracy >= self.highest_accuracy:
-            raise ValueError(f"lowest_accuracy {self.lowest_accuracy} is not below highest_accuracy {self.highest_accuracy}")
+            raise ValueError(
+                f"lowest_accuracy {self.lowest_accuracy} is not below highest_accuracy {self.highest_accuracy}"
+            )
         return self
 
 
@@ -211,14 +229,16 @@ class RolloutConfig(Section):
     concurrency: int = Field(default=64, gt=0)
     """Requests under way at once."""
     request_timeout_seconds: float = Field(default=600.0, gt=0)
-    """For one response. After the second time-out on a server that is otherwise healthy the stage ends with an error."""
+    """For one response. After the second time-out on a server that is otherwise healthy the stage ends with an
+    error."""
     over_sampling: float = Field(default=0.0, ge=0)
-    """Draw this share of prompts more than rollout_batch_size, and cancel what still runs once rollout_batch_size groups are complete:
-    no waiting for the longest responses, but short ones are preferred, and which groups are complete first is a matter of timing: a
-    stage that is run again gives other rollouts."""
+    """Draw this share of prompts more than rollout_batch_size, and cancel what still runs once rollout_batch_size
+    groups are complete: no waiting for the longest responses, but short ones are preferred, and which groups are
+    complete first is a matter of timing: a stage that is run again gives other rollouts."""
     max_staleness: int = Field(default=0, ge=0, le=1)
-    """1, in a resident run: the next iteration is sampled while the current one trains, with weights one iteration older than those that
-    are then trained on it; objective.importance_sampling_cap corrects for that. Wants GPUs of their own for both sides."""
+    """1, in a resident run: the next iteration is sampled while the current one trains, with weights one iteration
+    older than those that are then trained on it; objective.importance_sampling_cap corrects for that. Wants GPUs of
+    their own for both sides."""
 
     @property
     def drawn_prompts(self) -> int:
@@ -236,13 +256,20 @@ class RolloutConfig(Section):
         if dynamic is None:
             return self
         if self.over_sampling:
-            raise ValueError("over_sampling and dynamic_sampling do not go together: dynamic_sampling.generation_batch_size draws more")
+            raise ValueError(
+                "over_sampling and dynamic_sampling do not go together: dynamic_sampling.generation_batch_size draws"
+                " more"
+            )
         if self.prompts_per_round * dynamic.max_rounds < self.rollout_batch_size:
             raise ValueError(
-                f"dynamic_sampling cannot fill rollout_batch_size {self.rollout_batch_size} in max_rounds {dynamic.max_rounds} of"
+                f"dynamic_sampling cannot fill rollout_batch_size {self.rollout_batch_size} in max_rounds"
+                f" {dynamic.max_rounds} of"
                 f" {self.prompts_per_round} prompts: raise max_rounds or generation_batch_size"
             )
-        if not any(dynamic.lowest_accuracy < right / self.group_size < dynamic.highest_accuracy for right in range(self.group_size + 1)):
+        if not any(
+            dynamic.lowest_accuracy < right / self.group_size < dynamic.highest_accuracy
+            for right in range(self.group_size + 1)
+        ):
             raise ValueError(
                 f"no group of {self.group_size} can have a mean accuracy between dynamic_sampling.lowest_accuracy"
                 f" {dynamic.lowest_accuracy} and highest_accuracy {dynamic.highest_accuracy}"
@@ -256,8 +283,8 @@ class RewardConfig(Section):
     zero_if_cut_off: bool = False
     """Reward 0 for a response that reached max_response_tokens without ending."""
     soft_overlong_buffer_tokens: int | None = Field(default=None, gt=0)
-    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): the overall reward falls linearly over the last so many tokens
-    before rollout.max_response_tokens. null: none."""
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13): the overall reward falls linearly over the last
+    so many tokens before rollout.max_response_tokens. null: none."""
     soft_overlong_penalty: float = Field(default=1.0, gt=0)
     """How much it has fallen at max_response_tokens."""
     time_limit_seconds: float = Field(default=10.0, gt=0)
@@ -269,12 +296,13 @@ class MaskedImageConfig(Section):
     """How the masked image of KL_prcp is drawn. One seed per (run seed, prompt, epoch), stored with the rollout."""
 
     strategy: Literal["random", "semantic", "full"] = "random"
-    """random: each square is blackened with probability `ratio`. semantic: the `ratio` of the squares that matter most, by a saliency
-    map per image (data.saliency_key). full: the whole picture is black."""
+    """random: each square is blackened with probability `ratio`. semantic: the `ratio` of the squares that matter most,
+    by a saliency map per image (data.saliency_key). full: the whole picture is black."""
     ratio: float = Field(default=0.6, gt=0, le=1)
     square_pixels: int = Field(default=14, gt=0)
     space: Literal["native", "patch"] = "native"
-    """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT patches."""
+    """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT
+    patches."""
 
 
 class AnnealingConfig(Section):
@@ -291,18 +319,22 @@ class ObjectiveConfig(Section):
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
     average: Literal["token", "sequence", "micro_batch"] = "token"
-    """token: over all response tokens of the step. sequence: the mean over rollouts of their token means. micro_batch: token means of
-    the micro-batches, then their mean, as in the authors' code; the only one whose result depends on micro_batch_size."""
+    """token: over all response tokens of the step. sequence: the mean over rollouts of their token means. micro_batch:
+    token means of the micro-batches, then their mean, as in the authors' code; the only one whose result depends on
+    micro_batch_size."""
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
     clip_ratio_high: float = Field(default=0.3, gt=0)
     clip_ratio_dual: float = Field(default=3.0, gt=1)
     """Dual clip for negative advantages."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """sequence: one ratio per rollout, the geometric mean of its tokens' (GSPO, arXiv 2507.18071; clip ratios of 3e-4 belong to it)."""
+    """sequence: one ratio per rollout, the geometric mean of its tokens' (GSPO, arXiv 2507.18071; clip ratios of 3e-4
+    belong to it)."""
     importance_sampling_cap: float | None = Field(default=None, gt=0)
-    """Truncated importance sampling: weight each token by min(pi_old / pi_rollout, this), pi_rollout as SGLang said. null: no weight."""
+    """Truncated importance sampling: weight each token by min(pi_old / pi_rollout, this), pi_rollout as SGLang said.
+    null: no weight."""
     overlong_filtering: bool = False
-    """Responses cut off at max_response_tokens do not count in the loss (DAPO, arXiv 2503.14476); their rewards do in the advantages."""
+    """Responses cut off at max_response_tokens do not count in the loss (DAPO, arXiv 2503.14476); their rewards do in
+    the advantages."""
     kl_ref_coef: float = Field(default=0.01, ge=0)
     """beta. 0: the reference model is not loaded."""
     kl_ref_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
@@ -316,17 +348,20 @@ class ObjectiveConfig(Section):
     """Keep only this share of a sequence's tokens, those with the largest KL_prcp; null: all."""
     kl_prcp_annealing: AnnealingConfig | None = None
     masked_branch: Literal["cached", "recompute", "recompute_with_grad"] = "cached"
-    """Log-probs given the masked image. cached: once per iteration, with its first weights (published). recompute: with the weights of
-    each step. recompute_with_grad: with gradient through both branches (the paper's objective), at twice the memory and time."""
+    """Log-probs given the masked image. cached: once per iteration, with its first weights (published). recompute: with
+    the weights of each step. recompute_with_grad: with gradient through both branches (the paper's objective), at twice
+    the memory and time."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """eta_1: weight of the policy's entropy in the loss (the double entropy loss, first half)."""
     masked_image_entropy_coef: float = Field(default=0.0, ge=0)
-    """eta_2: the masked-image policy's. Reaches the gradient only with masked_branch `recompute_with_grad`; otherwise (as published) it
-    changes the logged loss alone."""
+    """eta_2: the masked-image policy's. Reaches the gradient only with masked_branch `recompute_with_grad`; otherwise
+    (as published) it changes the logged loss alone."""
     entropy_estimator: Literal["sampled", "exact"] = "sampled"
-    """sampled: -log pi of the sampled tokens (published). exact: the entropy over the vocabulary. Of both entropy terms."""
+    """sampled: -log pi of the sampled tokens (published). exact: the entropy over the vocabulary. Of both entropy
+    terms."""
     sft_coef: float = Field(default=0.0, ge=0)
-    """Weight of -log pi averaged over the response tokens of correct rollouts (1e-3 in the authors' code, where it is off)."""
+    """Weight of -log pi averaged over the response tokens of correct rollouts (1e-3 in the authors' code, where it is
+    off)."""
 
     @property
     def uses_masked_image(self) -> bool:
@@ -345,21 +380,27 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _branches(self):
         if self.kl_prcp_estimator == "exact" and self.masked_branch == "cached":
-            raise ValueError("kl_prcp_estimator exact needs the logits of both branches: set masked_branch to recompute or recompute_with_grad")
+            raise ValueError(
+                "kl_prcp_estimator exact needs the logits of both branches: set masked_branch to recompute or"
+                " recompute_with_grad"
+            )
         if self.kl_prcp_annealing is not None and self.kl_prcp_coef == 0:
             raise ValueError("kl_prcp_annealing needs a kl_prcp_coef above 0 to start from")
         return self
 
 
 class HackingGuardConfig(Section):
-    """Watches KL_prcp for hacking and acts (objective/hacking_guard.py, docs/hacking_guard.md). Idle where kl_prcp_coef is 0."""
+    """Watches KL_prcp for hacking and acts (objective/hacking_guard.py, docs/hacking_guard.md). Idle where kl_prcp_coef
+    is 0."""
 
     action: Literal["off", "warn", "lower_gamma", "rollback_and_lower_gamma", "stop"] = "warn"
-    """On an alarm. warn: only say so. lower_gamma: multiply kl_prcp_coef by gamma_factor from the next step on. rollback_and_lower_gamma:
-    the same, after going back to the checkpoint that the stage started from (or its --rollback). stop: end with an error."""
+    """On an alarm. warn: only say so. lower_gamma: multiply kl_prcp_coef by gamma_factor from the next step on.
+    rollback_and_lower_gamma: the same, after going back to the checkpoint that the stage started from (or its
+    --rollback). stop: end with an error."""
     rollback_iterations: int = Field(default=0, ge=0)
-    """How many iterations before the start of the current one a rollback goes (run_all.sh hands stage 5 that checkpoint). 0: to its
-    start, and its rollouts are used again; else the rest of its rollouts, which another policy made, is left unused."""
+    """How many iterations before the start of the current one a rollback goes (run_all.sh hands stage 5 that
+    checkpoint). 0: to its start, and its rollouts are used again; else the rest of its rollouts, which another policy
+    made, is left unused."""
     gamma_factor: float = Field(default=0.1, gt=0, lt=1)
     lowest_gamma_scale: float = Field(default=0.01, gt=0, le=1)
     """Once kl_prcp_coef has been lowered to less than this share of its value, an alarm is only a warning."""
@@ -391,33 +432,35 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
     decay_steps: int | None = Field(default=None, gt=0)
-    """Fall linearly from the first step on, towards 0 after so many steps of the whole run, but not below a tenth. null: constant."""
+    """Fall linearly from the first step on, towards 0 after so many steps of the whole run, but not below a tenth.
+    null: constant."""
     weight_decay: float = Field(default=0.01, ge=0)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     clip_grad: float = Field(default=1.0, gt=0)
     distributed: bool | None = None
-    """Shard optimizer state over data-parallel ranks (Megatron's DistributedOptimizer). null: on GPUs yes, on CPU no."""
+    """Shard optimizer state over data-parallel ranks (Megatron's DistributedOptimizer). null: on GPUs yes, on CPU
+    no."""
 
 
 class TrainingConfig(Section):
     layout: Literal["plain", "group"] = "plain"
-    """plain: a row per rollout. group: each prompt once, followed by its responses; the same numbers for fewer tokens, wherever prompts are
-    long against responses."""
+    """plain: a row per rollout. group: each prompt once, followed by its responses; the same numbers for fewer tokens,
+    wherever prompts are long against responses."""
     max_tokens_per_micro_batch: int | None = Field(default=None, gt=0)
-    """layout group: tokens per micro-batch and data-parallel rank, masked-image twins included; it then replaces both micro-batch sizes.
-    A group that is larger is cut, its prompt repeated."""
+    """layout group: tokens per micro-batch and data-parallel rank, masked-image twins included; it then replaces both
+    micro-batch sizes. A group that is larger is cut, its prompt repeated."""
     global_batch_size: int = Field(gt=0)
     """Prompts (groups) per optimizer step; rollout_batch_size / global_batch_size steps per iteration."""
     micro_batch_size: int = Field(gt=0)
-    """Rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the result, unless objective.average
-    is micro_batch."""
+    """Rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the result, unless
+    objective.average is micro_batch."""
     log_prob_micro_batch_size: int = Field(gt=0)
     """Rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
     max_rollout_log_prob_difference: float | None = Field(default=None, gt=0)
-    """Stop before the first step if the mean |log-prob by SGLang - log-prob by Megatron|, over the tokens that the server may sample, exceeds
-    this; null: only report it. Rounding alone gives about 1e-6 in float32."""
+    """Stop before the first step if the mean |log-prob by SGLang - log-prob by Megatron|, over the tokens that the
+    server may sample, exceeds this; null: only report it. Rounding alone gives about 1e-6 in float32."""
 
 
 class EvaluationConfig(Section):
@@ -437,10 +480,12 @@ class EvaluationConfig(Section):
 class Config(Section):
     seed: int = Field(default=1, ge=0)
     iterations: int = Field(gt=0)
-    """Rollout + train rounds of run_all.sh. Not part of any stage's fingerprint: raising it continues a finished run."""
+    """Rollout + train rounds of run_all.sh. Not part of any stage's fingerprint: raising it continues a finished
+    run."""
     keep_checkpoints: int | None = Field(default=None, gt=0)
-    """Keep the Megatron checkpoints of only so many iterations, the newest, and of as many as hacking_guard.rollback_iterations may need;
-    null: all. Exported checkpoints, rollouts and metrics stay. Not part of any stage's fingerprint."""
+    """Keep the Megatron checkpoints of only so many iterations, the newest, and of as many as
+    hacking_guard.rollback_iterations may need; null: all. Exported checkpoints, rollouts and metrics stay. Not part of
+    any stage's fingerprint."""
     model: ModelConfig
     data: DataConfig
     sft: SftConfig | None
@@ -461,7 +506,9 @@ class Config(Section):
             raise ValueError("sft and data.sft go together: give both or set both to null")
         synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
         if self.model.path is None and not all(synthetic):
-            raise ValueError("model.path is null, which is only possible with the synthetic task: give a checkpoint directory")
+            raise ValueError(
+                "model.path is null, which is only possible with the synthetic task: give a checkpoint directory"
+            )
         if self.rollout.rollout_batch_size % self.training.global_batch_size:
             raise ValueError(
                 f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
@@ -473,24 +520,39 @@ class Config(Section):
                 f" rollout.max_response_tokens {self.rollout.max_response_tokens}"
             )
         if self.rollout.max_staleness and self.objective.importance_sampling_cap is None:
-            raise ValueError("rollout.max_staleness needs objective.importance_sampling_cap (2.0 is usual): other weights sampled the rollouts")
+            raise ValueError(
+                "rollout.max_staleness needs objective.importance_sampling_cap (2.0 is usual): other weights sampled"
+                " the rollouts"
+            )
         if self.rollout.max_staleness and self.server.shares_gpus:
-            raise ValueError("rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the same time")
+            raise ValueError(
+                "rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the"
+                " same time"
+            )
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if self.training.layout == "group":
             if self.training.max_tokens_per_micro_batch is None:
                 raise ValueError("training.layout group needs training.max_tokens_per_micro_batch")
             if self.objective.average == "micro_batch":
-                raise ValueError("objective.average micro_batch is defined by micro_batch_size: use training.layout plain, or average token")
+                raise ValueError(
+                    "objective.average micro_batch is defined by micro_batch_size: use training.layout plain, or"
+                    " average token"
+                )
             if self.training.global_batch_size < dp:
-                raise ValueError(f"training.layout group: {self.training.global_batch_size} groups a step cannot feed data_parallel_size {dp}")
+                raise ValueError(
+                    f"training.layout group: {self.training.global_batch_size} groups a step cannot feed"
+                    f" data_parallel_size {dp}"
+                )
         elif rows % dp:
-            raise ValueError(f"global_batch_size * group_size = {rows} rollouts cannot be split over data_parallel_size {dp}")
+            raise ValueError(
+                f"global_batch_size * group_size = {rows} rollouts cannot be split over data_parallel_size {dp}"
+            )
         return self
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as a string; this loader reads it as the number that everybody means. A repeated key is an error."""
+    """YAML 1.1 reads 1e-6 as a string; this loader reads it as the number that everybody means. A repeated key is an
+    error."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -506,7 +568,8 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Reads YAML, applies `section.key=value` overrides (values are YAML), validates. Raises UserError, one line per mistake."""
+    """Reads YAML, applies `section.key=value` overrides (values are YAML), validates. Raises UserError, one line per
+    mistake."""
     path = Path(path)
     try:
         with open(path) as stream:

@@ -1,4 +1,5 @@
-"""Every random choice of a run is a hash of the run's seed and of what is being chosen, so any tool can draw it again."""
+"""Every random choice of a run is a hash of the run's seed and of what is being chosen, so any tool can draw it
+again."""
 
 import hashlib
 import json

@@ -1,21 +1,23 @@
 """Stage 1: turn raw data into prompts that every later stage reads.
 
-For each set (train, sft, evaluation): read its rows (JSONL, parquet, a Hugging Face data set, or the synthetic counting task), check
-and store the pictures (and their saliency maps), render and tokenise the chat prompt, leave out overlong ones. Without model.path the
-tiny model is made too. Maps that masked_image.strategy semantic will need are asked for here, before anything costs an hour.
+For each set (train, sft, evaluation): read its rows (JSONL, parquet, a Hugging Face data set, or the synthetic counting
+task), check and store the pictures (and their saliency maps), render and tokenise the chat prompt, leave out overlong
+ones. Without model.path the tiny model is made too. Maps that masked_image.strategy semantic will need are asked for
+here, before anything costs an hour.
 
 Reads:  the sources of the data section; the tokenizer of model.path.
-Writes: prompts.jsonl, sft.jsonl, evaluation.jsonl, images/ and saliency/ (native pictures, named by content), tokenizer.sha256, model/ (tiny model).
+Writes: prompts.jsonl, sft.jsonl, evaluation.jsonl, images/ and saliency/ (native pictures, named by content),
+tokenizer.sha256, model/ (tiny model).
 """
 
 from pathlib import Path
 
-from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import Config, PromptSource, load_config
 from megatron_papo.data.chat import TOKENIZER_FILES, tokenizer_hash
 from megatron_papo.data.rows import data_files
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import StageOutput, content_fingerprint, file_hash
+from megatron_papo.run.command_line import run, stage_parser
+from megatron_papo.run.stage_output import StageOutput, content_fingerprint, file_hash
 
 FILES = {"train": "prompts.jsonl", "sft": "sft.jsonl", "evaluation": "evaluation.jsonl"}
 
@@ -52,7 +54,9 @@ def sets_with_masked_images(config: Config) -> set[str]:
 def main() -> None:
     arguments = stage_parser(__doc__).parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    out = StageOutput("stage1_prepare_data", arguments.output, config, ["seed", "data", "model.path"], input_fingerprints(config))
+    out = StageOutput(
+        "stage1_prepare_data", arguments.output, config, ["seed", "data", "model.path"], input_fingerprints(config)
+    )
     if out.done:
         require_saliency_of_prompts(config, out.output)
         out.announce_done()
@@ -62,9 +66,10 @@ def main() -> None:
 
 
 def require_saliency_of_prompts(config: Config, output: Path) -> None:
-    """The check of a new output, on one made when masked_image was another: that section is no part of the fingerprint."""
-    from megatron_papo.images import require_saliency
-    from megatron_papo.records import Prompt, read_jsonl
+    """The check of a new output, on one made when masked_image was another: that section is no part of the
+    fingerprint."""
+    from megatron_papo.pictures.preprocess import require_saliency
+    from megatron_papo.run.records import Prompt, read_jsonl
 
     if config.masked_image.strategy != "semantic":
         return
@@ -80,10 +85,10 @@ def prepare(config: Config, out: StageOutput) -> None:
     from tqdm import tqdm
 
     from megatron_papo.data.chat import ChatFormat
-    from megatron_papo.data.image_store import IMAGES, SALIENCY, ImageStore
     from megatron_papo.data.prompts import PromptMaker
     from megatron_papo.data.rows import read_rows
-    from megatron_papo.records import write_jsonl
+    from megatron_papo.pictures.store import IMAGES, SALIENCY, ImageStore
+    from megatron_papo.run.records import write_jsonl
     from megatron_papo.seeds import derive_seed
     from megatron_papo.synthetic.rows import synthetic_rows
 
@@ -105,9 +110,15 @@ def prepare(config: Config, out: StageOutput) -> None:
         progress = tqdm(rows, desc=f"stage 1: {name}", total=source.count, unit=" rows", mininterval=1)
         write_jsonl(out.partial / FILES[name], maker.prompts(progress))
         if not maker.kept:
-            raise UserError(f"data.{name}: no row left ({maker.dropped} overlong): raise data.max_prompt_tokens or add data")
+            raise UserError(
+                f"data.{name}: no row left ({maker.dropped} overlong): raise data.max_prompt_tokens or add data"
+            )
         out.counts |= {name: maker.kept, f"{name}_dropped_overlong": maker.dropped}
-        print(f"stage 1: {name}: {maker.kept} prompts, {maker.dropped} dropped (over {config.data.max_prompt_tokens} tokens)", flush=True)
+        print(
+            f"stage 1: {name}: {maker.kept} prompts, {maker.dropped} dropped (over {config.data.max_prompt_tokens}"
+            " tokens)",
+            flush=True,
+        )
     out.counts["images"] = store.count(IMAGES)
     if store.count(SALIENCY):
         out.counts["saliency_maps"] = store.count(SALIENCY)

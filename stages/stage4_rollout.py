@@ -1,18 +1,21 @@
 """Stage 4: sample group_size responses to each prompt of an iteration's batch, and grade them.
 
-The batch is the iteration's slice of the seeded data order. With rollout.dynamic_sampling (DAPO) rounds of prompts are sampled until it
-is full of groups that are neither all right nor all wrong, and the next iteration starts where the last round ended. With
-rollout.over_sampling more prompts are drawn, and what still runs when enough groups are complete is cancelled. The SGLang servers (a
-directory: found or started there; or URLs) get the weights of --hf; every response has its own seed; vision tokens are forbidden;
-prompt lengths as the server counts them must equal ours. Token ids and log-probs are the server's. A server that fails is started
-again and its requests are sent again. Grading: mathruler, in processes with a time limit; then the soft overlong punishment, if any.
+The batch is the iteration's slice of the seeded data order. With rollout.dynamic_sampling (DAPO) rounds of prompts are
+sampled until it is full of groups that are neither all right nor all wrong, and the next iteration starts where the
+last round ended. With rollout.over_sampling more prompts are drawn, and what still runs when enough groups are complete
+is cancelled. The SGLang servers (a directory: found or started there; or URLs) get the weights of --hf; every response
+has its own seed; vision tokens are forbidden; prompt lengths as the server counts them must equal ours. Token ids and
+log-probs are the server's. A server that fails is started again and its requests are sent again. Grading: mathruler, in
+processes with a time limit; then the soft overlong punishment, if any.
 
 Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic sampling the
         manifest of the iteration before.
-Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the order drawn.
+Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the
+order drawn.
 
-With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident), and samples each as soon as the weights for it have
-been exported; with rollout.max_staleness 1 these are one iteration old, so that sampling and training go on at the same time.
+With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident), and samples each as soon as the
+weights for it have been exported; with rollout.max_staleness 1 these are one iteration old, so that sampling and
+training go on at the same time.
 """
 
 import argparse
@@ -23,11 +26,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.command_line import check_paths_given, run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import Fingerprint, StageOutput, input_fingerprint, read_manifest, require_input
-from megatron_papo.run_directory import Follower, RunDirectory
+from megatron_papo.run.command_line import check_paths_given, run, stage_parser
+from megatron_papo.run.run_directory import Follower, RunDirectory
+from megatron_papo.run.stage_output import Fingerprint, StageOutput, input_fingerprint, read_manifest, require_input
 
 SECTIONS = ["seed", "rollout", "reward", "masked_image", "data.min_pixels", "data.max_pixels", "model.dtype"]
 PATHS = ("data", "hf", "server", "iteration", "output")
@@ -36,7 +39,9 @@ PATHS = ("data", "hf", "server", "iteration", "output")
 def main() -> None:
     paths = ("data", "output of stage 1"), ("hf", "Hugging Face checkpoint: the policy")
     parser = stage_parser(__doc__, *paths, follows=True)
-    server_help = "directory of the run's server, or http://... of a running one (default with --follow: server/ of the run)"
+    server_help = (
+        "directory of the run's server, or http://... of a running one (default with --follow: server/ of the run)"
+    )
     parser.add_argument("--server", metavar="DIR|URL", help=server_help)
     parser.add_argument("--iteration", type=int, metavar="N", help="number of the iteration, from 1")
     previous_help = "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from iteration 2 on"
@@ -73,11 +78,13 @@ def follow(config: Config, run: RunDirectory, server: str | None) -> None:
                 trusted = ("data",)
 
 
-def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, ...] = (), started: float | None = None) -> bool:
+def iterate(
+    config: Config, arguments, staleness: int = 0, trusted: tuple[str, ...] = (), started: float | None = None
+) -> bool:
     """One iteration. -> whether there was anything to do.
 
-    staleness: of the weights, for the records. trusted: inputs whose files need not be verified again. started: when it could begin; None:
-    when the process did.
+    staleness: of the weights, for the records. trusted: inputs whose files need not be verified again. started: when it
+    could begin; None: when the process did.
     """
     inputs = {
         "data": require_input(arguments.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data"),
@@ -85,7 +92,9 @@ def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, .
     }
     first_position = (arguments.iteration - 1) * config.rollout.drawn_prompts
     if config.rollout.dynamic_sampling is not None and arguments.iteration > 1:
-        inputs["previous"], first_position = end_of_previous(arguments.previous, arguments.iteration - 1, config.seed, inputs["data"])
+        inputs["previous"], first_position = end_of_previous(
+            arguments.previous, arguments.iteration - 1, config.seed, inputs["data"]
+        )
     inputs |= {name: str(inputs[name]) for name in trusted}
     out = StageOutput("stage4_rollout", arguments.output, config, SECTIONS, inputs, {"iteration": arguments.iteration})
     out.started = started or out.started
@@ -95,7 +104,15 @@ def iterate(config: Config, arguments, staleness: int = 0, trusted: tuple[str, .
     require_proof_if_converted(arguments.hf)
     with out:
         roll_out(
-            config, arguments.data, arguments.hf, arguments.server, arguments.iteration, first_position, inputs["hf"], staleness, out
+            config,
+            arguments.data,
+            arguments.hf,
+            arguments.server,
+            arguments.iteration,
+            first_position,
+            inputs["hf"],
+            staleness,
+            out,
         )
     return True
 
@@ -108,8 +125,8 @@ def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str)
     hint = f"python -m stages.stage4_rollout --iteration {iteration}"
     if previous is None:
         raise UserError(
-            "--previous: missing: with rollout.dynamic_sampling the prompts start where the iteration before stopped: give the output of "
-            + hint
+            "--previous: missing: with rollout.dynamic_sampling the prompts start where the iteration before stopped:"
+            " give the output of " + hint
         )
     fingerprint = require_input(previous, ("stage4_rollout",), hint)
     manifest = read_manifest(previous)
@@ -120,16 +137,28 @@ def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str)
         ("data", recipe["inputs"]["data"], data),
     ):
         if found != expected:
-            raise UserError(f"--previous {previous}: its {what} is {found}, expected {expected}: give the output of {hint}")
+            raise UserError(
+                f"--previous {previous}: its {what} is {found}, expected {expected}: give the output of {hint}"
+            )
     if "next_position" not in manifest["counts"]:
-        raise UserError(f"--previous {previous}: made by an older version, does not say where it stopped: remove it and run {hint}")
+        raise UserError(
+            f"--previous {previous}: made by an older version, does not say where it stopped: remove it and run {hint}"
+        )
     return fingerprint, manifest["counts"]["next_position"]
 
 
 def roll_out(
-    config: Config, data: Path, hf: Path, where: str, iteration: int, first_position: int, fingerprint: str, staleness: int, out: StageOutput
+    config: Config,
+    data: Path,
+    hf: Path,
+    where: str,
+    iteration: int,
+    first_position: int,
+    fingerprint: str,
+    staleness: int,
+    out: StageOutput,
 ) -> None:
-    from megatron_papo.records import Prompt, read_jsonl, write_jsonl
+    from megatron_papo.data.chat import forbidden_tokens
     from megatron_papo.rollout.data_order import prompts_at
     from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
     from megatron_papo.rollout.sample_and_grade import (
@@ -140,8 +169,9 @@ def roll_out(
         probe_of,
         sample_and_grade,
     )
-    from megatron_papo.rollout.sglang_requests import Sampling, forbidden_tokens
-    from megatron_papo.rollout.sglang_server import release_memory
+    from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
+    from megatron_papo.sglang.requests import Sampling
+    from megatron_papo.sglang.server import release_memory
 
     settings, dynamic = config.rollout, config.rollout.dynamic_sampling
     size = settings.group_size
@@ -158,12 +188,18 @@ def roll_out(
         """Without end; each is sampled when it is asked for. Groups that were not finished are left out."""
         for number in itertools.count():
             drawn = prompts_at(len(prompts), first_position + number * count, count, config.seed)
-            jobs = [job for place, (epoch, index) in enumerate(drawn) for job in _jobs(config, iteration, epoch, prompts[index], place)]
+            jobs = [
+                job
+                for place, (epoch, index) in enumerate(drawn)
+                for job in _jobs(config, iteration, epoch, prompts[index], place)
+            ]
             title = f"rollouts {iteration}" if dynamic is None else f"rollouts {iteration} round {number + 1}"
             graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, title, wanted)
             graded = [one and _punished(config, one) for one in graded]
             starts = range(0, len(jobs), size)
-            groups = [Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)]
+            groups = [
+                Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)
+            ]
             yield [group for group in groups if None not in group.graded]
 
     started = time.monotonic()
@@ -173,7 +209,9 @@ def roll_out(
         release_memory(client.servers)
 
     write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept, staleness))
-    counts = _counts(batch, batch.rounds * count, client.traffic, seconds) | {"next_position": first_position + batch.rounds * count}
+    counts = _counts(batch, batch.rounds * count, client.traffic, seconds) | {
+        "next_position": first_position + batch.rounds * count
+    }
     out.counts |= counts
     print(f"iteration {iteration}: {_in_words(counts)}", flush=True)
 
@@ -183,7 +221,10 @@ def _jobs(config: Config, iteration: int, epoch: int, prompt, group: int) -> lis
     from megatron_papo.rollout.sample_and_grade import Job
     from megatron_papo.seeds import derive_seed
 
-    seeds = [derive_seed(config.seed, "sampling", iteration, epoch, prompt.id, sample) for sample in range(config.rollout.group_size)]
+    seeds = [
+        derive_seed(config.seed, "sampling", iteration, epoch, prompt.id, sample)
+        for sample in range(config.rollout.group_size)
+    ]
     return [Job(prompt, sample, seed, group=group) for sample, seed in enumerate(seeds)]
 
 
@@ -192,11 +233,15 @@ def _punished(config: Config, result):
     from megatron_papo.rollout.rewards import with_overlong_penalty
 
     num_tokens = len(result.sample.token_ids)
-    return replace(result, rewards=with_overlong_penalty(result.rewards, num_tokens, config.rollout.max_response_tokens, config.reward))
+    return replace(
+        result,
+        rewards=with_overlong_penalty(result.rewards, num_tokens, config.rollout.max_response_tokens, config.reward),
+    )
 
 
 def _counts(batch, drawn: int, traffic, seconds: float) -> dict[str, float | int]:
-    """For the manifest: of the groups; of all sampled responses (_sampled) and of those in the file (_kept); of the requests.
+    """For the manifest: of the groups; of all sampled responses (_sampled) and of those in the file (_kept); of the
+    requests.
 
     drawn: prompts that the data order gave; those of them that are not in batch.sampled were cancelled.
     """
@@ -222,7 +267,8 @@ def _counts(batch, drawn: int, traffic, seconds: float) -> dict[str, float | int
 def _in_words(counts: dict[str, float | int]) -> str:
     return (
         f"{counts['prompts']} groups kept of {counts['prompts_used']} prompts used in {counts['rounds']} round(s):"
-        f" {counts['groups_all_right']} all right, {counts['groups_all_wrong']} all wrong, {counts['groups_surplus']} surplus;"
+        f" {counts['groups_all_right']} all right, {counts['groups_all_wrong']} all wrong, {counts['groups_surplus']}"
+        " surplus;"
         f" accuracy {counts['accuracy_sampled']:.3f} of all sampled, {counts['accuracy_kept']:.3f} of the kept;"
         f" format {counts['format_sampled']:.3f} of all sampled, {counts['format_kept']:.3f} of the kept;"
         f" cut off {counts['cut_off_share_sampled']:.3f}, {counts['tokens_per_second']:.0f} tokens/s{_troubles(counts)}"
@@ -241,7 +287,7 @@ def _troubles(counts: dict[str, float | int]) -> str:
 
 def _records(config: Config, iteration: int, groups: list, staleness: int = 0) -> Iterator:
     """The Rollouts of the kept groups, numbered from 0."""
-    from megatron_papo.records import Rollout
+    from megatron_papo.run.records import Rollout
     from megatron_papo.seeds import derive_seed
 
     for number, group in enumerate(groups):

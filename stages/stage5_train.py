@@ -4,7 +4,8 @@
     2. reference log-probs: one forward sweep                                    (not if kl_ref_coef is 0: it is then not even loaded)
     3. old log-probs and masked-image log-probs: one sweep                       (no old ones where the iteration is one step: the ratio is 1)
     4. for every global_batch_size prompts: forward and backward, all-reduce, clip, AdamW      (rollouts are used once, in order)
-       after each step the hacking guard looks at its metrics; it may lower kl_prcp_coef, go back to a checkpoint, or stop
+       after each step the hacking guard looks at its metrics; it may lower kl_prcp_coef, go back to a checkpoint, or
+       stop
 
 reads   --megatron   weights, optimizer and step of the iteration before (or stage 3's output)
         --reference  stage 3's output, the frozen reference of KL_ref
@@ -13,8 +14,8 @@ reads   --megatron   weights, optimizer and step of the iteration before (or sta
 writes  --output     Megatron checkpoint with optimizer state, metrics.jsonl (one line per optimizer step), guard.jsonl, tensorboard/
 run by  torchrun --nproc-per-node TP*PP*DP -m stages.stage5_train ...
 
-With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident): it waits for each iteration's rollouts, trains
-with what it holds in memory, and writes both the Megatron checkpoint and stage 6's export of it.
+With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident): it waits for each iteration's
+rollouts, trains with what it holds in memory, and writes both the Megatron checkpoint and stage 6's export of it.
 """
 
 import argparse
@@ -23,20 +24,31 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_papo.command_line import check_paths_given, run, stage_parser
 from megatron_papo.config import load_config
+from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import StageOutput, require_input
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config
-from megatron_papo.records import Rollout, read_jsonl
-from megatron_papo.run_directory import Follower, RunDirectory
-from megatron_papo.training import collectives, parallel
+from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from megatron_papo.run.command_line import check_paths_given, run, stage_parser
+from megatron_papo.run.records import Rollout, read_jsonl
+from megatron_papo.run.run_directory import Follower, RunDirectory
+from megatron_papo.run.stage_output import StageOutput, require_input
 from megatron_papo.training.metrics_log import MetricsLog
 
 SECTIONS = [
-    "seed", "model.dtype", "model.recompute", "parallel", "objective", "hacking_guard", "masked_image", "optimizer", "training", "rollout",
-    "data.min_pixels", "data.max_pixels",
-]  # fmt: skip
+    "seed",
+    "model.dtype",
+    "model.recompute",
+    "parallel",
+    "objective",
+    "hacking_guard",
+    "masked_image",
+    "optimizer",
+    "training",
+    "rollout",
+    "data.min_pixels",
+    "data.max_pixels",
+]
 PATHS = ("megatron", "rollouts", "data", "iteration", "output")
 
 
@@ -48,8 +60,15 @@ def parse():
         ("data", "stage 1's output"),
         follows=True,
     )
-    parser.add_argument("--reference", type=Path, metavar="PATH", help="Megatron checkpoint of the frozen reference (stage 3); needed with KL_ref")
-    parser.add_argument("--rollback", type=Path, metavar="PATH", help="checkpoint for rollback_and_lower_gamma (default: --megatron)")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="PATH",
+        help="Megatron checkpoint of the frozen reference (stage 3); needed with KL_ref",
+    )
+    parser.add_argument(
+        "--rollback", type=Path, metavar="PATH", help="checkpoint for rollback_and_lower_gamma (default: --megatron)"
+    )
     parser.add_argument("--iteration", type=int, metavar="N", help="number of this iteration, from 1")
     args = parser.parse_args()
     check_paths_given(parser, args, PATHS, others=("reference", "rollback"))
@@ -65,16 +84,16 @@ def main() -> None:
         config = load_config(args.config, args.overrides)
         out = prepare(args, config)
         if out.done:
-            if parallel.is_main_rank():
+            if process_groups.is_main_rank():
                 out.announce_done()
             return
         hf = check_model(args.megatron, config)
         rollouts = read_rollouts(args, config)
     from megatron_papo.training.policy import Policy
 
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     iterate(args, config, Policy(config, hf), rollouts, out)
-    parallel.shutdown()
+    process_groups.shutdown()
 
 
 def follow(args) -> None:
@@ -86,16 +105,22 @@ def follow(args) -> None:
         hf = check_model(run.trained(0), config)
     from megatron_papo.training.policy import Policy
 
-    parallel.initialize(config.parallel)
-    policy, speaks, trusted = Policy(config, hf), parallel.is_main_rank(), ()
+    process_groups.initialize(config.parallel)
+    policy, speaks, trusted = Policy(config, hf), process_groups.is_main_rank(), ()
     with Follower(args.follow, "stage5_train", "stage4_rollout", speaks) as follower:
         for number in range(1, config.iterations + 1):
             follower.wait_for(run.rollouts(number))
             started = time.time()
             here = argparse.Namespace(
-                config=args.config, iteration=number, data=run.data, rollouts=run.rollouts(number), megatron=run.trained(number - 1),
-                reference=run.reference, rollback=run.rollback(number), output=run.trained(number),
-            )  # fmt: skip
+                config=args.config,
+                iteration=number,
+                data=run.data,
+                rollouts=run.rollouts(number),
+                megatron=run.trained(number - 1),
+                reference=run.reference,
+                rollback=run.rollback(number),
+                output=run.trained(number),
+            )
             with collectives.first_process_speaks():
                 out = prepare(here, config, trusted if policy.at == here.megatron else ())
                 if not out.done:
@@ -106,13 +131,17 @@ def follow(args) -> None:
             else:
                 out.started = started
                 iterate(here, config, policy, rollouts, out)
-                trusted = ("data", "reference", "megatron")  # read and verified once, or just written and still in memory
+                trusted = (
+                    "data",
+                    "reference",
+                    "megatron",
+                )  # read and verified once, or just written and still in memory
                 if config.server.shares_gpus:  # before the export is published, which is what sampling waits for
                     policy.forget()
             if speaks:
                 export(run, number)
             follower.wait_for(run.exported(number))  # no collective: an export may take longer than those wait
-    parallel.shutdown()
+    process_groups.shutdown()
 
 
 def export(run: RunDirectory, number: int) -> None:
@@ -125,7 +154,8 @@ def export(run: RunDirectory, number: int) -> None:
 
 
 def prepare(args, config, trusted: tuple[str, ...] = ()) -> StageOutput:
-    """The output, after all the checks that need no process group. trusted: inputs whose files need not be verified again."""
+    """The output, after all the checks that need no process group. trusted: inputs whose files need not be verified
+    again."""
     stage3 = f"python -m stages.stage3_convert_to_megatron --config {args.config} --hf HF_CHECKPOINT --output {args.reference or 'REFERENCE'}"
     stage4 = f"python -m stages.stage4_rollout --config {args.config} --iteration {args.iteration} ... --output {args.rollouts}"
     stage1 = f"python -m stages.stage1_prepare_data --config {args.config} --output {args.data}"
@@ -137,13 +167,16 @@ def prepare(args, config, trusted: tuple[str, ...] = ()) -> StageOutput:
     }
     if config.objective.uses_reference:
         if args.reference is None:
-            raise UserError(f"--reference: needed, because objective.kl_ref_coef is {config.objective.kl_ref_coef}: make it with: {stage3}")
+            raise UserError(
+                f"--reference: needed, because objective.kl_ref_coef is {config.objective.kl_ref_coef}: make it with:"
+                f" {stage3}"
+            )
         inputs["reference"] = require_input(args.reference, ("stage3_convert_to_megatron",), stage3)
     if config.hacking_guard.action == "rollback_and_lower_gamma":
         inputs["rollback"] = require_input(args.rollback or args.megatron, checkpoints, stage3)
     inputs |= {name: str(inputs[name]) for name in trusted if name in inputs}
     out = StageOutput("stage5_train", args.output, config, SECTIONS, inputs, {"iteration": args.iteration})
-    if parallel.is_main_rank() and config.objective.uses_reference and not out.done:
+    if process_groups.is_main_rank() and config.objective.uses_reference and not out.done:
         from megatron_papo.checkpoint.verify import require_proof
 
         require_proof(args.reference)
@@ -153,7 +186,7 @@ def prepare(args, config, trusted: tuple[str, ...] = ()) -> StageOutput:
 def check_model(checkpoint: Path, config):
     """The HFConfig of a checkpoint's model. Raises UserError where the parallel section cannot cut it."""
     hf = read_hf_config(checkpoint / HF_FILES)
-    parallel.check_parallel_sizes(hf, config.parallel)
+    check_parallel_sizes(hf, config.parallel)
     return hf
 
 
@@ -163,13 +196,17 @@ def read_rollouts(args, config) -> list[Rollout]:
     rollouts = read_jsonl(where, Rollout)
     oldest, allowed = max(rollout.staleness for rollout in rollouts), config.rollout.max_staleness
     if oldest > allowed:
-        raise UserError(f"{where}: rollouts by weights {oldest} iteration(s) old, rollout.max_staleness is {allowed}: sample them again, or raise it")
+        raise UserError(
+            f"{where}: rollouts by weights {oldest} iteration(s) old, rollout.max_staleness is {allowed}: sample them"
+            " again, or raise it"
+        )
     return rollouts
 
 
 def iterate(args, config, policy, rollouts, out) -> None:
-    """One iteration, from rollouts to a published checkpoint. policy: what it holds of --megatron already is used as it is."""
-    with out if parallel.is_main_rank() else nullcontext():
+    """One iteration, from rollouts to a published checkpoint. policy: what it holds of --megatron already is used as it
+    is."""
+    with out if process_groups.is_main_rank() else nullcontext():
         collectives.barrier()  # out.partial is there
         train(args, config, policy, rollouts, out)
         collectives.barrier()  # every rank has written
@@ -198,15 +235,21 @@ def train(args, config, policy, rollouts, out) -> None:
     iteration.bar.close()
 
     policy.save(out.partial, args.output)
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         megatron_files.copy_hf_files(args.megatron, out.partial)
         tokens = sum(row.response_length for row in rows)
-        out.counts |= {"rollouts": len(rows), "steps": len(steps), "total_steps": policy.state["step"], "response_tokens": tokens}
+        out.counts |= {
+            "rollouts": len(rows),
+            "steps": len(steps),
+            "total_steps": policy.state["step"],
+            "response_tokens": tokens,
+        }
         out.counts |= {"attempts": attempts, "guard_interventions": policy.state["guard"]["interventions"]}
 
 
 class Iteration:
-    """What the parts of the stage share: the rollouts of each optimizer step, this rank's among them, and how to sweep over them."""
+    """What the parts of the stage share: the rollouts of each optimizer step, this rank's among them, and how to sweep
+    over them."""
 
     def __init__(self, args, config, policy, steps):
         from tqdm import tqdm
@@ -215,17 +258,24 @@ class Iteration:
         from megatron_papo.training.batching import Collator, split_over_ranks
 
         self.args, self.config, self.policy, self.steps = args, config, policy, steps
-        ranks = parallel.dp_group()
+        ranks = process_groups.dp_group()
         self.mine = [split_over_ranks(step, config.training.layout, ranks.size())[ranks.rank()] for step in steps]
         self.my_rows = [row for step in self.mine for row in step]
         self.collator = Collator(
-            config, policy.hf, args.data, with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=policy.dtype
+            config,
+            policy.hf,
+            args.data,
+            with_pixels=process_groups.is_first_stage(),
+            device=process_groups.device(),
+            dtype=policy.dtype,
         )
         objective = config.objective
         self.masked_branch_is_swept = (
             objective.uses_masked_image and objective.masked_branch != "cached" and not objective.masked_rows_ride
         )
-        self.first_kinds = ["original"] if len(steps) > 1 else []  # with one step the update itself says what the old policy was
+        self.first_kinds = (
+            ["original"] if len(steps) > 1 else []
+        )  # with one step the update itself says what the old policy was
         if objective.uses_masked_image and objective.masked_branch == "cached":
             self.first_kinds.append("masked")
         passes = objective.uses_reference + len(self.first_kinds) + self.passes_of_steps
@@ -249,11 +299,18 @@ class Iteration:
         return sweep(model, self.collator, rows, size, self.config.rollout.temperature, self.bar.update, kinds)
 
     def account_sweeps(self, seconds: float) -> dict[str, float]:
-        """What the first sweeps computed in so many seconds, each metric with sweep_ in front. Collective over all ranks."""
+        """What the first sweeps computed in so many seconds, each metric with sweep_ in front. Collective over all
+        ranks."""
         from megatron_papo.training import accounting
 
-        passes = accounting.sweeps(["original"] * self.config.objective.uses_reference + self.first_kinds, self.config.training)
-        return {f"sweep_{name}": value for name, value in self._account(self.steps, passes, seconds).items()} if passes else {}
+        passes = accounting.sweeps(
+            ["original"] * self.config.objective.uses_reference + self.first_kinds, self.config.training
+        )
+        return (
+            {f"sweep_{name}": value for name, value in self._account(self.steps, passes, seconds).items()}
+            if passes
+            else {}
+        )
 
     def account_step(self, step, seconds: float) -> dict[str, float]:
         """The same of one optimizer step: the update, and the sweep before it if there is one."""
@@ -268,7 +325,10 @@ class Iteration:
         peak = accounting.peak_memory()
         if not self.speaks:
             return peak
-        return accounting.step_accounting(steps, self.config, self.policy.hf, passes, seconds, accounting.device_name()) | peak
+        return (
+            accounting.step_accounting(steps, self.config, self.policy.hf, passes, seconds, accounting.device_name())
+            | peak
+        )
 
 
 def masked_branch(swept: dict[str, dict[str, list]]) -> dict[str, list]:
@@ -295,11 +355,13 @@ def first_sweeps(iteration: Iteration):
         checks |= check_old_policy(iteration, rows, swept["original"])
     if "masked" in swept:
         cached |= masked_branch(swept)
-    if config.objective.importance_sampling_cap is not None and parallel.is_last_stage():
-        cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs, device=parallel.device()) for row in rows]
+    if config.objective.importance_sampling_cap is not None and process_groups.is_last_stage():
+        cached["rollout_log_probs"] = [
+            torch.tensor(row.rollout.rollout_log_probs, device=process_groups.device()) for row in rows
+        ]
     if all(row.rollout.staleness == 0 for row in iteration.steps[0]):  # older weights have other log-probs
         limit = config.training.max_rollout_log_prob_difference
-        original = lambda model, some: iteration.sweep(model, some)["original"]  # noqa: E731
+        original = lambda model, some: iteration.sweep(model, some)["original"]
         checks |= parity_gate(policy.model, original, rows, args.megatron / HF_FILES, limit)
     return cached, checks
 
@@ -308,11 +370,14 @@ def check_old_policy(iteration: Iteration, rows, old: dict[str, list]) -> dict[s
     """What the old policy's log-probs say about the server's and about the sampling."""
     from megatron_papo.training.rollout_checks import compare_with_server, measure_sampling_bias
 
-    return compare_with_server(rows, old["log_probs"], limit=None) | measure_sampling_bias(old, iteration.config.rollout.top_p)
+    return compare_with_server(rows, old["log_probs"], limit=None) | measure_sampling_bias(
+        old, iteration.config.rollout.top_p
+    )
 
 
 def optimizer_steps(iteration: Iteration, cached: dict, checks: dict, log) -> int:
-    """4. The steps, once, or again with a lower gamma from where the guard has gone back to. -> how often they were tried."""
+    """4. The steps, once, or again with a lower gamma from where the guard has gone back to. -> how often they were
+    tried."""
     from megatron_papo.objective.papo_loss import finish_metrics
     from megatron_papo.training.forward_step import StepTotals, loss_settings, papo_step
     from megatron_papo.training.guard import Guard
@@ -335,9 +400,18 @@ def optimizer_steps(iteration: Iteration, cached: dict, checks: dict, log) -> in
         policy.optimizer.zero_grad()
         seen = {"log_probs": [], "entropy": []}
         contributions = papo_step(
-            policy.model, iteration.collator, my_step, here, config.training.micro_batch_size, config.rollout.temperature, config.objective,
-            totals=StepTotals.of(step), settings=settings, progress=bar.update, seen=seen,
-        )  # fmt: skip
+            policy.model,
+            iteration.collator,
+            my_step,
+            here,
+            config.training.micro_batch_size,
+            config.rollout.temperature,
+            config.objective,
+            totals=StepTotals.of(step),
+            settings=settings,
+            progress=bar.update,
+            seen=seen,
+        )
         _, gradient_norm, _ = policy.optimizer.step()
         metrics = finish_metrics(collectives.sum_from_last_stage(contributions))
         check_finite(metrics["loss"], gradient_norm, policy.state["step"] + 1)
@@ -350,7 +424,12 @@ def optimizer_steps(iteration: Iteration, cached: dict, checks: dict, log) -> in
         metrics |= iteration.account_step(step, seconds)
         decision = guard.observe(metrics, policy.state["step"], attempt)
         if iteration.speaks:
-            update = {"gradient_norm": float(gradient_norm), "learning_rate": rate, "seconds": seconds, "attempt": attempt}
+            update = {
+                "gradient_norm": float(gradient_norm),
+                "learning_rate": rate,
+                "seconds": seconds,
+                "attempt": attempt,
+            }
             used = {"kl_prcp_coef": settings["kl_prcp_coef"], "guard_signs": len(guard.signs)}
             log.write(policy.state["step"], metrics | step_statistics(step) | checks | update | used)
             if decision is not None:

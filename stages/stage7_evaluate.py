@@ -1,8 +1,8 @@
 """Stage 7: avg@k of a checkpoint on benchmark prompts.
 
-Sample evaluation.samples_per_prompt responses to each prompt with the evaluation section's sampling, grade them as in training, and
-average over samples, then over prompts. With evaluation.masked_images every prompt is answered a second time with its pictures masked:
-what is left of the accuracy was not seen in the picture.
+Sample evaluation.samples_per_prompt responses to each prompt with the evaluation section's sampling, grade them as in
+training, and average over samples, then over prompts. With evaluation.masked_images every prompt is answered a second
+time with its pictures masked: what is left of the accuracy was not seen in the picture.
 
 Reads:  data/evaluation.jsonl (or --prompts) and images/ (stage 1), a Hugging Face checkpoint.
 Writes: predictions.jsonl, one records.Prediction per line; metrics.json.
@@ -12,18 +12,25 @@ import json
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import StageOutput, input_fingerprint, require_input
+from megatron_papo.run.command_line import run, stage_parser
+from megatron_papo.run.stage_output import StageOutput, input_fingerprint, require_input
 
 SECTIONS = ["seed", "evaluation", "reward", "masked_image", "data.min_pixels", "data.max_pixels", "model.dtype"]
 
 
 def main() -> None:
     parser = stage_parser(__doc__, ("data", "output of stage 1"), ("hf", "Hugging Face checkpoint to evaluate"))
-    parser.add_argument("--server", required=True, metavar="DIR|URL", help="directory of the run's server, or http://... of a running one")
-    parser.add_argument("--prompts", default="evaluation.jsonl", metavar="FILE", help="prompts inside --data (default evaluation.jsonl)")
+    parser.add_argument(
+        "--server",
+        required=True,
+        metavar="DIR|URL",
+        help="directory of the run's server, or http://... of a running one",
+    )
+    parser.add_argument(
+        "--prompts", default="evaluation.jsonl", metavar="FILE", help="prompts inside --data (default evaluation.jsonl)"
+    )
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     inputs = {
@@ -31,7 +38,9 @@ def main() -> None:
         "hf": input_fingerprint(arguments.hf, "give --hf the output of stage 2 or 6, or a downloaded checkpoint"),
     }
     if not (arguments.data / arguments.prompts).resolve().is_relative_to(arguments.data.resolve()):
-        raise UserError(f"--prompts {arguments.prompts}: outside {arguments.data}: name a file that stage 1 wrote there")
+        raise UserError(
+            f"--prompts {arguments.prompts}: outside {arguments.data}: name a file that stage 1 wrote there"
+        )
     out = StageOutput("stage7_evaluate", arguments.output, config, SECTIONS, inputs, {"prompts": arguments.prompts})
     if out.done:
         out.announce_done()
@@ -42,7 +51,7 @@ def main() -> None:
 
 
 def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, fingerprint: str, out: StageOutput) -> None:
-    from megatron_papo.records import Prompt, read_jsonl, write_jsonl
+    from megatron_papo.data.chat import forbidden_tokens
     from megatron_papo.rollout.sample_and_grade import (
         Job,
         client_with_weights,
@@ -51,9 +60,10 @@ def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, finger
         probe_of,
         sample_and_grade,
     )
-    from megatron_papo.rollout.sglang_requests import Sampling, forbidden_tokens
-    from megatron_papo.rollout.sglang_server import release_memory
+    from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
     from megatron_papo.seeds import derive_seed
+    from megatron_papo.sglang.requests import Sampling
+    from megatron_papo.sglang.server import release_memory
 
     settings = config.evaluation
     max_pixels = settings.max_pixels or config.data.max_pixels
@@ -88,12 +98,15 @@ def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, finger
     (out.partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     out.counts |= metrics
     masked = f", on masked images {metrics['accuracy_masked']:.4f}" if settings.masked_images else ""
-    print(f"{hf}: avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {metrics['accuracy']:.4f}{masked}", flush=True)
+    print(
+        f"{hf}: avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {metrics['accuracy']:.4f}{masked}",
+        flush=True,
+    )
 
 
 def _with_length(prompt, data: Path, min_pixels: int, max_pixels: int):
     """The prompt with num_tokens for other pixel limits than those it was made with."""
-    from megatron_papo.images import grid_of, load_images, num_image_tokens
+    from megatron_papo.pictures.preprocess import grid_of, load_images, num_image_tokens
 
     pictures = load_images(data, prompt.images, min_pixels, max_pixels)
     image_tokens = sum(num_image_tokens(grid_of(picture)) for picture in pictures)
@@ -101,7 +114,7 @@ def _with_length(prompt, data: Path, min_pixels: int, max_pixels: int):
 
 
 def _prediction(job, result):
-    from megatron_papo.records import Prediction
+    from megatron_papo.run.records import Prediction
 
     return Prediction(
         prompt_id=job.prompt.id,

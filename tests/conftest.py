@@ -1,16 +1,15 @@
-"""What all tests share: a small synthetic data set with its tiny model, made once through the command line, and a way to run commands."""
+"""What all tests share: a small synthetic data set with its tiny model, made once through the command line."""
 
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO_CONFIG = ROOT / "configs" / "demo.yaml"
+from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
+
 # Two threads per process are 20 times slower than one as soon as several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,36 +25,6 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
-
-
-def run_module(name: str, *arguments, processes: int | None = None, timeout: float = 300, env: dict | None = None):
-    """`python -m name arguments` as a user would run it, with torchrun where processes is given -> CompletedProcess (text, captured)."""
-    return subprocess.run(
-        command_of(name, *arguments, processes=processes),
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def command_of(name: str, *arguments, processes: int | None = None) -> list[str]:
-    """The command line of run_module."""
-    torchrun = [] if processes is None else ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [sys.executable, "-m", *torchrun, name, *map(str, arguments)]
-
-
-def settings(*overrides: str) -> list[str]:
-    """`--set` arguments for run_module."""
-    return [argument for override in overrides for argument in ("--set", override)]
-
-
-SMALL_RUN = [
-    "data.train.count=16", "data.sft.count=64", "data.evaluation.count=8", "sft.steps=4", "rollout.rollout_batch_size=16",
-    "evaluation.samples_per_prompt=2", "iterations=1",
-]  # fmt: skip
-"""What makes a run of configs/demo.yaml small."""
 
 
 @pytest.fixture(scope="session")

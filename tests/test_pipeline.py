@@ -1,4 +1,5 @@
-"""run_all.sh as a user types it, small: it ends with a summary, does nothing twice, and a killed run ends with the same bits."""
+"""run_all.sh as a user types it, small: it ends with a summary, does nothing twice, and a killed run ends with the same
+bits."""
 
 import json
 import shutil
@@ -8,7 +9,8 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT, SMALL_RUN, settings
+from tests.helpers import ROOT, SMALL_RUN, settings
+
 
 def command(name: str, *extra: str) -> list[str]:
     return ["bash", "run_all.sh", "--name", name, *settings(*SMALL_RUN), *extra]
@@ -56,7 +58,11 @@ def test_killed_in_training_and_started_again_gives_the_same_bits(small_run, sec
     result = subprocess.run(command(second_name), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "nothing to do" in result.stdout
-    for file in ("iterations/0001/hf/model.safetensors", "iterations/0001/megatron/__0_0.distcp", "iterations/0001/megatron/__3_0.distcp"):
+    for file in (
+        "iterations/0001/hf/model.safetensors",
+        "iterations/0001/megatron/__0_0.distcp",
+        "iterations/0001/megatron/__3_0.distcp",
+    ):
         assert (run / file).read_bytes() == (small_run / file).read_bytes(), file
     start = (small_run / "sft/model.safetensors").read_bytes()
     assert (run / "iterations/0001/hf/model.safetensors").read_bytes() != start  # and training did change them
@@ -85,12 +91,20 @@ def test_mistakes(arguments, expected):
 def test_dry_run_prints_every_command_and_makes_nothing():
     result = subprocess.run(command("test-dry", "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=60)
     lines = result.stdout.splitlines()
-    assert [f"stage{n}_" for n in (1, 2, 3, 7, 4, 5, 6, 7)] == [f"stage{line.split('stages.stage')[1][0]}_" for line in lines if "stages.stage" in line]
+    assert [f"stage{n}_" for n in (1, 2, 3, 7, 4, 5, 6, 7)] == [
+        f"stage{line.split('stages.stage')[1][0]}_" for line in lines if "stages.stage" in line
+    ]
     assert not (ROOT / "runs" / "test-dry").exists()
 
 
 def test_each_iteration_is_told_where_the_one_before_stopped():
     overrides = ["--set", "iterations=3", "--stages", "4"]
-    result = subprocess.run(command("test-dry", "--dry-run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=60)
-    told = [line.partition("--previous ")[2].partition(" ")[0] for line in result.stdout.splitlines() if "stages.stage4" in line]
+    result = subprocess.run(
+        command("test-dry", "--dry-run", *overrides), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    told = [
+        line.partition("--previous ")[2].partition(" ")[0]
+        for line in result.stdout.splitlines()
+        if "stages.stage4" in line
+    ]
     assert told == ["", "runs/test-dry/iterations/0001/rollouts", "runs/test-dry/iterations/0002/rollouts"]

@@ -1,4 +1,5 @@
-"""run_all.sh --resident: stages 4 and 5 stay up and end with the bits of the stage-by-stage run; one iteration stale; GPUs shared."""
+"""run_all.sh --resident: stages 4 and 5 stay up and end with the bits of the stage-by-stage run; one iteration stale;
+GPUs shared."""
 
 import json
 import shutil
@@ -10,12 +11,16 @@ import pytest
 
 from megatron_papo.config import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import read_manifest
-from megatron_papo.run_directory import Follower, RunDirectory
+from megatron_papo.run.run_directory import Follower, RunDirectory
+from megatron_papo.run.stage_output import read_manifest
 from megatron_papo.training.metrics_log import read_metrics
-from tests.conftest import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
+from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
 
-STALE = settings("rollout.max_staleness=1", "objective.importance_sampling_cap=2.0", "training.max_rollout_log_prob_difference=1.0e-5")
+STALE = settings(
+    "rollout.max_staleness=1",
+    "objective.importance_sampling_cap=2.0",
+    "training.max_rollout_log_prob_difference=1.0e-5",
+)
 """With a parity gate that would take a policy one step away for a fault."""
 
 
@@ -55,7 +60,12 @@ def both(prepared):
 def test_the_same_bits(both):
     staged, resident = both
     for number in ("0001", "0002"):
-        for part in ("rollouts/rollouts.jsonl", "megatron/__0_0.distcp", "megatron/__3_0.distcp", "hf/model.safetensors"):
+        for part in (
+            "rollouts/rollouts.jsonl",
+            "megatron/__0_0.distcp",
+            "megatron/__3_0.distcp",
+            "hf/model.safetensors",
+        ):
             file = f"iterations/{number}/{part}"
             assert (staged / file).read_bytes() == (resident / file).read_bytes(), file
         for part in ("rollouts", "megatron", "hf"):
@@ -69,7 +79,11 @@ def test_the_same_bits(both):
 
 def test_one_process_each(both):
     """And the iterations of a resident run count their own time, not their process's."""
-    commands = {read_manifest(both[1] / f"iterations/{number}/{part}")["command"] for number in ("0001", "0002") for part in ("rollouts", "megatron")}
+    commands = {
+        read_manifest(both[1] / f"iterations/{number}/{part}")["command"]
+        for number in ("0001", "0002")
+        for part in ("rollouts", "megatron")
+    }
     assert len(commands) == 2 and all("--follow" in command for command in commands)
     seconds = [read_manifest(run / "iterations/0002/megatron")["seconds"] for run in both]
     assert seconds[1] < seconds[0]
@@ -86,11 +100,24 @@ def test_either_mode_goes_on_where_the_other_stopped(both):
 
 def test_the_paths_are_those_of_run_all(both):
     done = subprocess.run(
-        ["bash", "run_all.sh", "--name", "dry", "--dry-run", *settings("iterations=4", "hacking_guard.rollback_iterations=1")],
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            "bash",
+            "run_all.sh",
+            "--name",
+            "dry",
+            "--dry-run",
+            *settings("iterations=4", "hacking_guard.rollback_iterations=1"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     run = RunDirectory("runs/dry", load_config(DEMO_CONFIG, ["hacking_guard.rollback_iterations=1"]))
-    lines = {stage: [line for line in done.stdout.splitlines() if f"stages.{stage}" in line] for stage in ("stage4_rollout", "stage5_train")}
+    lines = {
+        stage: [line for line in done.stdout.splitlines() if f"stages.{stage}" in line]
+        for stage in ("stage4_rollout", "stage5_train")
+    }
     assert len(lines["stage4_rollout"]) == len(lines["stage5_train"]) == 4
     for number in (1, 2, 3, 4):
         sampled, trained = lines["stage4_rollout"][number - 1], lines["stage5_train"][number - 1]
@@ -104,7 +131,9 @@ def test_the_paths_are_those_of_run_all(both):
 def test_stages_must_be_together():
     done = run_all("test-none", "--resident", "--stages", "4,5", iterations=1)
     assert done.returncode == 2 and "error: --resident runs stages 4, 5 and 6 together" in done.stderr
-    done = run_module("stages.stage5_train", "--config", DEMO_CONFIG, "--follow", "runs/none", "--data", "x", "--rollback", "y")
+    done = run_module(
+        "stages.stage5_train", "--config", DEMO_CONFIG, "--follow", "runs/none", "--data", "x", "--rollback", "y"
+    )
     assert done.returncode == 2 and "--follow runs/none stands for --data, --rollback: leave them out" in done.stderr
     done = run_module("stages.stage4_rollout", "--config", DEMO_CONFIG, "--data", "x", "--hf", "y")
     assert done.returncode == 2 and "required: --server, --iteration, --output" in done.stderr
@@ -119,10 +148,14 @@ def stale(prepared):
 
 
 def test_one_iteration_stale(stale):
-    """Iteration n is sampled with the weights of n - 2; the importance weights know, and the parity gate does not take it for a fault."""
+    """Iteration n is sampled with the weights of n - 2; the importance weights know, and the parity gate does not take
+    it for a fault."""
     versions = []
     for number in (1, 2, 3):
-        records = [json.loads(line) for line in (stale / f"iterations/{number:04}/rollouts/rollouts.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for line in (stale / f"iterations/{number:04}/rollouts/rollouts.jsonl").read_text().splitlines()
+        ]
         assert {record["staleness"] for record in records} == {min(number - 1, 1)}
         versions += {record["weight_version"] for record in records}
     exported = [read_manifest(stale / part)["fingerprint"][:16] for part in ("sft", "sft", "iterations/0001/hf")]
@@ -131,14 +164,32 @@ def test_one_iteration_stale(stale):
     assert "parity_log_prob_difference_mean" in first[0] and "parity_log_prob_difference_mean" not in third[0]
     assert first[0]["parity_log_prob_difference_mean"] < 1e-5 < third[0]["rollout_log_prob_difference_mean"]
     assert 0 < third[0]["rollout_effective_sample_size"] < 1
-    assert abs(third[0]["kl_old"]) < 1e-6  # the old policy of the ratio is the one that training starts from, not the one that sampled
+    assert (
+        abs(third[0]["kl_old"]) < 1e-6
+    )  # the old policy of the ratio is the one that training starts from, not the one that sampled
 
 
 def test_stale_rollouts_are_refused_where_they_are_not_expected(stale, tmp_path):
     run = RunDirectory(stale, load_config(DEMO_CONFIG))
-    paths = ["--data", run.data, "--rollouts", run.rollouts(3), "--megatron", run.trained(2), "--reference", run.reference]
-    one = settings(*SMALL_RUN, "parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=1", "parallel.sequence_parallel=false")
-    done = run_module("stages.stage5_train", "--config", DEMO_CONFIG, *one, *paths, "--iteration", 3, "--output", tmp_path / "out")
+    paths = [
+        "--data",
+        run.data,
+        "--rollouts",
+        run.rollouts(3),
+        "--megatron",
+        run.trained(2),
+        "--reference",
+        run.reference,
+    ]
+    one = settings(
+        *SMALL_RUN,
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=1",
+        "parallel.sequence_parallel=false",
+    )
+    done = run_module(
+        "stages.stage5_train", "--config", DEMO_CONFIG, *one, *paths, "--iteration", 3, "--output", tmp_path / "out"
+    )
     assert done.returncode == 2 and "rollouts by weights 1 iteration(s) old, rollout.max_staleness is 0" in done.stderr
 
 
@@ -146,7 +197,10 @@ def test_stale_rollouts_are_refused_where_they_are_not_expected(stale, tmp_path)
     "overrides, message",
     [
         (["rollout.max_staleness=1"], "rollout.max_staleness needs objective.importance_sampling_cap"),
-        (["rollout.max_staleness=1", "objective.importance_sampling_cap=2", "server.shares_gpus=true"], "exclude each other"),
+        (
+            ["rollout.max_staleness=1", "objective.importance_sampling_cap=2", "server.shares_gpus=true"],
+            "exclude each other",
+        ),
     ],
 )
 def test_what_staleness_needs(overrides, message):

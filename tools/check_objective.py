@@ -2,14 +2,15 @@
 
     python -m tools.check_objective tests/golden/papo_loss.json
 
-FILE is a JSON list of cases in the format of tests/golden/papo_loss.json, which came from the authors' own actor update: logits
-[B, T, V], responses, response_mask, advantages, cached log-probs, coefficients, `over` (what differs from the authors' defaults), and
-their metrics and gradient with respect to the logits. Each case goes the way of a training step: token statistics of the response
-positions from the logits, papo_loss, backward. Prints per case the largest relative error of the loss, of the metrics and of the
-gradient; exit status 1 if any exceeds 1e-5, 0 if none does.
+FILE is a JSON list of cases in the format of tests/golden/papo_loss.json, which came from the authors' own actor
+update: logits [B, T, V], responses, response_mask, advantages, cached log-probs, coefficients, `over` (what differs
+from the authors' defaults), and their metrics and gradient with respect to the logits. Each case goes the way of a
+training step: token statistics of the response positions from the logits, papo_loss, backward. Prints per case the
+largest relative error of the loss, of the metrics and of the gradient; exit status 1 if any exceeds 1e-5, 0 if none
+does.
 
-Relative errors: |ours - theirs| / (|theirs| + floor), where floor is 0.01 nats for loss and metrics and 0.01 of the largest entry for
-the gradient, since both sides are fp32 sums.
+Relative errors: |ours - theirs| / (|theirs| + floor), where floor is 0.01 nats for loss and metrics and 0.01 of the
+largest entry for the gradient, since both sides are fp32 sums.
 """
 
 import argparse
@@ -18,23 +19,51 @@ import math
 import sys
 from pathlib import Path
 
-from megatron_papo.command_line import run
 from megatron_papo.errors import UserError
+from megatron_papo.run.command_line import run
 
 LIMIT = 1e-5
 METRIC_FLOOR, GRADIENT_FLOOR = 0.01, 0.01
 KEYS = (
-    "over", "kl_coef", "kl_prcp_coef", "clip", "loss_avg_mode", "logits", "responses", "response_mask", "old_log_probs", "ref_log_probs",
-    "masked_log_probs", "advantages", "metrics", "grad",
-)  # fmt: skip
+    "over",
+    "kl_coef",
+    "kl_prcp_coef",
+    "clip",
+    "loss_avg_mode",
+    "logits",
+    "responses",
+    "response_mask",
+    "old_log_probs",
+    "ref_log_probs",
+    "masked_log_probs",
+    "advantages",
+    "metrics",
+    "grad",
+)
 ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
 AVERAGES = {"token": "token", "seq": "sequence"}
 KNOWN_OVERRIDES = (
-    "loss_avg_mode", "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "use_kl_loss", "kl_coef", "kl_penalty", "use_kl_prcp",
-    "kl_prcp_coef", "kl_prcp_penalty", "use_kl_prcp_clipping", "kl_prcp_clipping", "use_kl_prcp_token_level_mask",
-    "kl_prcp_token_level_mask_top_p", "use_aug_entropy_loss", "aug_entropy_loss_coef", "use_ori_entropy_loss", "ori_entropy_loss_coef",
-    "use_sft_loss", "sft_loss_coef",
-)  # fmt: skip
+    "loss_avg_mode",
+    "clip_ratio_low",
+    "clip_ratio_high",
+    "clip_ratio_dual",
+    "use_kl_loss",
+    "kl_coef",
+    "kl_penalty",
+    "use_kl_prcp",
+    "kl_prcp_coef",
+    "kl_prcp_penalty",
+    "use_kl_prcp_clipping",
+    "kl_prcp_clipping",
+    "use_kl_prcp_token_level_mask",
+    "kl_prcp_token_level_mask_top_p",
+    "use_aug_entropy_loss",
+    "aug_entropy_loss_coef",
+    "use_ori_entropy_loss",
+    "ori_entropy_loss_coef",
+    "use_sft_loss",
+    "sft_loss_coef",
+)
 METRICS = {
     "actor/pg_loss": ("loss", 1),  # their name for the total
     "actor/kl_loss": ("kl_ref", 1),
@@ -83,25 +112,32 @@ def loss_options(case: dict) -> dict:
         "kl_prcp_coef": case["kl_prcp_coef"] * annealing,
         "kl_prcp_estimator": ESTIMATORS[over.get("kl_prcp_penalty", "low_var_kl")],
         "kl_prcp_clip": over.get("kl_prcp_clipping", 0.2) if over.get("use_kl_prcp_clipping") else None,
-        "kl_prcp_top_p": over.get("kl_prcp_token_level_mask_top_p", 0.2) if over.get("use_kl_prcp_token_level_mask") else None,
-        "entropy_coef": over.get("ori_entropy_loss_coef", 0.01) * annealing if over.get("use_ori_entropy_loss") else 0.0,
-        "masked_image_entropy_coef": over.get("aug_entropy_loss_coef", 0.01) * annealing if over.get("use_aug_entropy_loss") else 0.0,
+        "kl_prcp_top_p": over.get("kl_prcp_token_level_mask_top_p", 0.2)
+        if over.get("use_kl_prcp_token_level_mask")
+        else None,
+        "entropy_coef": over.get("ori_entropy_loss_coef", 0.01) * annealing
+        if over.get("use_ori_entropy_loss")
+        else 0.0,
+        "masked_image_entropy_coef": over.get("aug_entropy_loss_coef", 0.01) * annealing
+        if over.get("use_aug_entropy_loss")
+        else 0.0,
         "sft_coef": over.get("sft_loss_coef", 1e-3) if over.get("use_sft_loss") else 0.0,
     }
 
 
 def run_case(case: dict, **changes):
-    """-> {metric: float}, gradient [B, T, V] of one case through our objective; changes: options of papo_loss that differ."""
+    """-> {metric: float}, gradient [B, T, V] of one case through our objective; changes: options of papo_loss that
+    differ."""
     import torch
 
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
-    parallel.hush_known_warnings()
+    process_groups.hush_known_warnings()
     from megatron_papo.model.log_probs import token_statistics
     from megatron_papo.objective.papo_loss import papo_loss
     from megatron_papo.training.batching import pad_responses
 
-    parallel.connect()
+    process_groups.connect()
     over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)
 
     def table(name: str) -> torch.Tensor:
@@ -133,7 +169,8 @@ def run_case(case: dict, **changes):
 
 
 def errors_of(case: dict, **changes) -> dict[str, float]:
-    """Largest relative error of loss, metrics and gradient. Raises UserError where a metric of theirs is one that we lack."""
+    """Largest relative error of loss, metrics and gradient. Raises UserError where a metric of theirs is one that we
+    lack."""
     import torch
 
     metrics, gradient = run_case(case, **changes)
@@ -158,13 +195,16 @@ def errors_of(case: dict, **changes) -> dict[str, float]:
 
 
 def _entropy_in_sequence_average(case: dict, value: float) -> tuple[float, float]:
-    """Their logged entropy follows the loss's average, ours is always over tokens: -> theirs, ours averaged their way."""
+    """Their logged entropy follows the loss's average, ours is always over tokens: -> theirs, ours averaged their
+    way."""
     import torch
 
     from megatron_papo.objective.papo_loss import average_weights
 
     mask = torch.tensor(case["response_mask"], dtype=torch.float32)
-    log_probs = torch.log_softmax(torch.tensor(case["logits"]), -1).gather(-1, torch.tensor(case["responses"])[..., None])[..., 0]
+    log_probs = torch.log_softmax(torch.tensor(case["logits"]), -1).gather(
+        -1, torch.tensor(case["responses"])[..., None]
+    )[..., 0]
     weights = average_weights(mask, "sequence", num_tokens=mask.sum().item(), num_sequences=len(mask))
     return value, (weights * -log_probs).sum().item()
 
@@ -182,7 +222,9 @@ def main() -> None:
         try:
             errors = errors_of(case)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: case {number}: cannot be run ({' '.join(str(error).split())}): are its shapes right?")
+            raise UserError(
+                f"{path}: case {number}: cannot be run ({' '.join(str(error).split())}): are its shapes right?"
+            )
         wrong = max(errors.values()) > LIMIT
         failed += wrong
         shown = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())

@@ -1,21 +1,25 @@
-"""Does an SGLang server give a token the log-prob that Megatron gives it? Asked of one checkpoint in both formats, with pictures.
+"""Does an SGLang server give a token the log-prob that Megatron gives it? Asked of one checkpoint in both formats, with
+pictures.
 
-    python -m tools.check_parity --hf DIR --megatron DIR [--server DIR|URL] [--prompts FILE] [--config FILE] [--controls]
+    python -m tools.check_parity --hf DIR --megatron DIR [--server DIR|URL] [--prompts FILE] [--config FILE]
+    [--controls]
 
-The server samples responses; Megatron computes the log-probs of the same tokens over the same allowed tokens, at the same temperature.
-Passed: |difference| is below a limit on average and at most, and the tokens are no less surprising than samples of that distribution
-are (top_p below 1, top_k or min_p show there and nowhere else, because SGLang's log-probs are from before them).
+The server samples responses; Megatron computes the log-probs of the same tokens over the same allowed tokens, at the
+same temperature. Passed: |difference| is below a limit on average and at most, and the tokens are no less surprising
+than samples of that distribution are (top_p below 1, top_k or min_p show there and nowhere else, because SGLang's
+log-probs are from before them).
 
 --server    a running server (key: $SGLANG_API_KEY), which must hold the weights already: it is looked at, not changed, unless --load
             is given; or a server directory. Without it a server is started for the check and stopped again.
 --prompts   prompts.jsonl of stage 1, or lines {"problem": ..., "images": [paths from the file's directory]}. Default: twelve prompts
-            with pictures of odd sizes, two pictures, or none, made from the checkpoint's own tokenizer and chat template.
+            with pictures of odd sizes, two pictures, or none, made from the checkpoint's own tokenizer and chat
+            template.
 --config    dtype, pixel limits, temperature, top_p and the server section (default: configs/demo.yaml, in the checkpoint's own dtype).
 --controls  afterwards do four things wrong on purpose (pictures resized otherwise, text positions for pictures, weights of an update
             ago, top_p 0.9): each must be noticed, else the check has no teeth and fails.
 
-The last line is a JSON object: max_abs_difference, mean_abs_difference, tokens, passed, and more. Exit status 0 if passed, 1 if not,
-2 if it could not be checked. One process: a model must fit one device.
+The last line is a JSON object: max_abs_difference, mean_abs_difference, tokens, passed, and more. Exit status 0 if
+passed, 1 if not, 2 if it could not be checked. One process: a model must fit one device.
 """
 
 import argparse
@@ -27,14 +31,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_papo.command_line import run
 from megatron_papo.config import Config, ParallelConfig, load_config
 from megatron_papo.errors import UserError
+from megatron_papo.run.command_line import run
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 1.5)}
-"""Mean and largest |difference| in nats. float32: attention and sums in another order (measured 1e-6 and 1e-5). bfloat16: the logits of a
-trained model move by about 0.02 with the order of summation, single tokens by more."""
+"""Mean and largest |difference| in nats. float32: attention and sums in another order (measured 1e-6 and 1e-5).
+bfloat16: the logits of a trained model move by about 0.02 with the order of summation, single tokens by more."""
 BIAS_ERRORS = 5.0
 """Standard errors by which the tokens may be too unsurprising."""
 SAMPLES_PER_PROMPT, RESPONSE_TOKENS, ROLLOUTS_PER_BATCH = 8, 48, 32
@@ -61,7 +65,8 @@ class Outcome:
             found.append(f"log-probs differ by {self.maximum:.3g} nats at most, limit {max_limit:g}")
         if self.sampling_bias < -BIAS_ERRORS * self.sampling_bias_error:
             found.append(
-                f"sampled tokens are {-self.sampling_bias:.4f} +- {self.sampling_bias_error:.4f} nats less surprising than samples of the"
+                f"sampled tokens are {-self.sampling_bias:.4f} +- {self.sampling_bias_error:.4f} nats less surprising"
+                " than samples of the"
                 " policy: top_p, top_k or min_p cut off its tail"
             )
         return found
@@ -70,18 +75,33 @@ class Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint")
-    parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="the same checkpoint in Megatron's format")
-    parser.add_argument("--server", metavar="DIR|URL", help="server directory, or http://... of a running server (default: start one)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSONL prompts with pictures (default: a small set is made)")
+    parser.add_argument(
+        "--megatron", type=Path, required=True, metavar="DIR", help="the same checkpoint in Megatron's format"
+    )
+    parser.add_argument(
+        "--server", metavar="DIR|URL", help="server directory, or http://... of a running server (default: start one)"
+    )
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSONL prompts with pictures (default: a small set is made)"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration (default: configs/demo.yaml)")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--load", action="store_true", help="load --hf into the server that --server names by its URL")
-    parser.add_argument("--controls", action="store_true", help="also check that four faults made on purpose are noticed")
-    parser.add_argument("--max-mean-difference", type=float, metavar="NATS", help="default: 1e-4 in float32, 0.05 in bfloat16")
-    parser.add_argument("--max-difference", type=float, metavar="NATS", help="default: 1e-3 in float32, 1.5 in bfloat16")
+    parser.add_argument(
+        "--controls", action="store_true", help="also check that four faults made on purpose are noticed"
+    )
+    parser.add_argument(
+        "--max-mean-difference", type=float, metavar="NATS", help="default: 1e-4 in float32, 0.05 in bfloat16"
+    )
+    parser.add_argument(
+        "--max-difference", type=float, metavar="NATS", help="default: 1e-3 in float32, 1.5 in bfloat16"
+    )
     arguments = parser.parse_args()
     config = configuration(arguments)
-    limits = tuple(given or default for given, default in zip((arguments.max_mean_difference, arguments.max_difference), LIMITS[config.model.dtype]))
+    limits = tuple(
+        given or default
+        for given, default in zip((arguments.max_mean_difference, arguments.max_difference), LIMITS[config.model.dtype])
+    )
     with tempfile.TemporaryDirectory(prefix="check_parity_") as work:
         answer = check(arguments, config, limits, Path(work))
     print(json.dumps(answer), flush=True)
@@ -97,17 +117,23 @@ def configuration(arguments) -> Config:
     if arguments.config is None:
         tree = json.loads((arguments.hf / "config.json").read_text())
         text = tree.get("text_config") or {}
-        dtype = tree.get("torch_dtype") or tree.get("dtype") or text.get("torch_dtype") or text.get("dtype") or "bfloat16"
+        dtype = (
+            tree.get("torch_dtype") or tree.get("dtype") or text.get("torch_dtype") or text.get("dtype") or "bfloat16"
+        )
         overrides = [f"model.dtype={dtype}", f"rollout.max_response_tokens={RESPONSE_TOKENS}", *overrides]
     return load_config(arguments.config or DEFAULT_CONFIG, overrides)
 
 
 def check(arguments, config: Config, limits: tuple[float, float], work: Path) -> dict:
     from megatron_papo.model.hf_config import read_hf_config
-    from megatron_papo.rollout import sglang_server
+    from megatron_papo.sglang import server as sglang_server
 
     read_hf_config(arguments.megatron)
-    root, prompts = read_prompts(arguments.prompts, arguments.hf, config) if arguments.prompts else made_prompts(arguments.hf, config, work)
+    root, prompts = (
+        read_prompts(arguments.prompts, arguments.hf, config)
+        if arguments.prompts
+        else made_prompts(arguments.hf, config, work)
+    )
     where = arguments.server or str(work / "server")
     try:
         server = Side(arguments.hf, where, config, root, load=arguments.load or not where.startswith("http"))
@@ -136,10 +162,16 @@ def report(outcome: Outcome, controls: dict[str, Outcome], limits: tuple[float, 
     missed = [name for name, control in controls.items() if not control.problems(*limits)]
     for name, control in controls.items():
         print(f"control {name}: {'; '.join(control.problems(*limits)) or 'NOT NOTICED'}")
-    print(f"{outcome.tokens} tokens: |log-prob by SGLang - by Megatron| mean {outcome.mean:.3g}, largest {outcome.maximum:.3g} nats. Worst:")
+    print(
+        f"{outcome.tokens} tokens: |log-prob by SGLang - by Megatron| mean {outcome.mean:.3g}, largest"
+        f" {outcome.maximum:.3g} nats. Worst:"
+    )
     for line in outcome.worst:
         print(f"  {line}")
-    for line in [*problems, *(f"the fault {name} was not noticed: give more prompts, or tighter limits" for name in missed)]:
+    for line in [
+        *problems,
+        *(f"the fault {name} was not noticed: give more prompts, or tighter limits" for name in missed),
+    ]:
         print(f"failed: {line}")
     answer = {
         "max_abs_difference": outcome.maximum,
@@ -154,13 +186,15 @@ def report(outcome: Outcome, controls: dict[str, Outcome], limits: tuple[float, 
     if controls:
         noticed = {name: name not in missed for name in controls}
         answer["controls"] = {
-            name: {"noticed": noticed[name], "mean_abs_difference": one.mean, "sampling_bias": one.sampling_bias} for name, one in controls.items()
+            name: {"noticed": noticed[name], "mean_abs_difference": one.mean, "sampling_bias": one.sampling_bias}
+            for name, one in controls.items()
         }
     return answer
 
 
 def made_prompts(hf: Path, config: Config, work: Path) -> tuple[Path, list]:
-    """Where the pictures are, and prompts: each picture with each question but the last, which has two pictures or none."""
+    """Where the pictures are, and prompts: each picture with each question but the last, which has two pictures or
+    none."""
     import numpy as np
     from PIL import Image
 
@@ -177,19 +211,30 @@ def made_prompts(hf: Path, config: Config, work: Path) -> tuple[Path, list]:
 
 def read_prompts(file: Path, hf: Path, config: Config) -> tuple[Path, list]:
     """Where the pictures are, and the prompts of stage 1's file or of lines with a problem and pictures."""
-    from megatron_papo.records import Prompt, read_jsonl
+    from megatron_papo.run.records import Prompt, read_jsonl
 
     try:
         first = json.loads(file.read_text().partition("\n")[0] or "{}")
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSONL ({error}): give prompts.jsonl of stage 1, or lines with problem and images")
+        raise UserError(
+            f"{file}: cannot be read as JSONL ({error}): give prompts.jsonl of stage 1, or lines with problem and"
+            " images"
+        )
     if "token_ids" in first:
         return file.parent, read_jsonl(file, Prompt)
     prompts = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            prompts.append(prompt_of({"problem": row["problem"], "images": row.get("images", [])}, f"line_{number}", hf, file.parent, config))
+            prompts.append(
+                prompt_of(
+                    {"problem": row["problem"], "images": row.get("images", [])},
+                    f"line_{number}",
+                    hf,
+                    file.parent,
+                    config,
+                )
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}:{number}: expected an object with `problem` and `images` ({error!r})")
     return file.parent, prompts
@@ -197,8 +242,8 @@ def read_prompts(file: Path, hf: Path, config: Config) -> tuple[Path, list]:
 
 def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config):
     from megatron_papo.data.chat import ChatFormat
-    from megatron_papo.images import grid_of_file, num_image_tokens
-    from megatron_papo.records import Prompt
+    from megatron_papo.pictures.preprocess import grid_of_file, num_image_tokens
+    from megatron_papo.run.records import Prompt
 
     chat = ChatFormat(hf, config.data.prompt_template, config.data.system_prompt)
     ids = chat.encode_prompt(row["problem"], len(row["images"]))
@@ -213,48 +258,61 @@ class Side:
     def __init__(self, hf: Path, where: str, config: Config, root: Path, load: bool):
         from tokenizers import Tokenizer
 
-        from megatron_papo.manifest import input_fingerprint
+        from megatron_papo.data.chat import forbidden_tokens
         from megatron_papo.rollout.sample_and_grade import WEIGHT_VERSION_CHARACTERS
-        from megatron_papo.rollout.sglang_client import SglangClient
-        from megatron_papo.rollout.sglang_requests import forbidden_tokens
-        from megatron_papo.rollout.sglang_server import open_servers
+        from megatron_papo.run.stage_output import input_fingerprint
+        from megatron_papo.sglang.client import SglangClient
+        from megatron_papo.sglang.server import open_servers
 
         self.config, self.root = config, root
-        self.forbidden = forbidden_tokens(hf, Tokenizer.from_file(str(hf / "tokenizer.json")).get_vocab(with_added_tokens=True))
+        self.forbidden = forbidden_tokens(
+            hf, Tokenizer.from_file(str(hf / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        )
         servers = open_servers(where, hf, config.server, config.model.dtype)
         self.client = SglangClient(servers, min(config.rollout.concurrency, 64), config.rollout.request_timeout_seconds)
         if load:
-            self.client.update_weights(hf, input_fingerprint(hf, "give --hf a checkpoint directory")[:WEIGHT_VERSION_CHARACTERS])
+            self.client.update_weights(
+                hf, input_fingerprint(hf, "give --hf a checkpoint directory")[:WEIGHT_VERSION_CHARACTERS]
+            )
         versions = set(self.client.weight_versions())
         if len(versions) > 1:
-            raise UserError(f"the servers hold different weights, {', '.join(sorted(versions))}: give --load to load {hf} into all of them")
+            raise UserError(
+                f"the servers hold different weights, {', '.join(sorted(versions))}: give --load to load {hf} into all"
+                " of them"
+            )
         [self.version] = versions
 
     def sample(self, prompts: Sequence, top_p: float, picture: Callable | None = None) -> list:
         """Rollout records of SAMPLES_PER_PROMPT responses to each prompt. picture: makes the pictures that are sent."""
-        from megatron_papo.images import load_images, open_image, to_data_uri
-        from megatron_papo.rollout.sglang_requests import Request, Sampling
+        from megatron_papo.pictures.preprocess import load_images, open_image, to_data_uri
+        from megatron_papo.sglang.requests import Request, Sampling
 
         limits = self.config.data.min_pixels, self.config.data.max_pixels
 
         def pictures(prompt):
             resized = load_images(self.root, prompt.images, *limits)
             if picture is not None:
-                resized = [picture(open_image(self.root, name), right.size) for name, right in zip(prompt.images, resized)]
+                resized = [
+                    picture(open_image(self.root, name), right.size) for name, right in zip(prompt.images, resized)
+                ]
             return [to_data_uri(one) for one in resized]
 
         jobs = [(prompt, sample) for prompt in prompts for sample in range(SAMPLES_PER_PROMPT)]
         requests = [
-            Request(prompt, seed, f"parity-{prompt.id}-{seed}-{top_p}", lambda prompt=prompt: pictures(prompt), prompt.id)
+            Request(
+                prompt, seed, f"parity-{prompt.id}-{seed}-{top_p}", lambda prompt=prompt: pictures(prompt), prompt.id
+            )
             for seed, (prompt, _) in enumerate(jobs)
         ]
         settings = self.config.rollout
-        sampling = Sampling(settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.forbidden)
+        sampling = Sampling(
+            settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.forbidden
+        )
         samples = self.client.sample(requests, sampling, self.version)
         return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples)]
 
     def _record(self, prompt, number: int, sample):
-        from megatron_papo.records import Rewards, Rollout
+        from megatron_papo.run.records import Rewards, Rollout
 
         return Rollout(
             prompt_id=prompt.id,
@@ -297,21 +355,23 @@ class Megatron:
         import torch
 
         from megatron_papo.checkpoint import megatron_files
+        from megatron_papo.distributed import process_groups
         from megatron_papo.model.qwen2_5_vl import build_model
-        from megatron_papo.training import parallel
         from megatron_papo.training.batching import Collator
 
-        parallel.initialize(ParallelConfig())
+        process_groups.initialize(ParallelConfig())
         dtype = getattr(torch, self.config.model.dtype)
         self.model = build_model(self.hf, dtype=dtype, sequence_parallel=False, recompute="none")
         megatron_files.load_weights(self.checkpoint, self.model)
-        self.collator = Collator(self.config, self.hf, self.root, with_pixels=True, device=parallel.device(), dtype=dtype)
+        self.collator = Collator(
+            self.config, self.hf, self.root, with_pixels=True, device=process_groups.device(), dtype=dtype
+        )
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        from megatron_papo.training import parallel
+        from megatron_papo.distributed import process_groups
 
-        parallel.shutdown()
+        process_groups.shutdown()
 
     def compare(self, rollouts: list) -> Outcome:
         import torch
@@ -323,7 +383,9 @@ class Megatron:
 
         rows = make_rows(rollouts, [0.0] * len(rollouts), self.root, self.config, self.hf, Path("rollouts"))
         with only_allowed_tokens(self.model, self.forbidden):
-            ours = compute_log_probs(self.model, self.collator, rows, ROLLOUTS_PER_BATCH, self.config.rollout.temperature, lambda count: None)
+            ours = compute_log_probs(
+                self.model, self.collator, rows, ROLLOUTS_PER_BATCH, self.config.rollout.temperature, lambda count: None
+            )
         log_probs = torch.cat([values.cpu() for values in ours["log_probs"]])
         entropy = torch.cat([values.cpu() for values in ours["entropy"]])
         theirs = torch.tensor([value for row in rows for value in row.rollout.rollout_log_probs])

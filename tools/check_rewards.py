@@ -2,8 +2,8 @@
 
     python -m tools.check_rewards tests/golden/rewards.json
 
-FILE is a JSON list of {"response", "answer", "overall", "format", "accuracy"}. Prints a line per difference and one of summary;
-exit status 1 if anything differs, 0 if nothing does.
+FILE is a JSON list of {"response", "answer", "overall", "format", "accuracy"}. Prints a line per difference and one of
+summary; exit status 1 if anything differs, 0 if nothing does.
 """
 
 import argparse
@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_papo.command_line import run
 from megatron_papo.config import RewardConfig
 from megatron_papo.errors import UserError
-from megatron_papo.records import Rewards
 from megatron_papo.rollout.rewards import Grader
+from megatron_papo.run.command_line import run
+from megatron_papo.run.records import Rewards
 
 FIELDS = ("overall", "format", "accuracy")
 TOLERANCE = 1e-9
@@ -51,7 +51,10 @@ def main() -> None:
         different += bool(wrong)
         for name in wrong:
             late = " (timed out)" if rewards.timed_out else ""
-            print(f"{path}: case {number}: {name} is {getattr(rewards, name)}{late}, expected {case[name]}: {case['response']!r}")
+            print(
+                f"{path}: case {number}: {name} is {getattr(rewards, name)}{late}, expected {case[name]}:"
+                f" {case['response']!r}"
+            )
     print(f"{path}: {len(cases)} graded, {different} differ")
     sys.exit(1 if different else 0)
 

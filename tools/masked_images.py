@@ -3,35 +3,41 @@
     python -m tools.masked_images --config configs/demo.yaml --data runs/demo/data \\
         --rollouts runs/demo/iterations/0001/rollouts --line 1 --line 9 --output /tmp/masked
 
-Nothing is stored of a masked picture but its seed, which is in the rollout: give the configuration, with the same --set, that the
-run was trained with. Writes lineNNNNNN_imageM_original.png and lineNNNNNN_imageM_masked.png (after the resize, as cut into ViT
-patches) and prints a line per masked picture: its path and the share of its squares that are black. A group shares its pictures, so
-without --line only the first rollout of each group is drawn.
+Nothing is stored of a masked picture but its seed, which is in the rollout: give the configuration, with the same
+--set, that the run was trained with. Writes lineNNNNNN_imageM_original.png and lineNNNNNN_imageM_masked.png (after the
+resize, as cut into ViT patches) and prints a line per masked picture: its path and the share of its squares that are
+black. A group shares its pictures, so without --line only the first rollout of each group is drawn.
 """
 
 import os
 import shutil
 from pathlib import Path
 
-from megatron_papo.command_line import run, stage_parser
 from megatron_papo.config import Config, load_config
 from megatron_papo.errors import UserError
-from megatron_papo.images import load_images, load_masked_images
-from megatron_papo.manifest import require_input
-from megatron_papo.records import Rollout, read_jsonl
+from megatron_papo.pictures.preprocess import load_images, load_masked_images
+from megatron_papo.run.command_line import run, stage_parser
+from megatron_papo.run.records import Rollout, read_jsonl
+from megatron_papo.run.stage_output import require_input
 
 
 def parse():
     inputs = ("data", "output of stage 1"), ("rollouts", "output of stage 4")
     parser = stage_parser(__doc__, *inputs)
     parser.add_argument(
-        "--line", dest="lines", type=int, action="append", metavar="N", help="line of rollouts.jsonl, from 1 (may be repeated)"
+        "--line",
+        dest="lines",
+        type=int,
+        action="append",
+        metavar="N",
+        help="line of rollouts.jsonl, from 1 (may be repeated)",
     )
     return parser.parse_args()
 
 
 def chosen_lines(rollouts: list[Rollout], lines: list[int] | None, file: Path) -> list[int]:
-    """Line numbers from 1: those asked for, else the first of each group. Raises UserError for one that is not there."""
+    """Line numbers from 1: those asked for, else the first of each group. Raises UserError for one that is not
+    there."""
     if lines is None:
         return [number for number, rollout in enumerate(rollouts, 1) if rollout.sample == 0]
     for number in lines:
@@ -44,7 +50,9 @@ def draw(rollout: Rollout, line: int, data: Path, config: Config, output: Path) 
     """Writes a rollout's pictures; -> (name of the file, share of black squares) of each masked one."""
     limits = config.data.min_pixels, config.data.max_pixels
     originals = load_images(data, rollout.images, *limits)
-    masked = load_masked_images(data, rollout.images, *limits, config.masked_image, rollout.masked_image_seed, rollout.saliency)
+    masked = load_masked_images(
+        data, rollout.images, *limits, config.masked_image, rollout.masked_image_seed, rollout.saliency
+    )
     drawn = []
     for number, (original, (picture, squares)) in enumerate(zip(originals, masked)):
         stem = f"line{line:06}_image{number}"

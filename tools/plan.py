@@ -9,17 +9,17 @@ import argparse
 import shlex
 from pathlib import Path
 
-from megatron_papo.command_line import run
 from megatron_papo.config import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
-from megatron_papo.training.parallel import check_parallel_sizes
+from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from megatron_papo.run.command_line import run
 
 STAGES = range(1, 8)
 
 
 def parse_stages(text: str) -> list[int]:
-    """"1,4-6" -> [1, 4, 5, 6]; "all" -> all seven."""
+    """ "1,4-6" -> [1, 4, 5, 6]; "all" -> all seven."""
     if text == "all":
         return list(STAGES)
     chosen = set()

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron_papo.command_line import run
 from megatron_papo.config import load_config
-from megatron_papo.rollout import sglang_server
-from megatron_papo.rollout.sglang_requests import forbidden_tokens, logit_bias
+from megatron_papo.data.chat import forbidden_tokens
+from megatron_papo.run.command_line import run
+from megatron_papo.sglang import server as sglang_server
+from megatron_papo.sglang.requests import logit_bias
 
 
 def main() -> None:
@@ -28,15 +29,23 @@ def main() -> None:
         action = actions.add_parser(name)
         action.add_argument("--server", type=Path, required=True, metavar="DIR", help="server directory")
         if name == "start":
-            action.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML configuration: server and model.dtype")
+            action.add_argument(
+                "--config", type=Path, required=True, metavar="FILE", help="YAML configuration: server and model.dtype"
+            )
             action.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
-            action.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint to load first")
+            action.add_argument(
+                "--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint to load first"
+            )
     defaults = actions.add_parser("sampling-defaults")
-    defaults.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint, for its vocabulary")
+    defaults.add_argument(
+        "--model", type=Path, required=True, metavar="HF_DIR", help="Hugging Face checkpoint, for its vocabulary"
+    )
     arguments = parser.parse_args()
     if arguments.action == "start":
         config = load_config(arguments.config, arguments.overrides)
-        servers = sglang_server.connect_or_start_all(arguments.server, arguments.model, config.server, config.model.dtype)
+        servers = sglang_server.connect_or_start_all(
+            arguments.server, arguments.model, config.server, config.model.dtype
+        )
         print(f"{arguments.server}: running at {', '.join(server.url for server in servers)}")
     elif arguments.action == "sampling-defaults":
         vocabulary = Tokenizer.from_file(str(arguments.model / "tokenizer.json")).get_vocab(with_added_tokens=True)

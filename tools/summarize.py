@@ -1,4 +1,5 @@
-"""Writes RUN/summary.json and prints its table: accuracy before and after PAPO, with and without the picture, and seconds per stage.
+"""Writes RUN/summary.json and prints its table: accuracy before and after PAPO, with and without the picture, and
+seconds per stage.
 
 reads   --cold-start, --papo  stage 7's outputs; the manifests of every stage below --run
 writes  RUN/summary.json
@@ -12,8 +13,8 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from megatron_papo.command_line import run
-from megatron_papo.manifest import MANIFEST, read_manifest, require_input
+from megatron_papo.run.command_line import run
+from megatron_papo.run.stage_output import MANIFEST, read_manifest, require_input
 
 
 def seconds_per_stage(directory: Path) -> dict[str, float]:
@@ -25,7 +26,8 @@ def seconds_per_stage(directory: Path) -> dict[str, float]:
 
 
 def seconds_per_iteration(directory: Path) -> float | None:
-    """Median of what passed between one iteration's export and the next one's, by the clock; None where there are not two."""
+    """Median of what passed between one iteration's export and the next one's, by the clock; None where there are not
+    two."""
     times = sorted(path.stat().st_mtime for path in (directory / "iterations").glob(f"*/hf/{MANIFEST}"))
     return round(median(later - earlier for earlier, later in zip(times, times[1:])), 1) if len(times) > 1 else None
 

@@ -1,7 +1,8 @@
 """Where the numbers of one chunk of a torch_dist checkpoint lie in its file, found without loading or unpickling them.
 
-A chunk is what torch.save wrote for one tensor: a zip archive with data.pkl (dtype, shape, strides) and data/0 (the numbers, not
-compressed), each with a CRC-32. data.pkl is read with the four names that belong in it; anything else is refused.
+A chunk is what torch.save wrote for one tensor: a zip archive with data.pkl (dtype, shape, strides) and data/0 (the
+numbers, not compressed), each with a CRC-32. data.pkl is read with the four names that belong in it; anything else is
+refused.
 """
 
 import collections
@@ -40,7 +41,8 @@ class ChunkData:
 
 
 def find_data(file: int, start: int, length: int, path: Path) -> ChunkData:
-    """Of the archive at file[start : start + length], file being a descriptor of open_for_reading. Raises UserError if it is not a plain tensor."""
+    """Of the archive at file[start : start + length], file being a descriptor of open_for_reading. Raises UserError if
+    it is not a plain tensor."""
     try:
         with zipfile.ZipFile(io.BufferedReader(_Slice(file, start, length, path))) as archive:
             entries = {name.partition("/")[2]: name for name in archive.namelist()}

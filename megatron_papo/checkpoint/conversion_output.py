@@ -1,18 +1,21 @@
-"""A conversion as a stage: from a source directory to a published output with manifest and proof. What stages 3 and 6 and tools.convert share.
+"""A conversion as a stage: from a source directory to a published output with manifest and proof. What stages 3 and 6
+and tools.convert share.
 
-The source is hashed while it is converted, not before: a large checkpoint is read once. Where the output exists already, it is hashed first.
+The source is hashed while it is converted, not before: a large checkpoint is read once. Where the output exists
+already, it is hashed first.
 """
 
 import os
 import shutil
 from pathlib import Path
 
-# torch then asks the kernel for huge pages: memory for tensors is otherwise got at 2.4 GB/s, slower than the disk. It must be set before.
+# torch then asks the kernel for huge pages: memory for tensors is otherwise got at 2.4 GB/s, slower than the disk. It
+# must be set before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import (
+from megatron_papo.run.stage_output import (
     StageOutput,
     content_fingerprint,
     input_fingerprint,
@@ -21,12 +24,21 @@ from megatron_papo.manifest import (
 )
 
 WEIGHTS = (".distcp",)
-"""Files of a Megatron checkpoint of which a conversion reads only the model's tensors: their checksums are verified instead."""
+"""Files of a Megatron checkpoint of which a conversion reads only the model's tensors: their checksums are verified
+instead."""
 
 
 def to_megatron(source: Path, output: Path, options: dict, check=lambda hf: None) -> None:
-    """Hugging Face -> Megatron. options: dtype, only where given. check: called with the model's HFConfig before anything is written."""
-    out = _output("stage3_convert_to_megatron", output, "hf", source, "give --hf the directory of a Qwen2.5-VL checkpoint", options)
+    """Hugging Face -> Megatron. options: dtype, only where given. check: called with the model's HFConfig before
+    anything is written."""
+    out = _output(
+        "stage3_convert_to_megatron",
+        output,
+        "hf",
+        source,
+        "give --hf the directory of a Qwen2.5-VL checkpoint",
+        options,
+    )
     if out.done:
         out.announce_done()
         return
@@ -49,8 +61,16 @@ def to_megatron(source: Path, output: Path, options: dict, check=lambda hf: None
 
 
 def to_hf(source: Path, output: Path, options: dict, started: float | None = None) -> None:
-    """Megatron -> Hugging Face. options: dtype, shard_bytes, only where given. started: see StageOutput.started; None: with the process."""
-    out = _output("stage6_convert_to_hf", output, "megatron", source, "give --megatron the directory of a Megatron checkpoint", options)
+    """Megatron -> Hugging Face. options: dtype, shard_bytes, only where given. started: see StageOutput.started; None:
+    with the process."""
+    out = _output(
+        "stage6_convert_to_hf",
+        output,
+        "megatron",
+        source,
+        "give --megatron the directory of a Megatron checkpoint",
+        options,
+    )
     out.started = started or out.started
     if out.done:
         out.announce_done()
@@ -103,8 +123,13 @@ def torch_dtype(name: str | None):
 
 def _require_space(output: Path, checkpoint, dtype) -> None:
     """Raises UserError where the output cannot fit; a quota may still refuse later."""
-    needed = sum(info.num_bytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in checkpoint.tensors.values())
+    needed = sum(
+        info.num_bytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in checkpoint.tensors.values()
+    )
     parent = next(folder for folder in Path(output).absolute().parents if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        raise UserError(f"{output}: needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: free space or choose another --output")
+        raise UserError(
+            f"{output}: needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: free space or choose"
+            " another --output"
+        )

@@ -3,9 +3,9 @@
     hf_to_megatron(HFCheckpoint(hf_dir), megatron_dir)          safetensors -> torch_dist, plus hf/ with the small files
     megatron_to_hf(MegatronCheckpoint(megatron_dir), hf_dir)    back; the same bytes if nothing was trained in between
 
-Every tensor on either side is mapped exactly once or a UserError lists the names. Both then read the result back from disk through the
-inverse layouts, compare it with what they had read, and write proof.json (proof.py). Memory: the tensors of one layer that lie apart
-in the files; tensors that nothing permutes (embeddings) pass in blocks of rows.
+Every tensor on either side is mapped exactly once or a UserError lists the names. Both then read the result back from
+disk through the inverse layouts, compare it with what they had read, and write proof.json (proof.py). Memory: the
+tensors of one layer that lie apart in the files; tensors that nothing permutes (embeddings) pass in blocks of rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,8 @@ OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 BLOCK_BYTES = 128 << 20
 """Tensors that nothing permutes are read and written in blocks of rows of at most this size."""
 HELD_BYTES = 2 << 30
-"""Tensors that wait for the others of their piece are forgotten beyond this, and read again when the others are there."""
+"""Tensors that wait for the others of their piece are forgotten beyond this, and read again when the others are
+there."""
 READERS = 2
 """Threads that read the result back."""
 
@@ -49,7 +50,8 @@ class Written:
 
 
 class MegatronCheckpoint:
-    """A Megatron checkpoint of this project, seen as the Hugging Face tensors it holds. Raises UserError if it is not complete."""
+    """A Megatron checkpoint of this project, seen as the Hugging Face tensors it holds. Raises UserError if it is not
+    complete."""
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
@@ -107,13 +109,18 @@ def rows_at_once(shape: tuple[int, ...], itemsize: int) -> int:
 def _block_rows(piece: Piece, itemsize: int) -> int | None:
     """Rows per block of a piece that passes in blocks; None for one that is read whole."""
     num_bytes = torch.Size(piece.megatron_shape).numel() * itemsize
-    return rows_at_once(piece.megatron_shape, itemsize) if piece.layout is LAYOUTS["same"] and num_bytes > BLOCK_BYTES else None
+    return (
+        rows_at_once(piece.megatron_shape, itemsize)
+        if piece.layout is LAYOUTS["same"] and num_bytes > BLOCK_BYTES
+        else None
+    )
 
 
 def hf_to_megatron(
     checkpoint: HFCheckpoint, target: Path, progress: Progress = lambda count: None, dtype: torch.dtype | None = None
 ) -> Written:
-    """Writes the torch_dist checkpoint and its proof into the existing directory `target`. `progress` sees every byte of the source twice.
+    """Writes the torch_dist checkpoint and its proof into the existing directory `target`. `progress` sees every byte
+    of the source twice.
 
     dtype: to convert to; None keeps each tensor's.
     """
@@ -159,7 +166,10 @@ def _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress) -> list[
             names.add(name)
             if len(names) == len(piece.hf_shapes):
                 waiting = held.take(piece.name)
-                tensors = [waiting[each] if each in waiting else checkpoint.read(each).to(dtypes[piece.megatron]) for each in piece.hf_shapes]
+                tensors = [
+                    waiting[each] if each in waiting else checkpoint.read(each).to(dtypes[piece.megatron])
+                    for each in piece.hf_shapes
+                ]
                 writer.write(piece.megatron, piece.layer, 0, piece.layout.to_megatron(tensors, checkpoint.hf))
                 order.append(piece)
         progress(num_bytes)
@@ -194,7 +204,9 @@ class _Held:
         return tensor
 
 
-def _read_back_megatron(written: MegatronCheckpoint, order: list[Piece], source: HFCheckpoint, progress: Progress) -> dict[str, str]:
+def _read_back_megatron(
+    written: MegatronCheckpoint, order: list[Piece], source: HFCheckpoint, progress: Progress
+) -> dict[str, str]:
     """Official name -> hash of what the finished checkpoint holds."""
     mine = {piece.name: piece for piece in written.pieces}
 
@@ -231,16 +243,19 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
 ) -> Written:
-    """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte of the source twice.
+    """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte
+    of the source twice.
 
-    dtype: to convert to; None keeps each tensor's. shard_bytes: cut into files of at most so many bytes (and one tensor at least) under
-    official names; None: the files, names and order of the checkpoint that the Megatron one came from.
+    dtype: to convert to; None keeps each tensor's. shard_bytes: cut into files of at most so many bytes (and one tensor
+    at least) under official names; None: the files, names and order of the checkpoint that the Megatron one came from.
     """
     infos = {name: TensorInfo(dtype or info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     hf_files.copy_small_files(checkpoint.directory / HF_FILES, target)
     headers = hf_files.headers_for(checkpoint.headers, infos, shard_bytes)
     config_json.flatten(target, checkpoint.hf.tie_word_embeddings)
-    hf_files.correct_config(target, {info.dtype for info in infos.values()}, checkpoint.headers, checkpoint.hf.tie_word_embeddings)
+    hf_files.correct_config(
+        target, {info.dtype for info in infos.values()}, checkpoint.headers, checkpoint.hf.tie_word_embeddings
+    )
     if shard_bytes is not None:
         hf_files.write_index(target, headers, infos)
     reader = _InHFOrder(checkpoint, dtype, progress)
@@ -253,12 +268,15 @@ def megatron_to_hf(
                 writer.write(tensor_bytes(block))
         written[file] = writer.sha256
     read_back = _read_back_hf(HFCheckpoint(target), checkpoint, progress)
-    proof.write_proof(target, "megatron_to_hf", proof.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back)
+    proof.write_proof(
+        target, "megatron_to_hf", proof.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back
+    )
     return Written({}, written)
 
 
 class _InHFOrder:
-    """The tensors of a Megatron checkpoint in any order of names; each piece is read once where its tensors are asked for close together.
+    """The tensors of a Megatron checkpoint in any order of names; each piece is read once where its tensors are asked
+    for close together.
 
     A source that carries the proof of its own conversion must still hold what the proof says.
     """
@@ -301,7 +319,11 @@ class _InHFOrder:
         if not again:
             self.hashes[piece.name] = tensor_hash(cast)
             if self._proved:
-                stored = parts if cast is tensor else dict(zip(piece.hf_shapes, piece.layout.to_hf(tensor, self.checkpoint.hf)))
+                stored = (
+                    parts
+                    if cast is tensor
+                    else dict(zip(piece.hf_shapes, piece.layout.to_hf(tensor, self.checkpoint.hf)))
+                )
                 for name, part in stored.items():
                     self._require_proved(name, tensor_hash(part))
             self.progress(num_bytes)
@@ -310,11 +332,15 @@ class _InHFOrder:
 
     def _require_proved(self, name: str, found: str) -> None:
         if self._proved and self._proved.get(name) != found:
-            raise UserError(f"{self.checkpoint.directory}: {name} is not what its proof.json says: restore the checkpoint or make it again")
+            raise UserError(
+                f"{self.checkpoint.directory}: {name} is not what its proof.json says: restore the checkpoint or make"
+                " it again"
+            )
 
 
 def _read_back_hf(written: HFCheckpoint, source: MegatronCheckpoint, progress: Progress) -> dict[str, str]:
-    """Piece -> hash of what the finished checkpoint holds, taken back into Megatron's layout; in the order of the files."""
+    """Piece -> hash of what the finished checkpoint holds, taken back into Megatron's layout; in the order of the
+    files."""
 
     def read_one(piece: Piece) -> str:
         step = _block_rows(piece, source.stored.tensors[piece.megatron].dtype.itemsize)
@@ -351,7 +377,8 @@ def _megatron_dtypes(checkpoint: HFCheckpoint, plan: list[Piece], dtype: torch.d
             own = dtype or checkpoint.tensors[name].dtype
             if dtypes.setdefault(piece.megatron, own) != own:
                 raise UserError(
-                    f"{checkpoint.directory}: {name} is {own}, others that become {piece.megatron} are {dtypes[piece.megatron]}:"
+                    f"{checkpoint.directory}: {name} is {own}, others that become {piece.megatron} are"
+                    f" {dtypes[piece.megatron]}:"
                     " save the checkpoint in one dtype, or convert it: python -m tools.convert to-megatron --dtype"
                 )
     return dtypes
@@ -360,7 +387,8 @@ def _megatron_dtypes(checkpoint: HFCheckpoint, plan: list[Piece], dtype: torch.d
 def require_same_names(where: Path, found: set[str], expected: set[str]) -> None:
     """Raises UserError that lists what is missing and what is unknown."""
     problems = [
-        f"{len(names)} {what} tensor{'s' * (len(names) > 1)}: {', '.join(sorted(names)[:8])}{', ...' * (len(names) > 8)}"
+        f"{len(names)} {what} tensor{'s' * (len(names) > 1)}:"
+        f" {', '.join(sorted(names)[:8])}{', ...' * (len(names) > 8)}"
         for what, names in (("missing", expected - found), ("unknown", found - expected))
         if names
     ]
@@ -373,4 +401,6 @@ def _stored_shape(piece: Piece) -> tuple[int, ...]:
 
 
 def _wrong_shape(where: Path, name: str, found: tuple, expected: tuple) -> str:
-    return f"{where}: {name} has shape {list(found)}, config.json asks for {list(expected)}: they do not belong together"
+    return (
+        f"{where}: {name} has shape {list(found)}, config.json asks for {list(expected)}: they do not belong together"
+    )

@@ -1,7 +1,8 @@
 """Sequential reading and writing of large files with their sha256 computed alongside, leaving the page cache as it was.
 
-Checkpoints are larger than memory: pages that will not be used again are given back at once, so that a conversion neither drives out
-what other programs keep there nor waits for the kernel to find room. sha256 and reading ahead run in threads of their own (hashlib, file and tensor operations release the GIL).
+Checkpoints are larger than memory: pages that will not be used again are given back at once, so that a conversion
+neither drives out what other programs keep there nor waits for the kernel to find room. sha256 and reading ahead run in
+threads of their own (hashlib, file and tensor operations release the GIL).
 """
 
 import errno
@@ -29,7 +30,8 @@ _ALIGNED = 4096
 
 
 def new_tensor_hash():
-    """Of a tensor's bytes in row-major order, fed in blocks: XXH3, 128 bits. 20 times faster than sha256: it finds accidents, not attacks."""
+    """Of a tensor's bytes in row-major order, fed in blocks: XXH3, 128 bits. 20 times faster than sha256: it finds
+    accidents, not attacks."""
     return xxhash.xxh3_128()
 
 
@@ -45,7 +47,9 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """What to say when a file system refuses."""
-    return UserError(f"{path}: cannot write: {error.strerror}: nothing was left behind; free space or choose another --output")
+    return UserError(
+        f"{path}: cannot write: {error.strerror}: nothing was left behind; free space or choose another --output"
+    )
 
 
 class _Sha256:
@@ -73,10 +77,11 @@ class _Sha256:
 
 
 class HashedWriter:
-    """A new file, written from beginning to end. A context manager; after it, .sha256 and .position (bytes). Raises UserError on a full disk.
+    """A new file, written from beginning to end. A context manager; after it, .sha256 and .position (bytes). Raises
+    UserError on a full disk.
 
-    Written past the page cache where the file system can (O_DIRECT), which costs a third of the processor time; blocks are hashed and
-    written in two threads while the next one is filled.
+    Written past the page cache where the file system can (O_DIRECT), which costs a third of the processor time; blocks
+    are hashed and written in two threads while the next one is filled.
     """
 
     def __init__(self, path: Path):

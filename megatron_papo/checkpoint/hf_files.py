@@ -1,6 +1,8 @@
-"""Hugging Face checkpoint directories, tensor by tensor: safetensors in one file or sharded, under their original names.
+"""Hugging Face checkpoint directories, tensor by tensor: safetensors in one file or sharded, under their original
+names.
 
-A checkpoint is written back with the files, names and order it had: where the dtype is the same, so is every byte. Nothing is unpickled.
+A checkpoint is written back with the files, names and order it had: where the dtype is the same, so is every byte.
+Nothing is unpickled.
 """
 
 import json
@@ -16,8 +18,8 @@ from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, op
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.checkpoint.proof import PROOF
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import MANIFEST
 from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.run.stage_output import MANIFEST
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADERS = "safetensors_headers.json"
@@ -66,12 +68,18 @@ class HFCheckpoint:
     def _add(self, file: str, name: str, entry: dict) -> None:
         path = self.directory / file
         if entry["dtype"] not in _DTYPES:
-            raise UserError(f"{path}: tensor {name} has dtype {entry['dtype']}, only plain floating-point checkpoints are supported")
+            raise UserError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}, only plain floating-point checkpoints are supported"
+            )
         if disk_name(name) in self.tensors:
-            raise UserError(f"{path}: tensor {name} is in the checkpoint twice: remove the files that do not belong to it")
+            raise UserError(
+                f"{path}: tensor {name} is in the checkpoint twice: remove the files that do not belong to it"
+            )
         start, end = entry["data_offsets"]
         if end - start != TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"])).num_bytes:
-            raise UserError(f"{path}: tensor {name} has {end - start} bytes for shape {entry['shape']}: copy the checkpoint again")
+            raise UserError(
+                f"{path}: tensor {name} has {end - start} bytes for shape {entry['shape']}: copy the checkpoint again"
+            )
         self.tensors[disk_name(name)] = TensorInfo(_DTYPES[entry["dtype"]], tuple(entry["shape"]))
         self._places[disk_name(name)] = (file, 8 + len(self.headers[file].encode()) + entry["data_offsets"][0])
 
@@ -80,9 +88,15 @@ class HFCheckpoint:
         if not index.is_file():
             return
         listed = {disk_name(name): file for name, file in _read_index(index).items()}
-        wrong = sorted(name for name in listed.keys() | self._places.keys() if listed.get(name) != self._places.get(name, (None,))[0])
+        wrong = sorted(
+            name
+            for name in listed.keys() | self._places.keys()
+            if listed.get(name) != self._places.get(name, (None,))[0]
+        )
         if wrong:
-            raise UserError(f"{index}: does not agree with the files on {', '.join(wrong[:8])}: copy the checkpoint again")
+            raise UserError(
+                f"{index}: does not agree with the files on {', '.join(wrong[:8])}: copy the checkpoint again"
+            )
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """One tensor by its official on-disk name, or its rows [first, last)."""
@@ -105,12 +119,16 @@ class HFCheckpoint:
         return self._places[name]
 
     def read_in_order(self, rows_at_once: Callable[[str], int | None]) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """All tensors in the order of the files: (name, first row, rows); whole ones (first row 0) where rows_at_once(name) is None.
+        """All tensors in the order of the files: (name, first row, rows); whole ones (first row 0) where
+        rows_at_once(name) is None.
 
         Every byte of the weight files is read once, so that afterwards .file_hashes holds their sha256.
         """
         for file, header in self.headers.items():
-            names = sorted((name for name, place in self._places.items() if place[0] == file), key=lambda name: self._places[name][1])
+            names = sorted(
+                (name for name, place in self._places.items() if place[0] == file),
+                key=lambda name: self._places[name][1],
+            )
             with HashedReader(self.directory / file) as reader:
                 if bytes(reader.read(8 + len(header.encode())).numpy())[8:] != header.encode():
                     raise UserError(f"{self.directory / file}: has changed since it was opened: start again")
@@ -132,13 +150,17 @@ def _weight_files(directory: Path) -> list[str]:
         files = sorted(set(_read_index(directory / INDEX).values()))
         missing = [file for file in files if Path(file).name != file or not (directory / file).is_file()]
         if missing:
-            raise UserError(f"{directory}: {', '.join(missing)} named in {INDEX} is not there: copy the checkpoint again")
+            raise UserError(
+                f"{directory}: {', '.join(missing)} named in {INDEX} is not there: copy the checkpoint again"
+            )
         return files
     if (directory / SINGLE).is_file():
         return [SINGLE]
     pickled = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
     if pickled:
-        raise UserError(f"{directory}: only pickled weights ({pickled[0]}), which can run code: save the model as safetensors")
+        raise UserError(
+            f"{directory}: only pickled weights ({pickled[0]}), which can run code: save the model as safetensors"
+        )
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}: give the directory of a Hugging Face checkpoint")
 
 
@@ -169,12 +191,15 @@ def _read_header(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({_short(error)}): copy the checkpoint again")
     if path.stat().st_size != 8 + length + end:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again")
+        raise UserError(
+            f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again"
+        )
     return text
 
 
 def _check_entries(entries: dict[str, dict]) -> int:
-    """The bytes of data that a header announces. Raises ValueError where tensors overlap, leave gaps or have impossible shapes."""
+    """The bytes of data that a header announces. Raises ValueError where tensors overlap, leave gaps or have impossible
+    shapes."""
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, stop = entry["data_offsets"]
@@ -194,7 +219,8 @@ def header_entries(header: str) -> dict[str, dict]:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, processor, templates: all of a checkpoint's top-level files but weights and our own records."""
+    """Configuration, tokenizer, processor, templates: all of a checkpoint's top-level files but weights and our own
+    records."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (MANIFEST, PROOF, HEADERS):
@@ -204,8 +230,8 @@ def copy_small_files(source: Path, target: Path) -> None:
 def correct_config(directory: Path, dtypes: set[torch.dtype], headers: dict[str, str], tied: bool) -> None:
     """Makes config.json true for loaders, only where it is not.
 
-    The tie flag: transformers 5.12 does not see one that stands only inside text_config (as 4.57 wrote it) and loads a random lm_head.
-    The dtype, which loaders cast to, and the index's total size, where training changed the dtype.
+    The tie flag: transformers 5.12 does not see one that stands only inside text_config (as 4.57 wrote it) and loads a
+    random lm_head. The dtype, which loaders cast to, and the index's total size, where training changed the dtype.
     """
     config = json.loads((directory / "config.json").read_text())
     if tied and not config.get("tie_word_embeddings"):
@@ -231,7 +257,10 @@ def _correct_dtype(directory: Path, dtypes: set[torch.dtype], headers: dict[str,
     if (directory / INDEX).is_file():
         index = json.loads((directory / INDEX).read_text())
         shapes = [entry["shape"] for header in headers.values() for entry in header_entries(header).values()]
-        index["metadata"] = {**index.get("metadata", {}), "total_size": sum(TensorInfo(dtype, tuple(s)).num_bytes for s in shapes)}
+        index["metadata"] = {
+            **index.get("metadata", {}),
+            "total_size": sum(TensorInfo(dtype, tuple(s)).num_bytes for s in shapes),
+        }
         _write_json(directory / INDEX, index)
 
 
@@ -250,13 +279,17 @@ def load_headers(directory: Path) -> dict[str, str]:
                 raise ValueError(f"{file} is not a file name")
         return headers
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): convert the Hugging Face checkpoint again with stages.stage3_convert_to_megatron")
+        raise UserError(
+            f"{path}: cannot be read ({error}): convert the Hugging Face checkpoint again with"
+            " stages.stage3_convert_to_megatron"
+        )
 
 
 class SafetensorsWriter:
     """Writes the files of a checkpoint in place, in any order of tensors, holding one tensor at a time.
 
-    headers: of the original files. dtypes: official name -> dtype to write; where one differs from the header, the file gets a new header.
+    headers: of the original files. dtypes: official name -> dtype to write; where one differs from the header, the file
+    gets a new header.
     """
 
     def __init__(self, directory: Path, headers: dict[str, str], dtypes: dict[str, torch.dtype]):
@@ -281,7 +314,10 @@ class SafetensorsWriter:
         """By official name."""
         path, offset, shape = self._places[name]
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, the original {list(shape)}: the checkpoints do not match")
+            raise UserError(
+                f"{path}: {name} has shape {list(tensor.shape)}, the original {list(shape)}: the checkpoints do not"
+                " match"
+            )
         try:
             with open(path, "r+b") as stream:
                 stream.seek(offset)
@@ -292,7 +328,9 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         if self._remaining:
-            raise UserError(f"{self.directory}: no data for {', '.join(sorted(self._remaining)[:8])}: the checkpoints do not match")
+            raise UserError(
+                f"{self.directory}: no data for {', '.join(sorted(self._remaining)[:8])}: the checkpoints do not match"
+            )
 
 
 def _with_dtypes(header: str, dtypes: dict[str, torch.dtype]) -> str:
@@ -313,11 +351,14 @@ def names_in_order(header: str) -> list[str]:
 def headers_for(headers: dict[str, str], infos: dict[str, TensorInfo], shard_bytes: int | None) -> dict[str, str]:
     """File -> header of a checkpoint to write. infos: by official name.
 
-    Without shard_bytes the given files with their names, with new headers where a dtype differs. With it, the tensors in the same order
-    under official names, in files of at most shard_bytes each; a larger tensor has a file of its own.
+    Without shard_bytes the given files with their names, with new headers where a dtype differs. With it, the tensors
+    in the same order under official names, in files of at most shard_bytes each; a larger tensor has a file of its own.
     """
     if shard_bytes is None:
-        return {file: _with_dtypes(header, {name: info.dtype for name, info in infos.items()}) for file, header in headers.items()}
+        return {
+            file: _with_dtypes(header, {name: info.dtype for name, info in infos.items()})
+            for file, header in headers.items()
+        }
     shards: list[list[str]] = [[]]
     filled = 0
     for name in (disk_name(name) for _, header in sorted(headers.items()) for name in names_in_order(header)):
@@ -327,14 +368,23 @@ def headers_for(headers: dict[str, str], infos: dict[str, TensorInfo], shard_byt
         shards[-1].append(name)
         filled += infos[name].num_bytes
     count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    return {file: _header_text({name: infos[name] for name in names}, {"format": "pt"}) for file, names in zip(files, shards)}
+    files = (
+        [SINGLE] if count == 1 else [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    )
+    return {
+        file: _header_text({name: infos[name] for name in names}, {"format": "pt"})
+        for file, names in zip(files, shards)
+    }
 
 
 def _header_text(infos: dict[str, TensorInfo], metadata: dict) -> str:
     rows, offset = {}, 0
     for name, info in infos.items():
-        rows[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, offset + info.num_bytes]}
+        rows[name] = {
+            "dtype": _CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
         offset += info.num_bytes
     text = json.dumps({"__metadata__": metadata, **rows}, separators=(",", ":"))
     return text + " " * (-len(text.encode()) % 8)  # the format wants the data to begin at a multiple of 8
@@ -346,4 +396,6 @@ def write_index(directory: Path, headers: dict[str, str], infos: dict[str, Tenso
     if len(headers) > 1:
         weight_map = {name: file for file, header in headers.items() for name in names_in_order(header)}
         total = sum(info.num_bytes for info in infos.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(
+            directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )

@@ -1,4 +1,5 @@
-"""What a checkpoint holds, without reading its tensors: sizes, dtypes, files, step, and the layout it was saved from."""
+"""What a checkpoint holds, without reading its tensors: sizes, dtypes, files, step, and the layout it was saved
+from."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, MegatronCheckpo
 from megatron_papo.checkpoint.hf_files import names_in_order
 from megatron_papo.checkpoint.proof import PROOF, require_proof
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import read_manifest
+from megatron_papo.run.stage_output import read_manifest
 
 
 def describe(directory: Path) -> dict:
@@ -43,7 +44,9 @@ def describe(directory: Path) -> dict:
         facts |= _megatron(checkpoint)
     else:
         facts["files"] = {file: (directory / file).stat().st_size for file in checkpoint.headers}
-        if any(name not in checkpoint.tensors for header in checkpoint.headers.values() for name in names_in_order(header)):
+        if any(
+            name not in checkpoint.tensors for header in checkpoint.headers.values() for name in names_in_order(header)
+        ):
             facts["names"] = "in-memory (transformers' module names)"
     manifest = read_manifest(directory)
     facts["made_by"] = None if manifest is None else {"stage": manifest["stage"], "git_commit": manifest["git_commit"]}
@@ -58,13 +61,15 @@ def _megatron(checkpoint: MegatronCheckpoint) -> dict:
     return {
         "step": state.get("step"),
         "optimizer_bytes": sum(stored.tensors[key].num_bytes for key in optimizer),
-        "saved_from": stored.common.get("saved_from") or {"tensor_model_parallel_size": _tensor_parallel_size(checkpoint)},
+        "saved_from": stored.common.get("saved_from")
+        or {"tensor_model_parallel_size": _tensor_parallel_size(checkpoint)},
         "files": {file.name: file.stat().st_size for file in sorted(checkpoint.directory.glob("*.distcp"))},
     }
 
 
 def _tensor_parallel_size(checkpoint: MegatronCheckpoint) -> int:
-    """In how many parts the first layer's attention output, which tensor parallelism cuts along its columns, was saved."""
+    """In how many parts the first layer's attention output, which tensor parallelism cuts along its columns, was
+    saved."""
     chunks = checkpoint.stored.chunks("language_model.decoder.layers.self_attention.linear_proj.weight")
     return len({offsets[2] for offsets, _, _ in chunks if offsets[0] == 0})
 

@@ -1,7 +1,8 @@
 """Deletes the weights of a run's older Megatron checkpoints, as keep_checkpoints of the configuration says.
 
-Nothing is deleted before the newest iteration's checkpoint and its export are complete, files and proof. What the hacking guard may go
-back to is kept. A deleted checkpoint leaves its manifest, metrics and pruned.json: its stage counts as done, and says so when it is asked for.
+Nothing is deleted before the newest iteration's checkpoint and its export are complete, files and proof. What the
+hacking guard may go back to is kept. A deleted checkpoint leaves its manifest, metrics and pruned.json: its stage
+counts as done, and says so when it is asked for.
 """
 
 import json
@@ -12,13 +13,14 @@ from pathlib import Path
 from megatron_papo.checkpoint.proof import require_proof
 from megatron_papo.config import Config
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import MANIFEST, PRUNED, read_manifest
+from megatron_papo.run.stage_output import MANIFEST, PRUNED, read_manifest
 
 WEIGHTS = ("*.distcp", ".metadata", "common.pt", "metadata.json")
 
 
 def keep_newest(config: Config, iterations: Path, newest: int) -> None:
-    """Of the checkpoints below iterations/, once that of iteration `newest` is finished. Raises UserError, deleting nothing, if it is not."""
+    """Of the checkpoints below iterations/, once that of iteration `newest` is finished. Raises UserError, deleting
+    nothing, if it is not."""
     if config.keep_checkpoints is None:
         return
     require_complete(iterations, newest)
@@ -27,12 +29,14 @@ def keep_newest(config: Config, iterations: Path, newest: int) -> None:
 
 
 def oldest_kept(config: Config, newest: int) -> int:
-    """Iteration i + 1 starts from iteration i and may go back to iteration i - rollback_iterations, so that many are kept besides i."""
+    """Iteration i + 1 starts from iteration i and may go back to iteration i - rollback_iterations, so that many are
+    kept besides i."""
     return newest - max(config.keep_checkpoints, config.hacking_guard.rollback_iterations + 1) + 1
 
 
 def require_complete(iterations: Path, newest: int) -> None:
-    """Raises UserError unless the newest checkpoint and its export are there whole: all files in their sizes, and the proof."""
+    """Raises UserError unless the newest checkpoint and its export are there whole: all files in their sizes, and the
+    proof."""
     for name in ("megatron", "hf"):
         directory = iterations / f"{newest:04}" / name
         manifest = read_manifest(directory)
@@ -42,7 +46,9 @@ def require_complete(iterations: Path, newest: int) -> None:
             continue
         for file, entry in manifest["files"].items():
             if not (directory / file).is_file() or (directory / file).stat().st_size != entry["bytes"]:
-                raise UserError(f"{directory / file}: missing or of another size than its manifest says: nothing is deleted")
+                raise UserError(
+                    f"{directory / file}: missing or of another size than its manifest says: nothing is deleted"
+                )
     require_proof(iterations / f"{newest:04}" / "hf")
 
 

@@ -1,7 +1,8 @@
-"""How tensors of a Hugging Face checkpoint lie in megatron-core's, each layout beside its inverse. Pure functions; every one is a permutation.
+"""How tensors of a Hugging Face checkpoint lie in megatron-core's, each layout beside its inverse. Pure functions;
+every one is a permutation.
 
-A layout turns the tensors of one row of name_map.py into the one Megatron tensor (at tensor-parallel size 1) and back, bit for bit.
-They work on meta tensors too, which is how name_map.py derives shapes.
+A layout turns the tensors of one row of name_map.py into the one Megatron tensor (at tensor-parallel size 1) and back,
+bit for bit. They work on meta tensors too, which is how name_map.py derives shapes.
 """
 
 from collections.abc import Callable
@@ -70,7 +71,9 @@ def _flat_patch_back(tensor: Tensor, hf: HFConfig) -> list[Tensor]:
 def _tied_twice(tensors: list[Tensor], hf: HFConfig) -> Tensor:
     """Some tied checkpoints carry the output layer all the same: it must be the embedding. Raises UserError."""
     if tensors[0].device.type != "meta" and not torch.equal(*tensors):
-        raise UserError("config.json says tie_word_embeddings, but lm_head.weight differs from embed_tokens.weight: correct either")
+        raise UserError(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from embed_tokens.weight: correct either"
+        )
     return tensors[0]
 
 

@@ -1,6 +1,8 @@
-"""Logits of two checkpoints on one seeded picture and prompt: Hugging Face ones by transformers, Megatron ones by this package's model.
+"""Logits of two checkpoints on one seeded picture and prompt: Hugging Face ones by transformers, Megatron ones by this
+package's model.
 
-What hashes cannot show, that a checkpoint means the same to both programs, this does. In float32, one model in memory at a time.
+What hashes cannot show, that a checkpoint means the same to both programs, this does. In float32, one model in memory
+at a time.
 """
 
 from pathlib import Path
@@ -14,19 +16,24 @@ from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
 
 TOLERANCE = 1e-3
-"""Of the largest logit difference, relative to the largest logit: float32 rounding makes 1e-6 of a tiny model and grows with depth."""
+"""Of the largest logit difference, relative to the largest logit: float32 rounding makes 1e-6 of a tiny model and grows
+with depth."""
 _GRID = (1, 12, 20)
 _SEED = 20250707
 
 
 def compare_logits(first: Path, second: Path) -> list[str]:
-    """Prints the largest difference; one line per complaint. Raises UserError where a model does not fit into memory."""
+    """Prints the largest difference; one line per complaint. Raises UserError where a model does not fit into
+    memory."""
     a, b = (logits_of(directory) for directory in (first, second))
     if a.shape != b.shape:
         return [f"logits have shapes {list(a.shape)} and {list(b.shape)}"]
     difference = (a - b).abs().max().item()
     relative = difference / a.abs().max().item()
-    print(f"logits: largest difference {difference:.3g}, {relative:.3g} of the largest logit, over {a.shape[0]} tokens and one picture")
+    print(
+        f"logits: largest difference {difference:.3g}, {relative:.3g} of the largest logit, over {a.shape[0]} tokens"
+        " and one picture"
+    )
     return [] if relative <= TOLERANCE else [f"logits differ by {relative:.3g} of the largest logit"]
 
 
@@ -36,7 +43,10 @@ def logits_of(directory: Path) -> torch.Tensor:
     needed = 4 * sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
     available = psutil.virtual_memory().available
     if 1.3 * needed > available:
-        raise UserError(f"{directory}: --logits needs {1.3 * needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free: compare without it")
+        raise UserError(
+            f"{directory}: --logits needs {1.3 * needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free:"
+            " compare without it"
+        )
     prompt = seeded_prompt(checkpoint.hf)
     run = _megatron if isinstance(checkpoint, MegatronCheckpoint) else _transformers
     with torch.no_grad():
@@ -62,19 +72,21 @@ def _transformers(directory: Path, hf: HFConfig, ids, positions, pixels) -> torc
     config = AutoConfig.from_pretrained(directory)
     config.tie_word_embeddings = hf.tie_word_embeddings  # transformers 5.12 does not see one that 4.57 wrote
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, config=config, dtype=torch.float32).eval()
-    return model(input_ids=ids, position_ids=positions, pixel_values=pixels, image_grid_thw=torch.tensor([_GRID])).logits[0]
+    return model(
+        input_ids=ids, position_ids=positions, pixel_values=pixels, image_grid_thw=torch.tensor([_GRID])
+    ).logits[0]
 
 
 def _megatron(directory: Path, hf: HFConfig, ids, positions, pixels) -> torch.Tensor:
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import process_groups
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import parallel
 
-    parallel.initialize(ParallelConfig())
+    process_groups.initialize(ParallelConfig())
     model = build_model(hf, dtype=torch.float32, sequence_parallel=False, recompute="none")
     megatron_files.load_weights(directory, model)
-    device = parallel.device()
+    device = process_groups.device()
     logits = model(ids.to(device), positions.to(device), pixels.to(device), [_GRID])[0].float().cpu()
-    parallel.destroy()
+    process_groups.destroy()
     return logits

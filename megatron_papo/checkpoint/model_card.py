@@ -1,22 +1,35 @@
-"""README.md of an exported checkpoint: how it was trained, from the manifest of the Megatron checkpoint that it was made from."""
+"""README.md of an exported checkpoint: how it was trained, from the manifest of the Megatron checkpoint that it was
+made from."""
 
 from pathlib import Path
 
 import yaml
 
-from megatron_papo.manifest import read_manifest
+from megatron_papo.run.stage_output import read_manifest
 
 BASE_CARD = "README_base_model.md"
 """The card of the model that training started from, kept beside the new one."""
 _CARRIED = ("license", "license_name", "license_link", "language", "base_model")
 _SETTINGS = (
-    "objective", "masked_image", "optimizer", "training.global_batch_size", "rollout.rollout_batch_size", "rollout.group_size",
-    "rollout.temperature", "rollout.top_p", "rollout.max_response_tokens", "data.min_pixels", "data.max_pixels", "model.dtype", "seed",
-)  # fmt: skip
+    "objective",
+    "masked_image",
+    "optimizer",
+    "training.global_batch_size",
+    "rollout.rollout_batch_size",
+    "rollout.group_size",
+    "rollout.temperature",
+    "rollout.top_p",
+    "rollout.max_response_tokens",
+    "data.min_pixels",
+    "data.max_pixels",
+    "model.dtype",
+    "seed",
+)
 
 
 def write_model_card(directory: Path, megatron: Path, checkpoint) -> None:
-    """Writes the card of a trained checkpoint into `directory`; one that was only converted keeps the card it came with.
+    """Writes the card of a trained checkpoint into `directory`; one that was only converted keeps the card it came
+    with.
 
     megatron: the source, checkpoint: it as opened.
     """
@@ -34,29 +47,52 @@ def write_model_card(directory: Path, megatron: Path, checkpoint) -> None:
 
 def model_card(checkpoint, step: int, manifest: dict, front: dict, has_base_card: bool) -> str:
     parameters = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.tensors.values())
-    front = {**front, "library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["papo", "qwen2_5_vl"]}
+    front = {
+        **front,
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["papo", "qwen2_5_vl"],
+    }
     recipe = manifest.get("recipe", {})
     rows = _rows(recipe.get("config", {}))
     iteration = recipe.get("arguments", {}).get("iteration")
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
-        f"# Qwen2.5-VL, {parameters / 1e9:.2f} billion parameters, trained with PAPO", "",
-        "Trained with PAPO (Perception-Aware Policy Optimization, [arXiv 2507.06448](https://arxiv.org/abs/2507.06448)) by megatron_papo on",
-        f"megatron-core: {step} optimizer steps" + (f", {iteration} iterations." if iteration else "."), "",
-        "Load it with `transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained`, SGLang or vLLM: names, config.json, tokenizer and",
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# Qwen2.5-VL, {parameters / 1e9:.2f} billion parameters, trained with PAPO",
+        "",
+        "Trained with PAPO (Perception-Aware Policy Optimization, [arXiv"
+        " 2507.06448](https://arxiv.org/abs/2507.06448)) by megatron_papo on",
+        f"megatron-core: {step} optimizer steps" + (f", {iteration} iterations." if iteration else "."),
+        "",
+        "Load it with `transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained`, SGLang or vLLM: names,"
+        " config.json, tokenizer and",
         "processor files are those of the checkpoint that training started from"
         + (f" (its own card is {BASE_CARD})." if has_base_card else "."),
-        "proof.json says how it was verified against the training checkpoint.", "",
-    ]  # fmt: skip
+        "proof.json says how it was verified against the training checkpoint.",
+        "",
+    ]
     if rows:
-        lines += ["| setting of the last iteration | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), ""]
+        lines += [
+            "| setting of the last iteration | value |",
+            "|---|---|",
+            *(f"| {key} | {value} |" for key, value in rows),
+            "",
+        ]
     if manifest:
-        lines += [f"Training checkpoint: fingerprint `{manifest['fingerprint']}`, code at git commit `{manifest['git_commit']}`.", ""]
+        lines += [
+            f"Training checkpoint: fingerprint `{manifest['fingerprint']}`, code at git commit"
+            f" `{manifest['git_commit']}`.",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def _rows(config: dict) -> list[tuple[str, object]]:
-    """Dotted name and value of the settings that say how it was trained; sections are taken with all that is in them."""
+    """Dotted name and value of the settings that say how it was trained; sections are taken with all that is in
+    them."""
     rows = []
     for name in _SETTINGS:
         value = config.get(name)

@@ -1,7 +1,8 @@
-"""The table: which tensors of a Hugging Face Qwen2.5-VL become which tensor of the Megatron model. Data, and its expansion for one model.
+"""The table: which tensors of a Hugging Face Qwen2.5-VL become which tensor of the Megatron model. Data, and its
+expansion for one model.
 
-Hugging Face names are those on disk (the official ones); `*` is the layer. megatron-core stacks the layers of a tensor on a first axis.
-Shapes are written in the dimensions of `_dimensions`.
+Hugging Face names are those on disk (the official ones); `*` is the layer. megatron-core stacks the layers of a tensor
+on a first axis. Shapes are written in the dimensions of `_dimensions`.
 """
 
 import re
@@ -47,7 +48,10 @@ TEXT_LAYER = [
     Row(_TEXT + "pre_mlp_layernorm.weight", {"model.layers.*.post_attention_layernorm.weight": ("hidden",)}),
     Row(
         _TEXT + "mlp.linear_fc1.weight",
-        {"model.layers.*.mlp.gate_proj.weight": ("ffn", "hidden"), "model.layers.*.mlp.up_proj.weight": ("ffn", "hidden")},
+        {
+            "model.layers.*.mlp.gate_proj.weight": ("ffn", "hidden"),
+            "model.layers.*.mlp.up_proj.weight": ("ffn", "hidden"),
+        },
         "gate_up",
     ),
     Row(_TEXT + "mlp.linear_fc2.weight", {"model.layers.*.mlp.down_proj.weight": ("hidden", "ffn")}),
@@ -55,14 +59,21 @@ TEXT_LAYER = [
 
 VISION_LAYER = [
     Row(_VISION + "input_layernorm.weight", {"visual.blocks.*.norm1.weight": ("v_hidden",)}),
-    Row(_VISION + "self_attention.linear_qkv.weight", {"visual.blocks.*.attn.qkv.weight": ("v_qkv", "v_hidden")}, "vision_heads"),
+    Row(
+        _VISION + "self_attention.linear_qkv.weight",
+        {"visual.blocks.*.attn.qkv.weight": ("v_qkv", "v_hidden")},
+        "vision_heads",
+    ),
     Row(_VISION + "self_attention.linear_qkv.bias", {"visual.blocks.*.attn.qkv.bias": ("v_qkv",)}, "vision_heads"),
     Row(_VISION + "self_attention.linear_proj.weight", {"visual.blocks.*.attn.proj.weight": ("v_hidden", "v_hidden")}),
     Row(_VISION + "self_attention.linear_proj.bias", {"visual.blocks.*.attn.proj.bias": ("v_hidden",)}),
     Row(_VISION + "pre_mlp_layernorm.weight", {"visual.blocks.*.norm2.weight": ("v_hidden",)}),
     Row(
         _VISION + "mlp.linear_fc1.weight",
-        {"visual.blocks.*.mlp.gate_proj.weight": ("v_ffn", "v_hidden"), "visual.blocks.*.mlp.up_proj.weight": ("v_ffn", "v_hidden")},
+        {
+            "visual.blocks.*.mlp.gate_proj.weight": ("v_ffn", "v_hidden"),
+            "visual.blocks.*.mlp.up_proj.weight": ("v_ffn", "v_hidden"),
+        },
         "gate_up",
     ),
     Row(
@@ -90,7 +101,10 @@ ONCE = [
 
 _EMBEDDING = {"model.embed_tokens.weight": ("vocabulary", "hidden")}
 _HEAD = {"lm_head.weight": ("vocabulary", "hidden")}
-UNTIED = [Row("language_model.embedding.word_embeddings.weight", _EMBEDDING), Row("language_model.output_layer.weight", _HEAD)]
+UNTIED = [
+    Row("language_model.embedding.word_embeddings.weight", _EMBEDDING),
+    Row("language_model.output_layer.weight", _HEAD),
+]
 TIED = [Row("language_model.embedding.word_embeddings.weight", _EMBEDDING)]
 TIED_TWICE = [Row("language_model.embedding.word_embeddings.weight", {**_EMBEDDING, **_HEAD}, "tied_twice")]
 
@@ -114,7 +128,8 @@ class Piece:
 
 
 def pieces(hf: HFConfig, tied_head_on_disk: bool = False) -> list[Piece]:
-    """Every tensor of the model exactly once. tied_head_on_disk: a tied checkpoint that carries lm_head.weight all the same."""
+    """Every tensor of the model exactly once. tied_head_on_disk: a tied checkpoint that carries lm_head.weight all the
+    same."""
     head = UNTIED if not hf.tie_word_embeddings else TIED_TWICE if tied_head_on_disk else TIED
     expanded = [_piece(row, None, 1, hf) for row in ONCE + head]
     for rows, count in ((TEXT_LAYER, hf.text.num_layers), (VISION_LAYER, hf.vision.depth)):

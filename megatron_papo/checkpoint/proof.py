@@ -1,19 +1,20 @@
 """Proof that a conversion kept every bit.
 
-proof.json: which tool converted what; per tensor the hash of what was read from the source (in the dtype asked for) and of what came out
-of the finished checkpoint, read again from disk and taken back through the inverse layout.
+proof.json: which tool converted what; per tensor the hash of what was read from the source (in the dtype asked for) and
+of what came out of the finished checkpoint, read again from disk and taken back through the inverse layout.
 """
 
 import json
 from pathlib import Path
 
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import file_hash, git_commit, read_manifest
+from megatron_papo.run.stage_output import file_hash, git_commit, read_manifest
 
 PROOF = "proof.json"
 VERSION = 2
 TOOL = "megatron_papo tools.convert 2"
-"""Name and version of what writes proofs; the second part rises when a conversion of the same source would give other bytes."""
+"""Name and version of what writes proofs; the second part rises when a conversion of the same source would give other
+bytes."""
 MADE_BY_CONVERSION = {"stage3_convert_to_megatron": "hf_to_megatron", "stage6_convert_to_hf": "megatron_to_hf"}
 
 
@@ -25,7 +26,10 @@ def write_proof(
     files: of the source, name -> sha256. dtype: what was converted to, or None. source, read_back: by tensor.
     """
     wrong = sorted(name for name in source.keys() | read_back.keys() if source.get(name) != read_back.get(name))
-    rows = {name: {"source_xxh3_128": source.get(name), "read_back_xxh3_128": read_back.get(name)} for name in sorted(source | read_back)}
+    rows = {
+        name: {"source_xxh3_128": source.get(name), "read_back_xxh3_128": read_back.get(name)}
+        for name in sorted(source | read_back)
+    }
     proof = {
         "version": VERSION,
         "tool": TOOL,
@@ -38,18 +42,28 @@ def write_proof(
     }
     (directory / PROOF).write_text(json.dumps(proof, indent=1))
     if wrong:
-        raise UserError(f"{directory}: {len(wrong)} tensors read back differ from the source ({', '.join(wrong[:8])}): convert again")
+        raise UserError(
+            f"{directory}: {len(wrong)} tensors read back differ from the source ({', '.join(wrong[:8])}): convert"
+            " again"
+        )
 
 
 def require_proof(directory: Path) -> dict:
-    """The proof that the checkpoint's conversion kept every tensor. Raises UserError if it is missing, damaged or failed."""
+    """The proof that the checkpoint's conversion kept every tensor. Raises UserError if it is missing, damaged or
+    failed."""
     path = Path(directory) / PROOF
     try:
         proof = json.loads(path.read_text())
         if proof.get("version") != VERSION:
-            raise UserError(f"{path}: proof version {proof.get('version')}, expected {VERSION}: convert the checkpoint again")
+            raise UserError(
+                f"{path}: proof version {proof.get('version')}, expected {VERSION}: convert the checkpoint again"
+            )
         rows = proof["tensors"].values()
-        good = proof["passed"] is True and bool(rows) and all(row["source_xxh3_128"] == row["read_back_xxh3_128"] for row in rows)
+        good = (
+            proof["passed"] is True
+            and bool(rows)
+            and all(row["source_xxh3_128"] == row["read_back_xxh3_128"] for row in rows)
+        )
     except FileNotFoundError:
         raise UserError(f"{path}: missing: this checkpoint was not made by stage 3 or stage 6: convert it again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -60,7 +74,8 @@ def require_proof(directory: Path) -> dict:
 
 
 def require_proof_if_converted(directory: Path) -> None:
-    """require_proof of a checkpoint that a conversion made, which its manifest (or its proof) says; others need none."""
+    """require_proof of a checkpoint that a conversion made, which its manifest (or its proof) says; others need
+    none."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     made_by = None if manifest is None else manifest.get("stage")
@@ -69,7 +84,8 @@ def require_proof_if_converted(directory: Path) -> None:
 
 
 def proved_tensors(directory: Path) -> dict[str, str]:
-    """Official name -> hash, of a Megatron checkpoint that was converted from Hugging Face; nothing of one that was trained."""
+    """Official name -> hash, of a Megatron checkpoint that was converted from Hugging Face; nothing of one that was
+    trained."""
     if not (Path(directory) / PROOF).exists():
         return {}
     proof = require_proof(directory)

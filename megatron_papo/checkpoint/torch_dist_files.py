@@ -1,7 +1,9 @@
-"""megatron-core's torch_dist checkpoints read and written piece by piece in one process, without a model and without process groups.
+"""megatron-core's torch_dist checkpoints read and written piece by piece in one process, without a model and without
+process groups.
 
-megatron_core.dist_checkpointing.load reads what is written here into a model of any TP x PP layout, and what any layout saved is read here.
-Nothing untrusted is unpickled: `.metadata` is a pickle by its format and is read with the dozen classes that belong in it.
+megatron_core.dist_checkpointing.load reads what is written here into a model of any TP x PP layout, and what any layout
+saved is read here. Nothing untrusted is unpickled: `.metadata` is a pickle by its format and is read with the dozen
+classes that belong in it.
 """
 
 import json
@@ -16,14 +18,31 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_papo.checkpoint.chunk_data import ChunkData, find_data
-from megatron_papo.checkpoint.hashed_files import BLOCK, HashedWriter, cannot_write, open_for_reading, read_into, tensor_bytes
+from megatron_papo.checkpoint.hashed_files import (
+    BLOCK,
+    HashedWriter,
+    cannot_write,
+    open_for_reading,
+    read_into,
+    tensor_bytes,
+)
 from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.errors import UserError
 
-_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 _AGAIN = "restore it or make it again"
 _FILE_BYTES = 4 << 30
 """A new file is begun after so many bytes."""
@@ -42,16 +61,25 @@ class TorchDistCheckpoint:
             self._read_table()
             _check_sizes(self.directory, self.metadata)
         except (AttributeError, TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(f"{self.directory / '.metadata'}: damaged ({' '.join(repr(error).split())[:120]}): {_AGAIN}")
+            raise UserError(
+                f"{self.directory / '.metadata'}: damaged ({' '.join(repr(error).split())[:120]}): {_AGAIN}"
+            )
 
     def _read_table(self) -> None:
-        places = {(index.fqn, tuple(index.offset)): place for index, place in self.metadata.storage_data.items() if index.offset is not None}
+        places = {
+            (index.fqn, tuple(index.offset)): place
+            for index, place in self.metadata.storage_data.items()
+            if index.offset is not None
+        }
         for key, entry in self.metadata.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self.tensors[key] = TensorInfo(entry.properties.dtype, tuple(entry.size))
                 self._chunks[key] = [_Chunk(part, places.get((key, tuple(part.offsets)))) for part in entry.chunks]
                 for chunk in self._chunks[key]:
-                    inside = [0 <= at <= at + size <= end for at, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)]
+                    inside = [
+                        0 <= at <= at + size <= end
+                        for at, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+                    ]
                     if not all(inside):
                         raise ValueError(f"a part of {key} lies outside of it")
 
@@ -60,7 +88,8 @@ class TorchDistCheckpoint:
         return [(chunk.offsets, chunk.sizes, chunk.place.relative_path) for chunk in self._chunks[key]]
 
     def read(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A whole tensor, or one index of its first axis (`layer`); of that, the rows [first, last) of the first remaining axis.
+        """A whole tensor, or one index of its first axis (`layer`); of that, the rows [first, last) of the first
+        remaining axis.
 
         The checksum of every chunk that was read to its end, in one go or in consecutive parts, is verified.
         """
@@ -114,10 +143,16 @@ class _Chunk:
     def find(self, file: int, path: Path, dtype: torch.dtype) -> ChunkData:
         if self._data is None:
             if self.place.transform_descriptors:
-                raise UserError(f"{path}: its tensors are compressed or encrypted ({self.place.transform_descriptors}): not supported")
+                raise UserError(
+                    f"{path}: its tensors are compressed or encrypted ({self.place.transform_descriptors}): not"
+                    " supported"
+                )
             data = find_data(file, self.place.offset, self.place.length, path)
             if data.dtype != dtype or data.num_bytes != torch.Size(self.sizes).numel() * dtype.itemsize:
-                raise UserError(f"{path}: holds {data.dtype} {list(data.shape)} where .metadata says {dtype} {list(self.sizes)}: {_AGAIN}")
+                raise UserError(
+                    f"{path}: holds {data.dtype} {list(data.shape)} where .metadata says {dtype} {list(self.sizes)}:"
+                    f" {_AGAIN}"
+                )
             self._data = data
         return self._data
 
@@ -132,7 +167,9 @@ class _Chunk:
                 self._crc = zlib.crc32(block, self._crc)
                 self._followed = at + len(block)
         if self._followed == data.num_bytes == end and self._crc != data.crc:
-            raise UserError(f"{path}: the checksum of the data at byte {data.offset} is wrong, bits have changed: {_AGAIN}")
+            raise UserError(
+                f"{path}: the checksum of the data at byte {data.offset} is wrong, bits have changed: {_AGAIN}"
+            )
 
 
 @contextmanager
@@ -145,7 +182,8 @@ def _opened(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 class TorchDistWriter:
-    """Writes a checkpoint from one tensor after the other, in any order. A context manager; after it, .hashes: file -> sha256.
+    """Writes a checkpoint from one tensor after the other, in any order. A context manager; after it, .hashes: file ->
+    sha256.
 
     infos: by Megatron key, of the whole tensors.
     """
@@ -213,7 +251,8 @@ def cause_of(error: CheckpointException, directory: Path) -> Exception:
 
 
 def make_reproducible(directory: Path) -> None:
-    """Takes a random id, the path and the writers' plans out of `.metadata`: the same tensors then make the same bytes."""
+    """Takes a random id, the path and the writers' plans out of `.metadata`: the same tensors then make the same
+    bytes."""
     metadata = _read_metadata(directory / ".metadata")
     vars(metadata).pop("all_local_plans", None)
     metadata.storage_meta = None
@@ -236,7 +275,11 @@ def _read_common(directory: Path) -> dict:
     try:
         return dict(torch.load(directory / "common.pt", weights_only=True, map_location="cpu"))
     except Exception as error:  # torch.load raises almost anything on a damaged file
-        raise UserError(f"{directory / 'common.pt'}: damaged or holding more than plain data ({type(error).__name__}): {_AGAIN}")
+        raise UserError(
+            f"{directory / 'common.pt'}: damaged or holding more than plain data ({type(error).__name__}): {_AGAIN}"
+        )
+
+
 _PLAIN = {
     "builtins": {"set", "frozenset", "slice", "range", "complex", "bytearray"},
     "collections": {"OrderedDict", "defaultdict"},
@@ -246,7 +289,13 @@ _PLAIN = {
     "torch._C": {"_get_memory_format"},
     "torch.distributed.checkpoint.metadata": set(dcp_metadata.__all__) | {"_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
+    },
 }
 
 

@@ -9,7 +9,8 @@ from megatron_papo.checkpoint.proof import require_proof as require_proof
 
 
 def differences(first, second, progress=lambda count: None) -> Iterator[str]:
-    """One line per tensor in which two opened checkpoints (convert.open_checkpoint) differ: presence, dtype, shape or any bit."""
+    """One line per tensor in which two opened checkpoints (convert.open_checkpoint) differ: presence, dtype, shape or
+    any bit."""
     for name in sorted(first.tensors.keys() ^ second.tensors.keys()):
         yield f"{name}: only in {(first if name in first.tensors else second).directory}"
     for name in _in_reading_order(first, second):
@@ -34,7 +35,8 @@ def _kind(info) -> str:
 
 
 def _compare(name, info, first, second, progress) -> tuple[float, int, tuple[str, str]]:
-    """(largest absolute difference, number of values that differ in any bit or in their number, hashes), block by block."""
+    """(largest absolute difference, number of values that differ in any bit or in their number, hashes), block by
+    block."""
     from megatron_papo.checkpoint.convert import rows_at_once
 
     largest, count, hashes = 0.0, 0, (new_tensor_hash(), new_tensor_hash())

@@ -1,17 +1,28 @@
 """From a problem's text to the token ids of a chat prompt, with one image-pad token per picture."""
 
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.errors import UserError
+from megatron_papo.pictures.preprocess import num_image_tokens
 
 IMAGE_PLACE = "<image>"
 IMAGE_PAD = "<|image_pad|>"
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 END_OF_TURN = "<|im_end|>"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
-    "chat_template.json", "chat_template.jinja", "preprocessor_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+)
 """The small files of a checkpoint directory that decide what a prompt looks like."""
 
 
@@ -20,11 +31,15 @@ def tokenizer_hash(directory: Path) -> str:
     try:
         return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{directory}/tokenizer.json: cannot be read ({error.strerror}): give a complete Qwen2.5-VL checkpoint directory")
+        raise UserError(
+            f"{directory}/tokenizer.json: cannot be read ({error.strerror}): give a complete Qwen2.5-VL checkpoint"
+            " directory"
+        )
 
 
 class ChatFormat:
-    """The tokenizer and chat template of a checkpoint, with the prompt template and system message of the configuration."""
+    """The tokenizer and chat template of a checkpoint, with the prompt template and system message of the
+    configuration."""
 
     def __init__(self, directory: Path, prompt_template: str, system_prompt: str | None):
         tokenizer_hash(directory)
@@ -38,15 +53,18 @@ class ChatFormat:
         if not self.tokenizer.chat_template:
             raise UserError(f"{directory}: the tokenizer has no chat template: add chat_template.jinja")
         added = self.tokenizer.added_tokens_decoder.values()
-        self.control_tokens = sorted(token.content for token in added if token.special or token.content.startswith("<|"))
+        self.control_tokens = sorted(
+            token.content for token in added if token.special or token.content.startswith("<|")
+        )
         self._refuse_control_tokens(prompt_template, "data.prompt_template")
         self._refuse_control_tokens(system_prompt or "", "data.system_prompt")
 
     def encode_prompt(self, problem: str, num_images: int) -> list[int]:
         """Token ids up to the start of the response. Raises UserError if the pictures do not fit the `<image>` places.
 
-        Pictures go where the `<image>` places are, in order. A problem without any place has its pictures in front of the text.
-        Text around the places is kept as it is. A token such as <|image_pad|> in it is refused: the model would take it for a picture.
+        Pictures go where the `<image>` places are, in order. A problem without any place has its pictures in front of
+        the text. Text around the places is kept as it is. A token such as <|image_pad|> in it is refused: the model
+        would take it for a picture.
         """
         self._refuse_control_tokens(problem, "the problem")
         text = self.prompt_template.format(problem=problem)
@@ -90,3 +108,25 @@ class ChatFormat:
         for token in self.control_tokens:
             if token in text:
                 raise UserError(f"{what} contains the control token {token}: remove it or drop the row")
+
+
+def forbidden_tokens(hf_dir: Path, vocabulary: dict[str, int]) -> tuple[int, ...]:
+    """Ids that a response must not hold: vision tokens, which would claim a picture that is not there, and the padding
+    of the embedding.
+
+    vocabulary: of the tokenizer, special tokens included.
+    """
+    config = json.loads((Path(hf_dir) / "config.json").read_text())
+    size = config.get("text_config", config).get("vocab_size") or config["vocab_size"]
+    vision = {vocabulary[token] for token in VISION_TOKENS if token in vocabulary}
+    return tuple(sorted(vision | (set(range(size)) - set(vocabulary.values()))))
+
+
+def expand_image_pads(
+    token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]]
+) -> list[int]:
+    """One image-pad token per image becomes as many as the image has tokens."""
+    expanded, remaining = [], iter(grids)
+    for token in token_ids:
+        expanded += [token] * num_image_tokens(next(remaining)) if token == image_token_id else [token]
+    return expanded

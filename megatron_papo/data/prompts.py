@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat import ChatFormat
-from megatron_papo.data.image_store import ImageStore, StoredImage
 from megatron_papo.data.rows import Row
 from megatron_papo.errors import UserError
-from megatron_papo.images import FACTOR, smart_size
-from megatron_papo.records import Prompt
+from megatron_papo.pictures.preprocess import FACTOR, smart_size
+from megatron_papo.pictures.store import ImageStore, StoredImage
+from megatron_papo.run.records import Prompt
 
 
 @dataclass
@@ -64,12 +64,14 @@ class PromptMaker:
     def _check_saliency(self, row: Row) -> None:
         if row.saliency is None and row.images and self.needs_saliency:
             raise UserError(
-                f"no saliency map in column {self.config.saliency_key}, which masked_image.strategy semantic needs: add the column, name"
+                f"no saliency map in column {self.config.saliency_key}, which masked_image.strategy semantic needs:"
+                " add the column, name"
                 " it with data.saliency_key, or choose another strategy"
             )
         if row.saliency is not None and len(row.saliency) != len(row.images):
             raise UserError(
-                f"{len(row.saliency)} saliency maps for {len(row.images)} images: give one per image, name the column of the maps with"
+                f"{len(row.saliency)} saliency maps for {len(row.images)} images: give one per image, name the column"
+                " of the maps with"
                 " data.saliency_key, or drop the row"
             )
 

@@ -1,7 +1,8 @@
 """Rows of a data set, one at a time: JSONL, parquet, a directory of such files, or a Hugging Face data set.
 
-The layout is that of PAPO_ViRL39K: a problem with `<image>` places, an answer, and a list of images, each a path, raw bytes or
-{"bytes": ..., "path": ...}. Column names come from the data section of the configuration; a column `id` is used where there is one.
+The layout is that of PAPO_ViRL39K: a problem with `<image>` places, an answer, and a list of images, each a path, raw
+bytes or {"bytes": ..., "path": ...}. Column names come from the data section of the configuration; a column `id` is
+used where there is one.
 """
 
 import json
@@ -50,7 +51,8 @@ def data_files(source: str) -> list[Path]:
 
 
 def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[Row]:
-    """The rows of a source in order, at most source.count of them. Raises UserError naming file and row at the first bad one."""
+    """The rows of a source in order, at most source.count of them. Raises UserError naming file and row at the first
+    bad one."""
     rows = _rows(source, config, with_target)
     for _, row in zip(range(source.count), rows) if source.count else enumerate(rows):
         yield row
@@ -58,7 +60,9 @@ def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> It
 
 def _rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[Row]:
     files = data_files(source.source)
-    columns = [config.problem_key, config.answer_key, config.images_key, config.saliency_key, "id"] + with_target * [config.target_key]
+    columns = [config.problem_key, config.answer_key, config.images_key, config.saliency_key, "id"] + with_target * [
+        config.target_key
+    ]
     base = Path(source.source)
     for file in files:
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
@@ -93,7 +97,9 @@ def _parquet(file: Path, columns: list[str]) -> Iterator[dict]:
         for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=present):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read as parquet ({' '.join(str(error).split())}): the file is truncated or damaged")
+        raise UserError(
+            f"{file}: cannot be read as parquet ({' '.join(str(error).split())}): the file is truncated or damaged"
+        )
 
 
 def _hugging_face(source: PromptSource, *picture_keys: str) -> Iterable[dict]:
@@ -105,7 +111,8 @@ def _hugging_face(source: PromptSource, *picture_keys: str) -> Iterable[dict]:
     except Exception as error:
         raise UserError(
             f"{source.source}: no such file, and the Hugging Face data set of this name cannot be loaded"
-            f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check name, split and network, or give a directory"
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check name, split and network, or give"
+            " a directory"
         )
     return undecoded(table, *picture_keys)
 
@@ -171,5 +178,7 @@ def _image(item, where: str) -> bytes | str:
     if isinstance(item, dict):
         item = item.get("bytes") or item.get("path")
     if not isinstance(item, (bytes, str)) or not item:
-        raise UserError(f"{where}: expected a path, bytes or {{bytes, path}}, got {str(item)[:60]!r}: correct or drop the row")
+        raise UserError(
+            f"{where}: expected a path, bytes or {{bytes, path}}, got {str(item)[:60]!r}: correct or drop the row"
+        )
     return item

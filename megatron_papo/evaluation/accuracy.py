@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 
 def average_at_k(scores: Iterable[tuple[str, float]]) -> float:
-    """Mean over prompts of the mean over a prompt's samples: (prompt id, score) pairs -> avg@k, 0..1. PAPO section 4, avg@8.
+    """Mean over prompts of the mean over a prompt's samples: (prompt id, score) pairs -> avg@k, 0..1. PAPO section 4,
+    avg@8.
 
     Raises ValueError when there are no scores or prompts have different numbers of samples.
     """

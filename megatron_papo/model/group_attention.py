@@ -1,7 +1,9 @@
-"""Attention of the decoder: plain causal rows, or one row that holds groups, each a prompt followed by several responses to it.
+"""Attention of the decoder: plain causal rows, or one row that holds groups, each a prompt followed by several
+responses to it.
 
-In a group every response sees the prompt and itself, never another response: the same numbers as a row per response, with the prompt
-computed once (the idea of Prefix Grouper, arXiv 2506.05433). Torch's attention kernels, no score matrix of [tokens, tokens].
+In a group every response sees the prompt and itself, never another response: the same numbers as a row per response,
+with the prompt computed once (the idea of Prefix Grouper, arXiv 2506.05433). Torch's attention kernels, no score matrix
+of [tokens, tokens].
 """
 
 from dataclasses import dataclass
@@ -26,8 +28,8 @@ class GroupSegments(PackedSeqParams):
 class GroupAttention(MegatronModule):
     """[s, b, heads, d], [s, b, kv groups, d] twice -> [s, b, heads * d].
 
-    Without GroupSegments: causal attention of right-padded rows; padding comes last, so no real token sees it and no mask is needed.
-    megatron-core's own DotProductAttention keeps the whole score matrix.
+    Without GroupSegments: causal attention of right-padded rows; padding comes last, so no real token sees it and no
+    mask is needed. megatron-core's own DotProductAttention keeps the whole score matrix.
     """
 
     def __init__(self, config: TransformerConfig, **_):
@@ -48,7 +50,9 @@ def attend_groups(query: Tensor, key: Tensor, value: Tensor, groups: list[tuple[
     """[1, heads, s, d], [1, kv groups, s, d] twice -> [1, heads, s, d]; zeros on the padding after the last group."""
     lengths = [length for prompt, responses in groups for length in (prompt, *responses)]
     lengths.append(query.shape[2] - sum(lengths))
-    pieces = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))  # slices would each have a gradient of the whole row
+    pieces = zip(
+        *(x.split(lengths, dim=2) for x in (query, key, value))
+    )  # slices would each have a gradient of the whole row
     outs = []
     for prompt, responses in groups:
         prompt_query, *prompt_keys = next(pieces)
@@ -68,10 +72,11 @@ def _attend(query, key, value, **mask) -> Tensor:
 
 
 def lower_right_masks(prompt: int, responses: list[int], query: Tensor) -> list:
-    """For each response the attn_mask [response, prompt + response] of its tokens: they see the prompt and, causally, themselves.
+    """For each response the attn_mask [response, prompt + response] of its tokens: they see the prompt and, causally,
+    themselves.
 
-    On a GPU it only names what flash attention does by itself. A CPU kernel wants it written out, in query's dtype, or it makes and keeps a
-    copy per call; the mask of the longest response holds all others.
+    On a GPU it only names what flash attention does by itself. A CPU kernel wants it written out, in query's dtype, or
+    it makes and keeps a copy per call; the mask of the longest response holds all others.
     """
     if query.is_cuda:
         return [causal_lower_right(response, prompt + response) for response in responses]

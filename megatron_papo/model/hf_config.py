@@ -1,8 +1,8 @@
 """The architecture of a Qwen2.5-VL checkpoint, read from its config.json without transformers.
 
-Three spellings of the same facts are in circulation and all are read: the official flat file (text fields at top level, rope_theta and
-rope_scaling), the nested one of transformers 4.5x (text_config, the tie flag only inside it) and that of transformers 5
-(text_config.rope_parameters).
+Three spellings of the same facts are in circulation and all are read: the official flat file (text fields at top level,
+rope_theta and rope_scaling), the nested one of transformers 4.5x (text_config, the tie flag only inside it) and that of
+transformers 5 (text_config.rope_parameters).
 """
 
 import json
@@ -81,7 +81,10 @@ def read_hf_config(directory: Path) -> HFConfig:
         path = directory / HF_FILES / "config.json"
     tree = _read_json(path)
     if tree.get("model_type") != "qwen2_5_vl":
-        raise UserError(f"{path}: model_type is {tree.get('model_type')!r}, only qwen2_5_vl is supported: give a Qwen2.5-VL checkpoint")
+        raise UserError(
+            f"{path}: model_type is {tree.get('model_type')!r}, only qwen2_5_vl is supported: give a Qwen2.5-VL"
+            " checkpoint"
+        )
     try:
         return HFConfig(text=_text(tree), vision=_vision(tree), **_top_level(tree, path))
     except KeyError as error:
@@ -104,7 +107,10 @@ def _read_json(path: Path) -> dict:
 
 def _text(tree: dict) -> TextConfig:
     fields = tree.get("text_config") or tree
-    rope = fields.get("rope_parameters") or {**(fields.get("rope_scaling") or {}), "rope_theta": fields.get("rope_theta")}
+    rope = fields.get("rope_parameters") or {
+        **(fields.get("rope_scaling") or {}),
+        "rope_theta": fields.get("rope_theta"),
+    }
     if rope.get("rope_theta") is None:
         raise KeyError("rope_theta")
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -122,12 +128,21 @@ def _text(tree: dict) -> TextConfig:
         mrope_section=tuple(int(width) for width in rope["mrope_section"]),
         max_position_embeddings=int(fields["max_position_embeddings"]),
     )
-    if fields.get("hidden_act", "silu") != "silu" or fields.get("use_sliding_window") or fields.get("attention_dropout"):
+    if (
+        fields.get("hidden_act", "silu") != "silu"
+        or fields.get("use_sliding_window")
+        or fields.get("attention_dropout")
+    ):
         raise ValueError("hidden_act other than silu, sliding windows and attention dropout are not supported")
     if text.hidden_size % text.num_heads or text.num_heads % text.num_kv_groups:
-        raise ValueError(f"{text.num_heads} heads in {text.num_kv_groups} groups do not divide hidden_size {text.hidden_size} evenly")
+        raise ValueError(
+            f"{text.num_heads} heads in {text.num_kv_groups} groups do not divide hidden_size {text.hidden_size} evenly"
+        )
     if 2 * sum(text.mrope_section) != text.head_dim or len(text.mrope_section) != 3:
-        raise ValueError(f"mrope_section {list(text.mrope_section)} must be three numbers that add up to half of head_dim {text.head_dim}")
+        raise ValueError(
+            f"mrope_section {list(text.mrope_section)} must be three numbers that add up to half of head_dim"
+            f" {text.head_dim}"
+        )
     return text
 
 
@@ -165,5 +180,8 @@ def _top_level(tree: dict, path: Path) -> dict:
     return dict(
         tie_word_embeddings=bool(tied),
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
-        **{name: int(tree[name]) for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")},
+        **{
+            name: int(tree[name])
+            for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        },
     )

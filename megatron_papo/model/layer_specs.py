@@ -1,6 +1,8 @@
-"""The parts that Qwen2.5-VL's decoder and vision tower are built from: megatron-core's layers, our norm, PyTorch's attention kernels.
+"""The parts that Qwen2.5-VL's decoder and vision tower are built from: megatron-core's layers, our norm, PyTorch's
+attention kernels.
 
-TransformerEngine's layers are not used: torch alone runs everywhere. Fusions that need an extension are switched on where it imports.
+TransformerEngine's layers are not used: torch alone runs everywhere. Fusions that need an extension are switched on
+where it imports.
 """
 
 import importlib
@@ -16,7 +18,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -25,7 +26,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, made for megatron-core: its own torch norm refuses sequence parallelism.
 
-    Under sequence parallelism each rank's gradient covers its share of the tokens; the mark makes finalize_model_grads add them up.
+    Under sequence parallelism each rank's gradient covers its share of the tokens; the mark makes finalize_model_grads
+    add them up.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
@@ -49,16 +51,20 @@ def transformer_layer(core_attention, mask_type: AttnMaskType) -> ModuleSpec:
             self_attention=ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask_type}, submodules=attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
 def transformer_config(*, dtype: torch.dtype, recompute: Literal["none", "full"], **sizes) -> TransformerConfig:
-    """What decoder and tower have in common; `sizes` are theirs. Without tensor_model_parallel_size among them: that of the layout.
+    """What decoder and tower have in common; `sizes` are theirs. Without tensor_model_parallel_size among them: that of
+    the layout.
 
-    Ready for megatron-core's schedules and optimizers: finalize_model_grads_func, pipeline_dtype and variable sequence lengths are set.
+    Ready for megatron-core's schedules and optimizers: finalize_model_grads_func, pipeline_dtype and variable sequence
+    lengths are set.
     """
     fused_kernels = torch.cuda.is_available() and _imports("triton")
     recompute_all = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

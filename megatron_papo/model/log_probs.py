@@ -1,8 +1,9 @@
-"""Log-probs, entropy and KL from vocabulary-sharded logits: each tensor-parallel rank holds [M, V / tp]; nothing of size V is gathered.
+"""Log-probs, entropy and KL from vocabulary-sharded logits: each tensor-parallel rank holds [M, V / tp]; nothing of
+size V is gathered.
 
-One pass over the logits in chunks of tokens, one collective of size O(N). Only the logits, which exist anyway, are kept for the
-backward pass: probabilities are computed again there, chunk by chunk, so that the peak is one gradient of the logits' size and dtype
-plus a few chunks. Arithmetic in fp32 whatever the dtype of the logits.
+One pass over the logits in chunks of tokens, one collective of size O(N). Only the logits, which exist anyway, are kept
+for the backward pass: probabilities are computed again there, chunk by chunk, so that the peak is one gradient of the
+logits' size and dtype plus a few chunks. Arithmetic in fp32 whatever the dtype of the logits.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ OUTPUT_CHUNK_ELEMENTS = 1 << 27
 LOWEST = -1e4
 """Stands for log 0 inside the sums, where -inf would make 0 * -inf = nan; exp(-1e4) is 0 in fp32."""
 LOG_RATIO_LIMIT = 20.0
-"""|log pi - log pi_other| of one vocabulary entry is clamped to this in the exact KL, as the estimators clamp theirs."""
+"""|log pi - log pi_other| of one vocabulary entry is clamped to this in the exact KL, as the estimators clamp
+theirs."""
 
 
 class TokenStatistics(NamedTuple):
@@ -48,16 +50,20 @@ def token_statistics(
     kl_of_halves: bool = False,
     second_half_gradient: bool = True,
 ) -> TokenStatistics:
-    """[M, V / tp] logits, [N] rows of it, [N] tokens -> TokenStatistics. Gradient flows through all three into the logits.
+    """[M, V / tp] logits, [N] rows of it, [N] tokens -> TokenStatistics. Gradient flows through all three into the
+    logits.
 
-    logits: this rank's slice of the vocabulary, before the temperature. positions: the row that predicts each token. kl_of_halves:
-    positions are two halves, the same tokens under two policies (the picture and the masked picture); then
+    logits: this rank's slice of the vocabulary, before the temperature. positions: the row that predicts each token.
+    kl_of_halves: positions are two halves, the same tokens under two policies (the picture and the masked picture);
+    then
 
         kl = sum_v pi(v) d(v),   d = clamp(log pi - log pi_other, -20, 20)
 
     second_half_gradient: False treats the second half as constants. Every rank of the group gets the same values.
     """
-    log_probs, entropy, kl = _TokenStatistics.apply(logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient)
+    log_probs, entropy, kl = _TokenStatistics.apply(
+        logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient
+    )
     return TokenStatistics(log_probs, entropy, kl if kl_of_halves else None)
 
 
@@ -74,13 +80,16 @@ def output_token_statistics(
 ) -> TokenStatistics:
     """token_statistics of logits = hidden weight^T that never exist whole. [N, h], [V / tp, h], [N] -> TokenStatistics.
 
-    hidden: the state that predicts each token, the same on every rank of the group, and so is its gradient. Tokens go through the output
-    layer in chunks of chunk_elements logits, which are computed again in the backward pass: memory does not grow with N x V.
+    hidden: the state that predicts each token, the same on every rank of the group, and so is its gradient. Tokens go
+    through the output layer in chunks of chunk_elements logits, which are computed again in the backward pass: memory
+    does not grow with N x V.
     """
 
     def of_chunk(hidden: Tensor, weight: Tensor, tokens: Tensor) -> TokenStatistics:
         options = dict(temperature=temperature, kl_of_halves=kl_of_halves, second_half_gradient=second_half_gradient)
-        return token_statistics(F.linear(hidden, weight), torch.arange(len(tokens), device=tokens.device), tokens, group, **options)
+        return token_statistics(
+            F.linear(hidden, weight), torch.arange(len(tokens), device=tokens.device), tokens, group, **options
+        )
 
     hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
     pairs = kl_of_halves or not second_half_gradient  # both halves of a token must meet in one chunk
@@ -94,7 +103,9 @@ def output_token_statistics(
         rows = torch.arange(start, min(start + size, count), device=tokens.device)
         if pairs:
             rows = torch.cat([rows, rows + count])
-        parts.append(checkpoint(of_chunk, hidden[rows], weight, tokens[rows], use_reentrant=False, preserve_rng_state=False))
+        parts.append(
+            checkpoint(of_chunk, hidden[rows], weight, tokens[rows], use_reentrant=False, preserve_rng_state=False)
+        )
 
     def joined(values: list[Tensor]) -> Tensor:
         halves = zip(*(value.chunk(2) for value in values)) if pairs else [values]
@@ -210,7 +221,8 @@ def _sums(logits, positions, local, mine, temperature, group) -> tuple[Tensor, T
 
 
 def _kl_sums(logits, positions, log_total, temperature, group) -> tuple[Tensor, Tensor]:
-    """[N / 2] KL of the first half from the second, [N / 2] the probability of the entries whose log-ratio is not clamped."""
+    """[N / 2] KL of the first half from the second, [N / 2] the probability of the entries whose log-ratio is not
+    clamped."""
     half = len(positions) // 2
     sums = logits.new_empty(2, half, dtype=torch.float32)
     for rows in _chunks(half, logits):

@@ -1,4 +1,5 @@
-"""Rotary positions of Qwen2.5-VL: time, row and column for image tokens, one running number for text. Equal to transformers' get_rope_index."""
+"""Rotary positions of Qwen2.5-VL: time, row and column for image tokens, one running number for text. Equal to
+transformers' get_rope_index."""
 
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ MERGE = 2
 def mrope_position_ids(
     token_ids: torch.Tensor | Sequence[int], image_grids: Sequence[tuple[int, int, int]], image_token_id: int
 ) -> torch.Tensor:
-    """Positions of one row whose image-pad tokens are expanded: [s] ids and (1, rows, columns) patch grids -> LongTensor [3, s].
+    """Positions of one row whose image-pad tokens are expanded: [s] ids and (1, rows, columns) patch grids ->
+    LongTensor [3, s].
 
     Text counts on from one past the largest position so far, in all three coordinates (arXiv 2409.12191, section 2.1).
     Raises ValueError, with both numbers, where the image tokens of the row are not those of its grids.
@@ -21,7 +23,9 @@ def mrope_position_ids(
     is_image = token_ids == image_token_id
     expected = sum(_tokens(grid) for grid in image_grids)
     if int(is_image.sum()) != expected:
-        raise ValueError(f"the row has {int(is_image.sum())} image tokens, its image grids {list(image_grids)} have {expected}")
+        raise ValueError(
+            f"the row has {int(is_image.sum())} image tokens, its image grids {list(image_grids)} have {expected}"
+        )
     positions, cursor, next_position = [], 0, 0
     starts = is_image.nonzero().flatten().tolist()
     for grid in image_grids:

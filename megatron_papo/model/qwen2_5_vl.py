@@ -1,6 +1,6 @@
 """Qwen2.5-VL as one pipeline stage of megatron-core: vision tower and embeddings on the first, logits from the last.
 
-Equal to transformers' Qwen2_5_VLForConditionalGeneration in logits and in every gradient (tests/test_model_parity.py).
+Equal to transformers' Qwen2_5_VLForConditionalGeneration in logits and in every gradient (tests/model/test_parity.py).
 """
 
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def build_model(
 ) -> "Qwen2_5_VL":
     """This rank's pipeline stage, on its device, with weights that a checkpoint must still be loaded into.
 
-    vision_tower: parallel.vision_tower. Gradients of a spread tower are whole only after config.finalize_model_grads_func, which
-    megatron-core's schedules call.
+    vision_tower: parallel.vision_tower. Gradients of a spread tower are whole only after
+    config.finalize_model_grads_func, which megatron-core's schedules call.
     """
     config = transformer_config(
         dtype=dtype,
@@ -78,7 +78,11 @@ class Decoder(GPTModel):
 
     def output_weight(self) -> torch.Tensor:
         """[vocab / tp_size, h], on the last stage."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
 
 
 class Qwen2_5_VL(MegatronModule):
@@ -87,13 +91,20 @@ class Qwen2_5_VL(MegatronModule):
     def __init__(self, config: TransformerConfig, hf: HFConfig, recompute: str, tower: type[VisionTower]):
         super().__init__(config)
         self.hf = hf
-        self.pre_process, self.post_process = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        self.pre_process, self.post_process = (
+            parallel_state.is_pipeline_first_stage(),
+            parallel_state.is_pipeline_last_stage(),
+        )
         self.model_type = ModelType.encoder_or_decoder
-        self.vision_model = tower(hf.vision, dtype=config.params_dtype, recompute=recompute) if self.pre_process else None
+        self.vision_model = (
+            tower(hf.vision, dtype=config.params_dtype, recompute=recompute) if self.pre_process else None
+        )
         layer = transformer_layer(GroupAttention, AttnMaskType.causal)
         self.language_model = Decoder(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                [layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+            ),
             vocab_size=hf.text.vocab_size,
             max_sequence_length=hf.text.max_position_embeddings,
             pre_process=self.pre_process,
@@ -124,24 +135,31 @@ class Qwen2_5_VL(MegatronModule):
     ) -> torch.Tensor | TokenStatistics:
         """[b, s] right-padded rows, [3, b, s], [patches, 1176] of all distinct pictures, their (1, rows, columns).
 
-        pictures: which of them each place for a picture shows, in reading order; None: each its own. groups: the one row holds prompts,
-        each followed by several responses to it. Last stage: TokenStatistics of the responses where they are asked for, else logits
-        [b, s, vocab / tp_size], this rank's slice of the vocabulary, in the model's dtype. Other stages: hidden states.
-        Pixels matter to the first stage only: the others may pass None. With sequence parallelism s must be a multiple of tp_size.
-        Raises ValueError where image tokens and pixels do not match.
+        pictures: which of them each place for a picture shows, in reading order; None: each its own. groups: the one
+        row holds prompts, each followed by several responses to it. Last stage: TokenStatistics of the responses where
+        they are asked for, else logits [b, s, vocab / tp_size], this rank's slice of the vocabulary, in the model's
+        dtype. Other stages: hidden states. Pixels matter to the first stage only: the others may pass None. With
+        sequence parallelism s must be a multiple of tp_size. Raises ValueError where image tokens and pixels do not
+        match.
         """
         tp = self.config.tensor_model_parallel_size
         if self.config.sequence_parallel and input_ids.shape[1] % tp:
-            raise ValueError(f"sequence parallelism needs rows of a multiple of {tp} tokens, got {input_ids.shape[1]}: pad them")
+            raise ValueError(
+                f"sequence parallelism needs rows of a multiple of {tp} tokens, got {input_ids.shape[1]}: pad them"
+            )
         embeddings = self._embed(input_ids, pixel_values, image_grids, pictures) if self.pre_process else None
-        hidden = self.language_model(input_ids, position_ids, attention_mask=None, decoder_input=embeddings, packed_seq_params=groups)
+        hidden = self.language_model(
+            input_ids, position_ids, attention_mask=None, decoder_input=embeddings, packed_seq_params=groups
+        )
         if not self.post_process:
             return hidden
         weight = self.language_model.output_weight()
         if responses is None:
             logits, _ = self.language_model.output_layer(hidden, weight=weight)
             return logits.transpose(0, 1).contiguous()
-        if self.config.sequence_parallel:  # output_token_statistics adds up the gradient of all ranks, so each keeps its share of it
+        if (
+            self.config.sequence_parallel
+        ):  # output_token_statistics adds up the gradient of all ranks, so each keeps its share of it
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         predicting = hidden.transpose(0, 1).flatten(0, 1).index_select(0, responses.positions)
         return output_token_statistics(
@@ -155,16 +173,22 @@ class Qwen2_5_VL(MegatronModule):
         )
 
     def _embed(self, input_ids, pixel_values, image_grids, pictures) -> torch.Tensor:
-        """Token embeddings [s, b, h] (this rank's share of s with sequence parallelism), image tokens replaced by the tower's output."""
+        """Token embeddings [s, b, h] (this rank's share of s with sequence parallelism), image tokens replaced by the
+        tower's output."""
         if (pixel_values is None) != (len(image_grids) == 0):
-            raise ValueError(f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'} pixel_values")
+            raise ValueError(
+                f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'}"
+                " pixel_values"
+            )
         embeddings = self.language_model.embedding(input_ids=input_ids, position_ids=None)
         is_image = input_ids == self.hf.image_token_id
         lengths = [time * rows * columns // self.hf.vision.spatial_merge_size**2 for time, rows, columns in image_grids]
         pictures = list(range(len(image_grids))) if pictures is None else pictures
         cells = sum(lengths[picture] for picture in pictures)
         if int(is_image.sum()) != cells:
-            raise ValueError(f"input_ids holds {int(is_image.sum())} image tokens, the image grids {list(image_grids)} make {cells}")
+            raise ValueError(
+                f"input_ids holds {int(is_image.sum())} image tokens, the image grids {list(image_grids)} make {cells}"
+            )
         if pixel_values is not None:
             each = self.vision_model(pixel_values, list(image_grids)).split(lengths)
             image_embeddings = torch.cat([each[picture] for picture in pictures])
@@ -176,6 +200,7 @@ class Qwen2_5_VL(MegatronModule):
         return embeddings
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """For dist_checkpointing. Without the _extra_state entries, which carry something only for TransformerEngine's fp8."""
+        """For dist_checkpointing. Without the _extra_state entries, which carry something only for TransformerEngine's
+        fp8."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}

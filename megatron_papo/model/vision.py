@@ -1,7 +1,8 @@
 """Qwen2.5-VL's vision tower on megatron-core's TransformerBlock: tensor-parallel, on the first pipeline stage.
 
-Pictures of any number and size go through as one sequence of patches. Most layers attend within windows of 112 x 112 pixels, a few
-within the whole picture (arXiv 2502.13923, section 2.1.1). Four patches of a 2 x 2 cell make one image token.
+Pictures of any number and size go through as one sequence of patches. Most layers attend within windows of 112 x 112
+pixels, a few within the whole picture (arXiv 2502.13923, section 2.1.1). Four patches of a 2 x 2 cell make one image
+token.
 """
 
 from collections.abc import Sequence
@@ -81,7 +82,8 @@ class Geometry:
     positions: torch.Tensor
     """[patches, 2] row and column of each patch, in the order of the pixels."""
     cells: torch.Tensor
-    """[cells] gathers cells (2 x 2 patches, neighbours in the pixels) into window order, equal window sizes side by side."""
+    """[cells] gathers cells (2 x 2 patches, neighbours in the pixels) into window order, equal window sizes side by
+    side."""
     windows: Segments
     pictures: Segments
 
@@ -93,8 +95,12 @@ def geometry(config: VisionConfig, image_grids: list[tuple[int, int, int]]) -> G
     positions, windows, picture_of_cell, first = [], [], [], 0
     for number, (time, rows, columns) in enumerate(image_grids):
         if time != 1 or rows % merge or columns % merge:
-            raise ValueError(f"image grid {(time, rows, columns)}: expected (1, multiple of {merge}, multiple of {merge})")
-        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(rows // merge, merge, columns // merge, merge, 2)
+            raise ValueError(
+                f"image grid {(time, rows, columns)}: expected (1, multiple of {merge}, multiple of {merge})"
+            )
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(
+            rows // merge, merge, columns // merge, merge, 2
+        )
         positions.append(grid.transpose(1, 2).reshape(-1, 2))
         cells = first + torch.arange(rows * columns // merge**2).view(rows // merge, columns // merge)
         for band in cells.split(side, dim=0):
@@ -131,13 +137,18 @@ def check_patches(pixel_values: torch.Tensor, image_grids: Sequence[tuple[int, i
     """Raises ValueError, with both numbers, if the patches are not those of the grids."""
     expected = sum(time * rows * columns for time, rows, columns in image_grids)
     if pixel_values.shape[0] != expected:
-        raise ValueError(f"pixel_values holds {pixel_values.shape[0]} patches, the image grids {list(image_grids)} have {expected}")
+        raise ValueError(
+            f"pixel_values holds {pixel_values.shape[0]} patches, the image grids {list(image_grids)} have {expected}"
+        )
 
 
 class VisionTower(MegatronModule):
-    """Patches of any number of pictures -> image tokens in the decoder's width. groups: the weights are sharded over groups.tp."""
+    """Patches of any number of pictures -> image tokens in the decoder's width. groups: the weights are sharded over
+    groups.tp."""
 
-    def __init__(self, vision: VisionConfig, *, dtype: torch.dtype, recompute: str, groups: ProcessGroupCollection | None = None):
+    def __init__(
+        self, vision: VisionConfig, *, dtype: torch.dtype, recompute: str, groups: ProcessGroupCollection | None = None
+    ):
         groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
         config = transformer_config(
             dtype=dtype,
@@ -157,7 +168,9 @@ class VisionTower(MegatronModule):
         self.patch_embed = torch.nn.Linear(
             vision.patch_values, vision.hidden_size, bias=False, dtype=dtype, device=torch.cuda.current_device()
         )
-        windowed, whole = (transformer_layer(core, AttnMaskType.no_mask) for core in (WindowAttention, PictureAttention))
+        windowed, whole = (
+            transformer_layer(core, AttnMaskType.no_mask) for core in (WindowAttention, PictureAttention)
+        )
         layers = [whole if number in vision.full_attention_layers else windowed for number in range(vision.depth)]
         self.decoder = TransformerBlock(
             config,
@@ -170,7 +183,8 @@ class VisionTower(MegatronModule):
         self.merger_fc2 = RowParallelLinear(cell, vision.out_hidden_size, input_is_parallel=True, **linear)
 
     def forward(self, pixel_values: torch.Tensor, image_grids: list[tuple[int, int, int]]) -> torch.Tensor:
-        """[patches, patch_values], (1, rows, columns) of each picture -> [patches / 4, out_hidden_size], in the pixels' order.
+        """[patches, patch_values], (1, rows, columns) of each picture -> [patches / 4, out_hidden_size], in the pixels'
+        order.
 
         Raises ValueError if the patches are not those of the grids.
         """
@@ -193,7 +207,8 @@ class VisionTower(MegatronModule):
         return tokens[torch.argsort(cells)]
 
     def _rotary_angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """[patches, 2] -> float32 [patches, head_dim]: half of the frequencies turn with the row, half with the column."""
+        """[patches, 2] -> float32 [patches, head_dim]: half of the frequencies turn with the row, half with the
+        column."""
         width = self.vision.head_dim // 2
         frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
         return (positions[..., None] * frequencies).flatten(1).repeat(1, 2)

@@ -1,19 +1,22 @@
-"""Watches a run for KL_prcp hacking: pure functions from the metrics of each optimizer step to signs, and from signs to a state.
+"""Watches a run for KL_prcp hacking: pure functions from the metrics of each optimizer step to signs, and from signs to
+a state.
 
-Maximising an unbounded KL can be gamed: the policy moves away from its masked-image twin by writing tokens that have nothing to do
-with the picture, and the reward is lost (arXiv 2507.06448, section 5.4). The published early signs, each compared with the run's own
-past, are
+Maximising an unbounded KL can be gamed: the policy moves away from its masked-image twin by writing tokens that have
+nothing to do with the picture, and the reward is lost (arXiv 2507.06448, section 5.4). The published early signs, each
+compared with the run's own past, are
 
     kl_prcp               its level, recent mean against the baseline                               > level_factor
     kl_prcp_variance      over tokens; published about 8.4 times a healthy run's                     > variance_factor
     clip_fraction_high    share of tokens whose ratio was clipped from above                         > clip_fraction_factor
     entropy               of BOTH policies, with the picture and with the masked picture             > entropy_factor
 
-baseline: the mean of the first warmup_steps, then an exponential mean over about BASELINE_STEPS steps that stands still while any sign
-is up. recent: an exponential mean over about RECENT_STEPS steps. The alarm is raised when signs_needed signs, one of them about
-KL_prcp itself, have been up for patience_steps steps in a row, and not within cooldown_steps of the last one.
+baseline: the mean of the first warmup_steps, then an exponential mean over about BASELINE_STEPS steps that stands still
+while any sign is up. recent: an exponential mean over about RECENT_STEPS steps. The alarm is raised when signs_needed
+signs, one of them about KL_prcp itself, have been up for patience_steps steps in a row, and not within cooldown_steps
+of the last one.
 
-Everything is arithmetic on numbers that every rank has, so every rank decides alike; the state is plain data for the checkpoint.
+Everything is arithmetic on numbers that every rank has, so every rank decides alike; the state is plain data for the
+checkpoint.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -45,7 +48,8 @@ class GuardState:
 
 @dataclass(frozen=True)
 class Verdict:
-    """About one step. ratios: recent / baseline of every quantity ({} during the warm-up); signs: those over their factor."""
+    """About one step. ratios: recent / baseline of every quantity ({} during the warm-up); signs: those over their
+    factor."""
 
     ratios: dict[str, float]
     signs: tuple[str, ...]

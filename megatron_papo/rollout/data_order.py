@@ -6,7 +6,8 @@ from megatron_papo.seeds import derive_seed
 
 
 def prompts_at(num_prompts: int, first_position: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index of the prompt) at `count` positions from first_position on; positions, epochs and indices count from 0.
+    """(epoch, index of the prompt) at `count` positions from first_position on; positions, epochs and indices count
+    from 0.
 
     Each epoch is a permutation of all prompts. An iteration draws from where the one before stopped.
     """

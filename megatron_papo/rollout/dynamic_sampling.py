@@ -1,7 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group that is all right or all wrong does not say which response is better.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group that is all right or all wrong does not say which
+response is better.
 
-Rounds of groups are sampled until the batch is full of groups in between. The rounds come from an iterator that samples when it is
-asked: nothing here knows of servers or files.
+Rounds of groups are sampled until the batch is full of groups in between. The rounds come from an iterator that samples
+when it is asked: nothing here knows of servers or files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,10 +45,12 @@ def one_round(groups: Sequence[Group]) -> Batch[Group]:
 
 
 def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: DynamicSamplingConfig) -> Batch[Group]:
-    """Takes rounds until `wanted` groups have an accuracy strictly between the limits, and keeps the first `wanted` of those.
+    """Takes rounds until `wanted` groups have an accuracy strictly between the limits, and keeps the first `wanted` of
+    those.
 
-    Takes no round more than it needs. Raises UserError if the batch is not full after settings.max_rounds.
-    Differs: where no group of a round qualifies, the authors' code (ray_trainer.py, _make_batch_data) keeps all groups of the round.
+    Takes no round more than it needs. Raises UserError if the batch is not full after settings.max_rounds. Differs:
+    where no group of a round qualifies, the authors' code (ray_trainer.py, _make_batch_data) keeps all groups of the
+    round.
     """
     between, sampled = [], []
     all_right = all_wrong = 0
@@ -63,8 +66,10 @@ def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: Dynamic
         if len(between) >= wanted:
             return Batch(between[:wanted], sampled, number, all_right, all_wrong, len(between) - wanted)
     raise UserError(
-        f"rollout.dynamic_sampling: after max_rounds = {settings.max_rounds} rounds, {len(sampled)} prompts gave {len(between)} of the"
-        f" {wanted} groups wanted: {all_right} were all right, {all_wrong} all wrong: {_advice(all_right, all_wrong)}, lower"
+        f"rollout.dynamic_sampling: after max_rounds = {settings.max_rounds} rounds, {len(sampled)} prompts gave"
+        f" {len(between)} of the"
+        f" {wanted} groups wanted: {all_right} were all right, {all_wrong} all wrong: {_advice(all_right, all_wrong)},"
+        " lower"
         " rollout.rollout_batch_size, or raise rollout.group_size or rollout.dynamic_sampling.max_rounds"
     )
 

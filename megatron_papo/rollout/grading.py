@@ -1,4 +1,5 @@
-"""What runs in a grading process: mathruler on one answer. Imports nothing else, so that a replaced process is back within a second."""
+"""What runs in a grading process: mathruler on one answer. Imports nothing else, so that a replaced process is back
+within a second."""
 
 MEMORY_LIMIT_BYTES = 4 << 30
 """Address space of a grading process: sympy asked for 9**9**9 takes all the memory it can get."""
@@ -28,8 +29,9 @@ def is_correct(response: str, answer: str) -> bool:
 def _grader():
     """mathruler with a parser that does not run what it parses.
 
-    Differs: mathruler hands the response, and the answer of the data, to sympy's parse_expr, which is Python's eval. Its guard, at most two
-    different letters beside sqrt and frac, lets Roman numeral letters through, which Python reads as c, d, i, l, m, v and x.
+    Differs: mathruler hands the response, and the answer of the data, to sympy's parse_expr, which is Python's eval.
+    Its guard, at most two different letters beside sqrt and frac, lets Roman numeral letters through, which Python
+    reads as c, d, i, l, m, v and x.
     """
     import mathruler.grader as grader
 

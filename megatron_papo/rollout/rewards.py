@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from pebble import ProcessExpired, ProcessPool
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.records import Rewards
 from megatron_papo.rollout import grading
+from megatron_papo.run.records import Rewards
 
 
 def strip_tag_spaces(text: str) -> str:
@@ -52,10 +52,13 @@ def soft_overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, 
 
 
 def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, config: RewardConfig) -> Rewards:
-    """The reward of training: `overall` lowered for a response of num_tokens as config says. Evaluation does not call this."""
+    """The reward of training: `overall` lowered for a response of num_tokens as config says. Evaluation does not call
+    this."""
     if config.soft_overlong_buffer_tokens is None:
         return rewards
-    penalty = soft_overlong_penalty(num_tokens, max_tokens, config.soft_overlong_buffer_tokens, config.soft_overlong_penalty)
+    penalty = soft_overlong_penalty(
+        num_tokens, max_tokens, config.soft_overlong_buffer_tokens, config.soft_overlong_penalty
+    )
     return rewards.model_copy(update={"overall": rewards.overall + penalty, "overlong_penalty": penalty})
 
 
@@ -66,8 +69,8 @@ class Grader:
             pending = [grader.submit(text, answer, cut_off) for ...]
             rewards = [grader.result(one) for one in pending]
 
-    A process that exceeds config.time_limit_seconds on one response, or dies of it, is replaced; that response counts as wrong
-    and timed_out, and no other is lost.
+    A process that exceeds config.time_limit_seconds on one response, or dies of it, is replaced; that response counts
+    as wrong and timed_out, and no other is lost.
     """
 
     def __init__(self, config: RewardConfig):

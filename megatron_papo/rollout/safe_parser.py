@@ -1,8 +1,9 @@
 """sympy's parser without its eval: the text of a response or an answer becomes an expression, and never runs.
 
-sympy.parse_expr tokenises its input, rewrites the tokens (implicit multiplication, numbers, symbols) and hands the result to Python's eval
-with every built-in function in reach. Here the rewritten text is parsed into a syntax tree and walked: arithmetic, numbers, symbols and
-sympy's own functions and constants. Everything else (attributes, subscripts, strings, lambdas, comparisons, any other name) is refused.
+sympy.parse_expr tokenises its input, rewrites the tokens (implicit multiplication, numbers, symbols) and hands the
+result to Python's eval with every built-in function in reach. Here the rewritten text is parsed into a syntax tree and
+walked: arithmetic, numbers, symbols and sympy's own functions and constants. Everything else (attributes, subscripts,
+strings, lambdas, comparisons, any other name) is refused.
 """
 
 import ast
@@ -31,7 +32,8 @@ class Refused(ValueError):
 
 
 def parse_expression(text: str):
-    """Return the sympy expression that `text` denotes, as sympy's parser with implicit multiplication reads it (`^` is a power).
+    """Return the sympy expression that `text` denotes, as sympy's parser with implicit multiplication reads it (`^` is
+    a power).
 
     Raises Refused, or whatever sympy raises, for text that is not an expression.
     """
@@ -66,8 +68,12 @@ def _value(node: ast.expr, names: dict):
             return OPERATORS[type(op)](_value(operand, names))
         case ast.Name(id=name) if name in names and name not in CONSTRUCTORS:
             return names[name]
-        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str() as text)], keywords=[]) if name in CONSTRUCTORS:
-            return names["Integer"](int(text)) if name == "Number" else names[name](text)  # Number would parse its text again
+        case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str() as text)], keywords=[]) if (
+            name in CONSTRUCTORS
+        ):
+            return (
+                names["Integer"](int(text)) if name == "Number" else names[name](text)
+            )  # Number would parse its text again
         case ast.Call(func=function, args=arguments, keywords=[]):
             return _value(function, names)(*(_value(argument, names) for argument in arguments))
     raise Refused(f"{type(node).__name__} is no arithmetic")

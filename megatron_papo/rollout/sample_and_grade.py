@@ -14,13 +14,13 @@ from tqdm import tqdm
 from megatron_papo.config import Config
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.errors import UserError
-from megatron_papo.images import load_images, to_data_uri
-from megatron_papo.records import Prompt, Rewards
+from megatron_papo.pictures.preprocess import load_images, to_data_uri
 from megatron_papo.rollout.rewards import Grader
-from megatron_papo.rollout.replicas import HealthLimits
-from megatron_papo.rollout.sglang_client import SglangClient
-from megatron_papo.rollout.sglang_requests import Request, Sample, Sampling
-from megatron_papo.rollout.sglang_server import Server, open_servers, restart
+from megatron_papo.run.records import Prompt, Rewards
+from megatron_papo.sglang.client import SglangClient
+from megatron_papo.sglang.replicas import HealthLimits
+from megatron_papo.sglang.requests import Request, Sample, Sampling
+from megatron_papo.sglang.server import Server, open_servers, restart
 
 WEIGHT_VERSION_CHARACTERS = 16
 
@@ -62,7 +62,10 @@ def matching_tokenizer(hf_dir: Path, data_dir: Path) -> Tokenizer:
     """The checkpoint's tokenizer. Raises UserError if the prompts were made with another one."""
     expected = (data_dir / "tokenizer.sha256").read_text().strip()
     if tokenizer_hash(hf_dir) != expected:
-        raise UserError(f"{hf_dir}/tokenizer.json: not the tokenizer that {data_dir} was made with: run stage 1 again with this model.path")
+        raise UserError(
+            f"{hf_dir}/tokenizer.json: not the tokenizer that {data_dir} was made with: run stage 1 again with this"
+            " model.path"
+        )
     return Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
 
 
@@ -75,7 +78,10 @@ def client_with_weights(
     """
     settings, dtype = config.server, config.model.dtype
     if settings.router and not where.startswith("http"):
-        raise UserError("server.router: stands in front of servers that you started: list their URLs with --server, separated by commas")
+        raise UserError(
+            "server.router: stands in front of servers that you started: list their URLs with --server, separated by"
+            " commas"
+        )
     client = SglangClient(
         open_servers(where, hf_dir, settings, dtype),
         config.rollout.concurrency,
@@ -88,12 +94,16 @@ def client_with_weights(
     started = time.monotonic()
     updated = client.update_weights(hf_dir, version, probe)
     if updated:
-        print(f"{updated} of {len(client.servers)} server(s): loaded {hf_dir} in {time.monotonic() - started:.1f} s", flush=True)
+        print(
+            f"{updated} of {len(client.servers)} server(s): loaded {hf_dir} in {time.monotonic() - started:.1f} s",
+            flush=True,
+        )
     return client, version
 
 
 def picture_loader(data_dir: Path, config: Config, max_pixels: int, kept: int) -> Callable[[Job], Sequence[str]]:
-    """Data URIs of a job's resized (and masked) pictures; those of the last `kept` prompts are remembered for the rest of their group."""
+    """Data URIs of a job's resized (and masked) pictures; those of the last `kept` prompts are remembered for the rest
+    of their group."""
 
     @lru_cache(maxsize=kept)
     def load(names: tuple[str, ...], saliency: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
@@ -123,7 +133,8 @@ def sample_and_grade(
 ) -> list[Graded | None]:
     """One Graded per job, in order. Responses are graded in other processes while the rest is being sampled.
 
-    groups_wanted: once so many groups are complete, the other jobs are cancelled; those that were not finished are None.
+    groups_wanted: once so many groups are complete, the other jobs are cancelled; those that were not finished are
+    None.
     """
     requests = [
         Request(
@@ -146,9 +157,16 @@ def sample_and_grade(
             cut_off = sample.finish_reason == "length"
             submitted[index] = grader.submit(texts[index], jobs[index].prompt.answer, cut_off)
             missing[jobs[index].group] -= 1
-            counts.update({"tokens": len(sample.token_ids), "cut off": cut_off, "groups": missing[jobs[index].group] == 0})
+            counts.update(
+                {"tokens": len(sample.token_ids), "cut off": cut_off, "groups": missing[jobs[index].group] == 0}
+            )
             rate = counts["tokens"] / max(bar.format_dict["elapsed"], 1e-3)
-            shown = {"tokens/s": round(rate), "running": client.running, "finished": bar.n + 1, "cut off": counts["cut off"]}
+            shown = {
+                "tokens/s": round(rate),
+                "running": client.running,
+                "finished": bar.n + 1,
+                "cut off": counts["cut off"],
+            }
             bar.set_postfix(shown, refresh=False)
             bar.update()
 

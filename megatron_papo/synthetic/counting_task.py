@@ -1,4 +1,5 @@
-"""The synthetic task: how many squares are in the picture? Only the picture tells, so a model that does not look can but guess."""
+"""The synthetic task: how many squares are in the picture? Only the picture tells, so a model that does not look can
+but guess."""
 
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class Sample:
 
 
 class GridCountTask:
-    """Coloured squares on random cells of a grid over a grey background; their number is uniform over lowest..highest."""
+    """Coloured squares on random cells of a grid over a grey background; their number is uniform over
+    lowest..highest."""
 
     def __init__(self, config: SyntheticTaskConfig):
         self.config = config
@@ -34,7 +36,9 @@ class GridCountTask:
         number = int(rng.integers(self.config.lowest, self.config.highest + 1))
         colour = _COLOURS[rng.integers(len(_COLOURS))]
         cells = rng.permutation(self.config.grid**2)[:number]
-        pixels = np.full((self.config.grid * CELL, self.config.grid * CELL, 3), rng.integers(200, 256), dtype=np.float32)
+        pixels = np.full(
+            (self.config.grid * CELL, self.config.grid * CELL, 3), rng.integers(200, 256), dtype=np.float32
+        )
         for row, column in (divmod(int(cell), self.config.grid) for cell in cells):
             top, left = row * CELL + _MARGIN, column * CELL + _MARGIN
             pixels[top : top + CELL - 2 * _MARGIN, left : left + CELL - 2 * _MARGIN] = colour

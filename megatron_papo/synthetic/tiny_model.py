@@ -1,4 +1,5 @@
-"""A tiny Qwen2.5-VL with random weights: the real architecture (windowed vision attention, mrope, grouped queries) at 0.4 M parameters."""
+"""A tiny Qwen2.5-VL with random weights: the real architecture (windowed vision attention, mrope, grouped queries) at
+0.4 M parameters."""
 
 import json
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class TinySizes:
 
 
 def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) -> None:
-    """Writes a Hugging Face checkpoint that transformers (4.57 to 5.x) and SGLang load: float32 safetensors with the official names.
+    """Writes a Hugging Face checkpoint that transformers (4.57 to 5.x) and SGLang load: float32 safetensors with the
+    official names.
 
     The same seed gives the same bytes.
     """
@@ -63,7 +65,9 @@ def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) 
     if sizes.tied:
         del tensors["lm_head.weight"]
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")} | {"pad_token_id": config["bos_token_id"]}
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id")} | {
+        "pad_token_id": config["bos_token_id"]
+    }
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
     (directory / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR, indent=2))
 
@@ -78,7 +82,8 @@ def _randomise(model, spread: float) -> None:
 
 
 def _official_config(sizes: TinySizes, token_id) -> dict:
-    """config.json in the flat spelling of the published checkpoints, which every version of transformers and SGLang reads alike."""
+    """config.json in the flat spelling of the published checkpoints, which every version of transformers and SGLang
+    reads alike."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",

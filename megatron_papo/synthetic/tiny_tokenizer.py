@@ -1,7 +1,8 @@
-"""A tokenizer for the tiny model, made offline in a second: byte-level BPE with Qwen2's splitting rule and Qwen2.5-VL's special tokens.
+"""A tokenizer for the tiny model, made offline in a second: byte-level BPE with Qwen2's splitting rule and Qwen2.5-VL's
+special tokens.
 
-Any text can be encoded (256 byte tokens); the words of the synthetic task and of PAPO's prompt are single tokens, which keeps the
-demo's prompts at about 20 tokens and its responses at about 13.
+Any text can be encoded (256 byte tokens); the words of the synthetic task and of PAPO's prompt are single tokens, which
+keeps the demo's prompts at about 20 tokens and its responses at about 13.
 """
 
 import json
@@ -12,9 +13,21 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-    "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 """In the order of the official tokenizer, ids 151643 to 151656 there."""
 _THOUGHT_TOKENS = ("<think>", "</think>")
 _SPLIT = (
@@ -32,7 +45,8 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, at most vocab_size tokens; the same bytes every time."""
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, at most vocab_size tokens; the same bytes
+    every time."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

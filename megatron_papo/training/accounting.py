@@ -1,16 +1,19 @@
 """What a training step computes: tokens, model FLOPs, and, on GPUs, how much of the device that uses.
 
-Model FLOPs are those of the matrix products that the layout needs, as in PaLM (arXiv 2204.02311, appendix B): a multiplication with its
-addition is 2; the backward pass is twice the forward pass; what is computed again to save memory (model.recompute, the output layer's
-chunks) does not count, nor do padding, norms, rotary angles, softmax and the loss. Differs from PaLM's 6N + 12LHQT per token: each
-product is counted, attention by the (query, key) pairs that are really wanted instead of T^2, and the output layer where it is applied.
+Model FLOPs are those of the matrix products that the layout needs, as in PaLM (arXiv 2204.02311, appendix B): a
+multiplication with its addition is 2; the backward pass is twice the forward pass; what is computed again to save
+memory (model.recompute, the output layer's chunks) does not count, nor do padding, norms, rotary angles, softmax and
+the loss. Differs from PaLM's 6N + 12LHQT per token: each product is counted, attention by the (query, key) pairs that
+are really wanted instead of T^2, and the output layer where it is applied.
 
-For a decoder with L layers, width h, H heads and G key-value groups of d, MLP width f, vocabulary V, one forward pass is
+For a decoder with L layers, width h, H heads and G key-value groups of d, MLP width f, vocabulary V, one forward pass
+is
 
     L (tokens (2 h (H + 2 G) d  +  2 H d h  +  6 h f)  +  pairs 4 H d)  +  2 h V responses
                 QKV                output      MLP              scores, values      output layer
 
-and for a vision tower with D layers, width w, MLP width m, patches of c numbers, cells of k = 4 patches, decoder width h
+and for a vision tower with D layers, width w, MLP width m, patches of c numbers, cells of k = 4 patches, decoder width
+h
 
     patches (2 c w  +  D (8 w^2 + 6 w m))  +  4 w sum over layers of pairs  +  cells (2 (k w)^2 + 2 k w h)
              embedding    QKV, output, MLP        scores, values                merger
@@ -25,29 +28,47 @@ from itertools import groupby
 import torch
 
 from megatron_papo.config import Config, ObjectiveConfig, TrainingConfig
+from megatron_papo.distributed import collectives
 from megatron_papo.model.hf_config import HFConfig, TextConfig, VisionConfig
-from megatron_papo.training import collectives
 from megatron_papo.training.batching import Pictures, Row, plan_micro_batches, split_over_ranks
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
 PEAK_FLOPS = {
-    "A100": 312e12, "A800": 312e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12, "GH200": 989.4e12,
-    "H200": 989.4e12, "B200": 2250e12, "GB200": 2500e12,
-}  # fmt: skip
-"""Dense bf16 FLOP/s by words of the device's name, the first that fit: NVIDIA's data sheets, half of what they give with sparsity."""
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "GH200": 989.4e12,
+    "H200": 989.4e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+}
+"""Dense bf16 FLOP/s by words of the device's name, the first that fit: NVIDIA's data sheets, half of what they give
+with sparsity."""
 
 
 def attention_pairs(prompt: int, responses: Iterable[int]) -> int:
-    """(query, key) pairs of a prompt and its responses, each token seeing itself: the prompt causal, a response all of it and itself."""
+    """(query, key) pairs of a prompt and its responses, each token seeing itself: the prompt causal, a response all of
+    it and itself."""
     return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in responses)
 
 
 def decoder_flops(text: TextConfig, tokens: int, pairs: int, responses: int) -> int:
-    """Of one forward pass. tokens: positions. pairs: see attention_pairs. responses: positions that reach the output layer."""
+    """Of one forward pass. tokens: positions. pairs: see attention_pairs. responses: positions that reach the output
+    layer."""
     queries, keys = text.num_heads * text.head_dim, text.num_kv_groups * text.head_dim
-    per_token = 2 * text.hidden_size * (queries + 2 * keys) + 2 * queries * text.hidden_size + 6 * text.hidden_size * text.intermediate_size
-    return text.num_layers * (tokens * per_token + pairs * 4 * queries) + responses * 2 * text.hidden_size * text.vocab_size
+    per_token = (
+        2 * text.hidden_size * (queries + 2 * keys)
+        + 2 * queries * text.hidden_size
+        + 6 * text.hidden_size * text.intermediate_size
+    )
+    return (
+        text.num_layers * (tokens * per_token + pairs * 4 * queries)
+        + responses * 2 * text.hidden_size * text.vocab_size
+    )
 
 
 @lru_cache(maxsize=1 << 16)
@@ -63,7 +84,8 @@ def vision_flops(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
 
 
 def window_pairs(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
-    """(query, key) pairs of the patches of one picture in its windows, which are smaller at the right and lower edge."""
+    """(query, key) pairs of the patches of one picture in its windows, which are smaller at the right and lower
+    edge."""
     side = vision.window_size // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
     rows, columns = ([side] * (length // side) + [length % side] for length in grid[1:])
     return sum(height**2 for height in rows) * sum(width**2 for width in columns)
@@ -81,12 +103,14 @@ class Pass:
 
 
 def sweeps(pictures: Sequence[Pictures], training: TrainingConfig) -> list[Pass]:
-    """Passes without gradient over rows with these pictures: ["original", "masked"] for old policy and masked branch."""
+    """Passes without gradient over rows with these pictures: ["original", "masked"] for old policy and masked
+    branch."""
     return [Pass(kind, training.log_prob_micro_batch_size) for kind in pictures]
 
 
 def update(objective: ObjectiveConfig, training: TrainingConfig) -> Pass:
-    """The forward and backward pass of an optimizer step. Twins that ride for their logits alone count as a forward pass."""
+    """The forward and backward pass of an optimizer step. Twins that ride for their logits alone count as a forward
+    pass."""
     if not objective.masked_rows_ride:
         return Pass("original", training.micro_batch_size, ("original",))
     with_gradient = ("original", "masked") if objective.masked_branch == "recompute_with_grad" else ("original",)
@@ -107,7 +131,8 @@ class Work:
 
 
 def work_of(rows: Sequence[Row], each: Pass, config: Config, hf: HFConfig) -> Work:
-    """Of one pass over the rows of one data-parallel rank, by the micro-batches that training.batching makes of them."""
+    """Of one pass over the rows of one data-parallel rank, by the micro-batches that training.batching makes of
+    them."""
     training, parallel, work = config.training, config.parallel, Work()
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     kinds = _kinds(each)
@@ -144,7 +169,9 @@ def _prompt_and_responses(part: Sequence[Row], layout: str) -> Iterator[tuple[in
 
 def _distinct_pictures(part: Sequence[Row], kind: Pictures) -> list[tuple[int, int, int]]:
     """Grids of what Collator sends through the vision tower for a micro-batch."""
-    found = {(*row.rollout.images, row.rollout.masked_image_seed if kind == "masked" else None): row.grids for row in part}
+    found = {
+        (*row.rollout.images, row.rollout.masked_image_seed if kind == "masked" else None): row.grids for row in part
+    }
     return [grid for grids in found.values() for grid in grids]
 
 
@@ -162,8 +189,8 @@ def step_accounting(
 ) -> dict[str, float]:
     """Metrics of the passes that the rows of these optimizer steps went through together, in so many seconds.
 
-    steps: the rows of each, those of all data-parallel ranks: one step for an update, all steps of an iteration for a sweep over it.
-    device: device_name(). Everything is over all ranks:
+    steps: the rows of each, those of all data-parallel ranks: one step for an update, all steps of an iteration for a
+    sweep over it. device: device_name(). Everything is over all ranks:
 
         tokens_computed    tokens through the decoder, all passes and twins; image tokens included, padding not
         padding_tokens     positions on top of them that hold no token
@@ -197,7 +224,8 @@ def step_accounting(
 
 
 def peak_flops(device: str | None) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name; None for one that is not known, and for a MIG slice, which is a part of one."""
+    """Dense bf16 FLOP/s of a device by its name; None for one that is not known, and for a MIG slice, which is a part
+    of one."""
     if device is None or "MIG" in device:
         return None
     return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", device)), None)
@@ -209,7 +237,8 @@ def device_name() -> str | None:
 
 
 def peak_memory() -> dict[str, float]:
-    """peak_memory_bytes: the most that tensors held on any rank since the call before; {} without GPUs. All ranks call it together."""
+    """peak_memory_bytes: the most that tensors held on any rank since the call before; {} without GPUs. All ranks call
+    it together."""
     if not torch.cuda.is_available():
         return {}
     here = torch.cuda.max_memory_allocated()

@@ -13,15 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_papo import images
-from megatron_papo.balance import balanced
 from megatron_papo.config import Config, TrainingConfig
+from megatron_papo.data.chat import expand_image_pads
+from megatron_papo.distributed.balance import balanced
 from megatron_papo.errors import UserError
 from megatron_papo.model.group_attention import GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
 from megatron_papo.objective.advantages import advantages_of
-from megatron_papo.records import Rollout, groups_of
+from megatron_papo.pictures import preprocess
+from megatron_papo.run.records import Rollout, groups_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Row:
 
 @dataclass
 class MicroBatch:
-    """B rollouts in b rows of s tokens; T is the longest response, N the number of response tokens. b is B, or 1 in the group layout."""
+    """B rollouts in b rows of s tokens; T is the longest response, N the number of response tokens. b is B, or 1 in the
+    group layout."""
 
     rows: Sequence[Row]
     """The B rollouts."""
@@ -70,29 +72,29 @@ class MicroBatch:
     groups: GroupSegments | None = None
     """Of the group layout."""
     has_twins: bool = False
-    """The b rows are followed by the same b rows with masked images: input_ids is [2b, s], response_positions and response_tokens [2N]."""
+    """The b rows are followed by the same b rows with masked images: input_ids is [2b, s], response_positions and
+    response_tokens [2N]."""
     cached: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors [B, T] for the loss, by papo_loss's names: old_log_probs, ref_log_probs, ..."""
 
 
-def expand_image_pads(token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]]) -> list[int]:
-    """One image-pad token per image becomes as many as the image has tokens."""
-    expanded, remaining = [], iter(grids)
-    for token in token_ids:
-        expanded += [token] * images.num_image_tokens(next(remaining)) if token == image_token_id else [token]
-    return expanded
-
-
-def make_rows(rollouts: list[Rollout], advantages: list[float], data_root: Path, config: Config, hf: HFConfig, where: Path) -> list[Row]:
+def make_rows(
+    rollouts: list[Rollout], advantages: list[float], data_root: Path, config: Config, hf: HFConfig, where: Path
+) -> list[Row]:
     """Checks every rollout against its images and gives it its advantage. Raises UserError naming the record."""
     rows, expanded, grids_of = [], {}, {}
     for number, (rollout, advantage) in enumerate(zip(rollouts, advantages, strict=True), 1):
         if rollout.prompt_id not in expanded:
-            grids = [images.grid_of_file(data_root, name, config.data.min_pixels, config.data.max_pixels) for name in rollout.images]
+            grids = [
+                preprocess.grid_of_file(data_root, name, config.data.min_pixels, config.data.max_pixels)
+                for name in rollout.images
+            ]
             if rollout.prompt_token_ids.count(hf.image_token_id) != len(grids):
-                raise UserError(f"{where}:{number}: {len(grids)} images but another number of image tokens: make the file again")
+                raise UserError(
+                    f"{where}:{number}: {len(grids)} images but another number of image tokens: make the file again"
+                )
             if config.objective.uses_masked_image:
-                images.require_saliency(config.masked_image, rollout.images, rollout.saliency)
+                preprocess.require_saliency(config.masked_image, rollout.images, rollout.saliency)
             grids_of[rollout.prompt_id] = grids
             expanded[rollout.prompt_id] = expand_image_pads(rollout.prompt_token_ids, hf.image_token_id, grids)
         prompt, grids = expanded[rollout.prompt_id], grids_of[rollout.prompt_id]
@@ -104,11 +106,18 @@ def make_rows(rollouts: list[Rollout], advantages: list[float], data_root: Path,
 
 def _check(rollout: Rollout, prompt: list[int], hf: HFConfig, where: str) -> None:
     if len(prompt) != rollout.prompt_num_tokens:
-        raise UserError(f"{where}: the server counted {rollout.prompt_num_tokens} prompt tokens, here they are {len(prompt)}: make the file again")
+        raise UserError(
+            f"{where}: the server counted {rollout.prompt_num_tokens} prompt tokens, here they are {len(prompt)}: make"
+            " the file again"
+        )
     if len(rollout.rollout_log_probs) != len(rollout.response_token_ids):
-        raise UserError(f"{where}: {len(rollout.response_token_ids)} response tokens but {len(rollout.rollout_log_probs)} log-probs")
+        raise UserError(
+            f"{where}: {len(rollout.response_token_ids)} response tokens but {len(rollout.rollout_log_probs)} log-probs"
+        )
     if hf.image_token_id in rollout.response_token_ids or hf.video_token_id in rollout.response_token_ids:
-        raise UserError(f"{where}: the response holds an image or video token, which no model input can match: make the file again")
+        raise UserError(
+            f"{where}: the response holds an image or video token, which no model input can match: make the file again"
+        )
 
 
 def rollout_advantages(rollouts: list[Rollout], group_size: int, estimator: str, where: Path) -> list[float]:
@@ -122,11 +131,13 @@ def rollout_advantages(rollouts: list[Rollout], group_size: int, estimator: str,
 Pictures = Literal["original", "masked", "both"]
 
 
-def plan_micro_batches(rows: Sequence[Row], training: TrainingConfig, micro_batch_size: int, copies: int = 1) -> list[Sequence[Row]]:
+def plan_micro_batches(
+    rows: Sequence[Row], training: TrainingConfig, micro_batch_size: int, copies: int = 1
+) -> list[Sequence[Row]]:
     """The rows in order, cut into micro-batches. copies: 2 if each carries its masked-image twin.
 
-    plain: micro_batch_size rollouts each. group: as many groups, or parts of one, as max_tokens_per_micro_batch holds; a single rollout
-    that is longer is a micro-batch of its own.
+    plain: micro_batch_size rollouts each. group: as many groups, or parts of one, as max_tokens_per_micro_batch holds;
+    a single rollout that is longer is a micro-batch of its own.
     """
     if training.layout == "plain":
         return [rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)]
@@ -144,7 +155,8 @@ def plan_micro_batches(rows: Sequence[Row], training: TrainingConfig, micro_batc
 
 
 def split_over_ranks(step: Sequence[Row], layout: str, ranks: int) -> list[list[Row]]:
-    """Each data-parallel rank's rollouts of a step. plain: every ranks-th. group: whole groups, the longest first to the least loaded rank."""
+    """Each data-parallel rank's rollouts of a step. plain: every ranks-th. group: whole groups, the longest first to
+    the least loaded rank."""
     if layout == "plain":
         return [list(step[rank::ranks]) for rank in range(ranks)]
     groups = [list(rows) for _, rows in groupby(step, key=lambda row: row.rollout.group)]
@@ -153,13 +165,24 @@ def split_over_ranks(step: Sequence[Row], layout: str, ranks: int) -> list[list[
 
 
 KEPT_PICTURE_BYTES = 2 << 30
-"""Prepared pictures that a rank remembers, so that the sweeps and the steps of an iteration do not load and resize them again."""
+"""Prepared pictures that a rank remembers, so that the sweeps and the steps of an iteration do not load and resize them
+again."""
 
 
 class Collator:
-    """Makes micro-batches of rows on this rank: pixels only where the vision tower lives, each distinct picture once."""
+    """Makes micro-batches of rows on this rank: pixels only where the vision tower lives, each distinct picture
+    once."""
 
-    def __init__(self, config: Config, hf: HFConfig, data_root: Path, *, with_pixels: bool, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Config,
+        hf: HFConfig,
+        data_root: Path,
+        *,
+        with_pixels: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         self.config, self.hf, self.data_root = config, hf, data_root
         self.with_pixels, self.device, self.dtype = with_pixels, device, dtype
         parallel = config.parallel
@@ -183,7 +206,13 @@ class Collator:
             segments = GroupSegments(qkv_format="sbhd", groups=lengths)
             starts = torch.tensor([0, *(len(ids) for ids, _, _ in laid_out)]).cumsum(0).tolist()
             predicting = [positions + start for (_, _, positions), start in zip(laid_out, starts)]
-            laid_out = [(torch.cat([ids for ids, _, _ in laid_out]), torch.cat([where for _, where, _ in laid_out], dim=1), torch.cat(predicting))]
+            laid_out = [
+                (
+                    torch.cat([ids for ids, _, _ in laid_out]),
+                    torch.cat([where for _, where, _ in laid_out], dim=1),
+                    torch.cat(predicting),
+                )
+            ]
         longest = max(len(ids) for ids, _, _ in laid_out)
         length = -(-longest // self.length_multiple) * self.length_multiple
         input_ids = torch.zeros(len(laid_out), length, dtype=torch.long)
@@ -214,7 +243,8 @@ class Collator:
         )
 
     def _lay_out(self, group: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-        """A prompt and its responses one after the other: token ids [n], rotary positions [3, n], what predicts each response token [N].
+        """A prompt and its responses one after the other: token ids [n], rotary positions [3, n], what predicts each
+        response token [N].
 
         Every response's positions go on from the prompt's, and its first token is predicted by the prompt's last.
         """
@@ -223,15 +253,20 @@ class Collator:
         where = mrope_position_ids(prompt + longest, group[0].grids, self.hf.image_token_id)
         lengths = [row.response_length for row in group]
         ids = torch.tensor(prompt + [token for row in group for token in row.rollout.response_token_ids])
-        positions = torch.cat([where[:, : len(prompt)], *(where[:, len(prompt) : len(prompt) + length] for length in lengths)], dim=1)
+        positions = torch.cat(
+            [where[:, : len(prompt)], *(where[:, len(prompt) : len(prompt) + length] for length in lengths)], dim=1
+        )
         predicting, start = [], len(prompt)
         for length in lengths:
             predicting += [len(prompt) - 1, *range(start, start + length - 1)] if length else []
             start += length
         return ids, positions, torch.tensor(predicting, dtype=torch.long)
 
-    def _pictures(self, rows: Sequence[Row], kinds: Sequence[str]) -> tuple[Tensor | None, list[tuple[int, int, int]], list[int]]:
-        """Patches and grids of the distinct pictures that the rows show in each kind, and which of them stands at each place."""
+    def _pictures(
+        self, rows: Sequence[Row], kinds: Sequence[str]
+    ) -> tuple[Tensor | None, list[tuple[int, int, int]], list[int]]:
+        """Patches and grids of the distinct pictures that the rows show in each kind, and which of them stands at each
+        place."""
         if not self.with_pixels or not any(row.grids for row in rows):
             return None, [], []
         distinct, patches, grids, places = {}, [], [], []
@@ -249,14 +284,19 @@ class Collator:
         return (kind, *rollout.images, *([rollout.masked_image_seed] if kind == "masked" else []))
 
     def _patches(self, rollout: Rollout, kind: str) -> list[Tensor]:
-        """[patches, 1176] of each of the rollout's pictures, on the host, in the model's dtype. Kept, while there is room."""
+        """[patches, 1176] of each of the rollout's pictures, on the host, in the model's dtype. Kept, while there is
+        room."""
         key = self._key(rollout, kind)
         if key in self._kept:
             return self._kept[key]
         data = self.config.data
-        masking = dict(masking=self.config.masked_image, seed=rollout.masked_image_seed, saliency=rollout.saliency) if kind == "masked" else {}
-        pictures = images.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
-        made = [torch.from_numpy(images.to_patches(picture)).to(self.dtype) for picture in pictures]
+        masking = (
+            dict(masking=self.config.masked_image, seed=rollout.masked_image_seed, saliency=rollout.saliency)
+            if kind == "masked"
+            else {}
+        )
+        pictures = preprocess.load_images(self.data_root, rollout.images, data.min_pixels, data.max_pixels, **masking)
+        made = [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
         size = sum(each.nbytes for each in made)
         if self._kept_bytes + size <= KEPT_PICTURE_BYTES:
             self._kept[key], self._kept_bytes = made, self._kept_bytes + size

@@ -1,4 +1,5 @@
-"""One micro-batch through the pipeline: log-probs of the response tokens, without gradient or as part of the PAPO loss."""
+"""One micro-batch through the pipeline: log-probs of the response tokens, without gradient or as part of the PAPO
+loss."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,16 +10,26 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_papo.config import ObjectiveConfig
+from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import TokenStatistics
 from megatron_papo.model.qwen2_5_vl import Responses
 from megatron_papo.objective.papo_loss import annealed_kl_prcp_coef, papo_loss
-from megatron_papo.training import parallel
 from megatron_papo.training.batching import Collator, MicroBatch, Pictures, Row, pad_responses
 
 LOSS_OPTIONS = (
-    "clip_ratio_low", "clip_ratio_high", "clip_ratio_dual", "ratio_level", "importance_sampling_cap", "kl_ref_coef", "kl_ref_estimator",
-    "kl_prcp_estimator", "kl_prcp_clip", "kl_prcp_top_p", "entropy_estimator", "sft_coef",
-)  # fmt: skip
+    "clip_ratio_low",
+    "clip_ratio_high",
+    "clip_ratio_dual",
+    "ratio_level",
+    "importance_sampling_cap",
+    "kl_ref_coef",
+    "kl_ref_estimator",
+    "kl_prcp_estimator",
+    "kl_prcp_clip",
+    "kl_prcp_top_p",
+    "entropy_estimator",
+    "sft_coef",
+)
 """Fields of ObjectiveConfig that papo_loss takes as they are."""
 
 
@@ -38,11 +49,14 @@ class StepTotals:
 
 
 def loss_settings(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.0) -> dict:
-    """papo_loss's options at an optimizer step of the run (0, 1, ...): annealing and the hacking guard's scale applied to gamma."""
+    """papo_loss's options at an optimizer step of the run (0, 1, ...): annealing and the hacking guard's scale applied
+    to gamma."""
     settings = {name: getattr(objective, name) for name in LOSS_OPTIONS}
     annealing, factor = objective.kl_prcp_annealing, 1.0
     if annealing is not None:
-        factor = annealed_kl_prcp_coef(step, objective.kl_prcp_coef, annealing.end, annealing.steps) / objective.kl_prcp_coef
+        factor = (
+            annealed_kl_prcp_coef(step, objective.kl_prcp_coef, annealing.end, annealing.steps) / objective.kl_prcp_coef
+        )
     return settings | {
         "average": "sequence" if objective.average == "sequence" else "token",
         "kl_prcp_coef": objective.kl_prcp_coef * factor * kl_prcp_scale,
@@ -58,7 +72,9 @@ def what_to_ask(batch: MicroBatch, temperature: float, objective: ObjectiveConfi
     return Responses(batch.response_positions, batch.response_tokens, temperature, exact, with_gradient)
 
 
-def response_statistics(statistics: TokenStatistics, batch: MicroBatch, with_gradient: bool = True) -> dict[str, Tensor]:
+def response_statistics(
+    statistics: TokenStatistics, batch: MicroBatch, with_gradient: bool = True
+) -> dict[str, Tensor]:
     """TokenStatistics of a micro-batch -> per-token tensors [B, T] by papo_loss's names, zeros on padding.
 
     with_gradient: of the twins.
@@ -66,7 +82,10 @@ def response_statistics(statistics: TokenStatistics, batch: MicroBatch, with_gra
     here = int(batch.response_mask.sum())
     found = {"log_probs": statistics.log_probs[:here], "entropy": statistics.entropy[:here]}
     if batch.has_twins:
-        masked = {"masked_image_log_probs": statistics.log_probs[here:], "masked_image_entropy": statistics.entropy[here:]}
+        masked = {
+            "masked_image_log_probs": statistics.log_probs[here:],
+            "masked_image_entropy": statistics.entropy[here:],
+        }
         found |= masked if with_gradient else {name: values.detach() for name, values in masked.items()}
     if statistics.kl is not None:
         found["exact_kl_prcp"] = statistics.kl
@@ -74,7 +93,13 @@ def response_statistics(statistics: TokenStatistics, batch: MicroBatch, with_gra
 
 
 def _run(
-    model, batches: Iterable[MicroBatch], num_micro_batches: int, temperature: float, objective, on_output: Callable, forward_only: bool
+    model,
+    batches: Iterable[MicroBatch],
+    num_micro_batches: int,
+    temperature: float,
+    objective,
+    on_output: Callable,
+    forward_only: bool,
 ) -> list:
     def forward_step(iterator: Iterator[MicroBatch], model):
         batch = next(iterator)
@@ -105,7 +130,8 @@ def sweep(
     progress: Callable[[int], None],
     kinds: Sequence[Pictures],
 ) -> dict[Pictures, dict[str, list[Tensor]]]:
-    """One sweep over the rows without gradient, each micro-batch in turn with the pictures of every kind: {kind: log_probs and entropy}.
+    """One sweep over the rows without gradient, each micro-batch in turn with the pictures of every kind: {kind:
+    log_probs and entropy}.
 
     One fp32 [response_length] per row; no rows before the last stage. Collective over the model-parallel group.
     """
@@ -113,7 +139,10 @@ def sweep(
     def collect(batch: MicroBatch, statistics: TokenStatistics, non_loss_data: bool):
         tables = response_statistics(statistics, batch)
         progress(len(batch.rows))
-        return [{name: values[i, : row.response_length] for name, values in tables.items()} for i, row in enumerate(batch.rows)]
+        return [
+            {name: values[i, : row.response_length] for name, values in tables.items()}
+            for i, row in enumerate(batch.rows)
+        ]
 
     collected = []
     if rows and kinds:
@@ -121,14 +150,23 @@ def sweep(
         batches = (collator.collate(part, kind) for part in plan for kind in kinds)
         with torch.no_grad():
             collected = _run(model, batches, len(plan) * len(kinds), temperature, None, collect, forward_only=True)
-    found = {kind: [row for batch in collected[place :: len(kinds)] for row in batch] for place, kind in enumerate(kinds)}
-    return {kind: {name: [row[name] for row in each] for name in ("log_probs", "entropy")} for kind, each in found.items()}
+    found = {
+        kind: [row for batch in collected[place :: len(kinds)] for row in batch] for place, kind in enumerate(kinds)
+    }
+    return {
+        kind: {name: [row[name] for row in each] for name in ("log_probs", "entropy")} for kind, each in found.items()
+    }
 
 
 def compute_log_probs(
-    model, collator: Collator, rows: Sequence[Row], micro_batch_size: int, temperature: float, progress: Callable[[int], None],
+    model,
+    collator: Collator,
+    rows: Sequence[Row],
+    micro_batch_size: int,
+    temperature: float,
+    progress: Callable[[int], None],
     pictures: Pictures = "original",
-) -> dict[str, list[Tensor]]:  # fmt: skip
+) -> dict[str, list[Tensor]]:
     """sweep() with one kind of pictures: log_probs and entropy of every row's response."""
     return sweep(model, collator, rows, micro_batch_size, temperature, progress, [pictures])[pictures]
 
@@ -149,15 +187,17 @@ def papo_step(
 ) -> dict[str, Tensor]:
     """Forward and backward of one optimizer step over this rank's rows; gradients end in the DDP buffers.
 
-    cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last stage. Without
-    old_log_probs the policy is its own old policy, as it is in the first step after sampling: the ratio is 1, with its gradient. totals:
-    of the whole step. settings: loss_settings of this step. seen: gets log_probs and entropy of every row, as sweep() gives them.
-    Returns this rank's contributions to the metrics ({} before the last stage).
+    cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last
+    stage. Without old_log_probs the policy is its own old policy, as it is in the first step after sampling: the ratio
+    is 1, with its gradient. totals: of the whole step. settings: loss_settings of this step. seen: gets log_probs and
+    entropy of every row, as sweep() gives them. Returns this rank's contributions to the metrics ({} before the last
+    stage).
     """
     pictures = "both" if objective.masked_rows_ride else "original"
     plan = collator.plan(rows, micro_batch_size, pictures)
-    # the schedule divides by the number of micro-batches and DDP by the data-parallel size; the weights of the loss already hold both
-    scale = len(plan) * parallel.dp_group().size()
+    # the schedule divides by the number of micro-batches and DDP by the data-parallel size; the weights of the loss
+    # already hold both
+    scale = len(plan) * process_groups.dp_group().size()
 
     def loss(batch: MicroBatch, statistics: TokenStatistics):
         device = batch.response_mask.device
@@ -190,8 +230,10 @@ def papo_step(
             batch = collator.collate(part, pictures)
             here = slice(first, first + len(batch.rows))
             first = here.stop
-            if parallel.is_last_stage():
-                batch.cached = {name: pad_responses(values[here], batch.response_mask) for name, values in cached.items()}
+            if process_groups.is_last_stage():
+                batch.cached = {
+                    name: pad_responses(values[here], batch.response_mask) for name, values in cached.items()
+                }
             yield batch
 
     per_batch = _run(model, batches(), len(plan), temperature, objective, loss, forward_only=False)

@@ -6,9 +6,15 @@ from megatron_papo.config import HackingGuardConfig, ObjectiveConfig
 from megatron_papo.objective.hacking_guard import GuardState, Verdict, lowered, observe, watched_quantities
 
 THRESHOLDS = (
-    "warmup_steps", "level_factor", "variance_factor", "clip_fraction_factor", "entropy_factor", "signs_needed", "patience_steps",
+    "warmup_steps",
+    "level_factor",
+    "variance_factor",
+    "clip_fraction_factor",
+    "entropy_factor",
+    "signs_needed",
+    "patience_steps",
     "cooldown_steps",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from megatron_papo.training.guard import Decision
 
 
 class MetricsLog:
-    """One entry per optimizer step. A step that the hacking guard has undone stays, under its `attempt`: the last one counts."""
+    """One entry per optimizer step. A step that the hacking guard has undone stays, under its `attempt`: the last one
+    counts."""
 
     def __init__(self, directory: Path, iteration: int):
         self.directory, self.iteration = directory, iteration

@@ -11,7 +11,8 @@ LOWEST_DECAY = 0.1
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """Of optimizer step 0, 1, ... of the run: linear warm-up over warmup_steps, times the linear decay if decay_steps is given."""
+    """Of optimizer step 0, 1, ... of the run: linear warm-up over warmup_steps, times the linear decay if decay_steps
+    is given."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     decay = 1.0 if config.decay_steps is None else max(LOWEST_DECAY, 1.0 - step / config.decay_steps)
     return config.learning_rate * warmup * decay
@@ -24,8 +25,9 @@ def uses_distributed_optimizer(config: OptimizerConfig) -> bool:
 def build_optimizer(model, config: OptimizerConfig, dtype: torch.dtype):
     """-> (model wrapped in DistributedDataParallel, Megatron optimizer).
 
-    AdamW with decoupled weight decay, none on biases and norm weights (Megatron's rule). bfloat16 models get fp32 main parameters
-    and fp32 gradient accumulation. Apex's or TransformerEngine's fused Adam is used where megatron-core finds it.
+    AdamW with decoupled weight decay, none on biases and norm weights (Megatron's rule). bfloat16 models get fp32 main
+    parameters and fp32 gradient accumulation. Apex's or TransformerEngine's fused Adam is used where megatron-core
+    finds it.
 
     Differs: the authors' torch AdamW decays biases and norm weights too; at lr 1e-6 and weight decay 0.01
     that is a relative change of 1e-8 a step.

@@ -1,4 +1,5 @@
-"""What a training process holds from one iteration to the next: the policy with its optimizer on the device, the reference on the host."""
+"""What a training process holds from one iteration to the next: the policy with its optimizer on the device, the
+reference on the host."""
 
 import gc
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ class Policy:
         self._reference: list[torch.Tensor] | None = None
 
     def load(self, checkpoint: Path) -> None:
-        """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is forgotten."""
+        """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is
+        forgotten."""
         self.forget()
         model = self._build(checkpoint)
         self.model, self.optimizer = build_optimizer(model, self.config.optimizer, self.dtype)
@@ -57,7 +59,8 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
-        """Within it the model has the reference's weights, its own wait in the reference's place. Afterwards they are back, bit for bit."""
+        """Within it the model has the reference's weights, its own wait in the reference's place. Afterwards they are
+        back, bit for bit."""
         self._exchange()
         yield self.model
         self._exchange()
@@ -72,7 +75,11 @@ class Policy:
     def _build(self, checkpoint: Path) -> torch.nn.Module:
         parallel, recompute = self.config.parallel, self.config.model.recompute
         model = build_model(
-            self.hf, dtype=self.dtype, sequence_parallel=parallel.sequence_parallel, recompute=recompute, vision_tower=parallel.vision_tower
+            self.hf,
+            dtype=self.dtype,
+            sequence_parallel=parallel.sequence_parallel,
+            recompute=recompute,
+            vision_tower=parallel.vision_tower,
         )
         megatron_files.load_weights(checkpoint, model)
         return model

@@ -1,8 +1,10 @@
-"""What the first sweep over the rollouts tells about them: were they sampled from the policy that is about to be trained?
+"""What the first sweep over the rollouts tells about them: were they sampled from the policy that is about to be
+trained?
 
-Two causes make SGLang's log-prob of a token differ from Megatron's. One is a fault: other weights, another picture, other positions,
-kernels that round differently. The other is not: SGLang never samples vision tokens (logit_bias), so its log-probs are over the allowed
-tokens, Megatron's over the whole vocabulary. `only_allowed_tokens` removes the second, exactly, so that a limit can be tight.
+Two causes make SGLang's log-prob of a token differ from Megatron's. One is a fault: other weights, another picture,
+other positions, kernels that round differently. The other is not: SGLang never samples vision tokens (logit_bias), so
+its log-probs are over the allowed tokens, Megatron's over the whole vocabulary. `only_allowed_tokens` removes the
+second, exactly, so that a limit can be tight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +16,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megatron_papo.data.chat import forbidden_tokens
+from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
-from megatron_papo.objective.rollout_mismatch import mismatch_metrics, mismatch_sums, sampling_bias_metrics, sampling_bias_sums
-from megatron_papo.rollout.sglang_requests import forbidden_tokens
-from megatron_papo.training import collectives, parallel
+from megatron_papo.objective.rollout_mismatch import (
+    mismatch_metrics,
+    mismatch_sums,
+    sampling_bias_metrics,
+    sampling_bias_sums,
+)
 from megatron_papo.training.batching import Row
 
 WORST_SHOWN = 5
@@ -28,17 +35,18 @@ PARITY_ROLLOUTS = 64
 
 @contextmanager
 def only_allowed_tokens(model: torch.nn.Module, forbidden: Sequence[int]) -> Iterator[None]:
-    """Within it the model's logits of forbidden tokens are -inf: its log-probs are over the allowed tokens, as SGLang's are.
+    """Within it the model's logits of forbidden tokens are -inf: its log-probs are over the allowed tokens, as SGLang's
+    are.
 
     model: Qwen2_5_VL or a wrapper of it, any layout. Only for sweeps without gradient.
     """
     while hasattr(model, "module"):
         model = model.module
-    if not parallel.is_last_stage() or not forbidden:
+    if not process_groups.is_last_stage() or not forbidden:
         yield
         return
     weight = model.language_model.output_weight()
-    first = parallel.tp_group().rank() * weight.shape[0]
+    first = process_groups.tp_group().rank() * weight.shape[0]
     local = [token - first for token in forbidden if first <= token < first + weight.shape[0]]
     with _WithoutLogits(weight, torch.tensor(local, dtype=torch.long, device=weight.device)):
         yield
@@ -60,7 +68,7 @@ class _WithoutLogits(TorchFunctionMode):
 
 def parity_sample(rows: Sequence[Row], count: int = PARITY_ROLLOUTS) -> list[Row]:
     """This rank's share of `count` rollouts, evenly spread over rows; at least one where there are any."""
-    mine = min(len(rows), max(1, count // parallel.dp_group().size()))
+    mine = min(len(rows), max(1, count // process_groups.dp_group().size()))
     return [rows[i * len(rows) // mine] for i in range(mine)]
 
 
@@ -109,10 +117,12 @@ def compare_with_server(
 ) -> dict[str, float]:
     """How far SGLang's log-probs are from Megatron's: the first sign of a wrong picture, weight or position.
 
-    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows, with `prefix` for the first word of their names.
+    -> objective.rollout_mismatch's metrics over the response tokens of all ranks' rows, with `prefix` for the first
+    word of their names.
 
-    old_log_probs: one [response_length] per row on the last stage, else []. Collective over all ranks. Raises UserError, listing the
-    worst tokens in their context (as text where `decode` turns ids into it), where the mean difference exceeds limit.
+    old_log_probs: one [response_length] per row on the last stage, else []. Collective over all ranks. Raises
+    UserError, listing the worst tokens in their context (as text where `decode` turns ids into it), where the mean
+    difference exceeds limit.
     """
     ours = torch.cat([torch.zeros(0), *(values.cpu() for values in old_log_probs)])
     theirs = torch.tensor([value for row, _ in zip(rows, old_log_probs) for value in row.rollout.rollout_log_probs])
@@ -123,8 +133,10 @@ def compare_with_server(
     if limit is not None and not mean <= limit:  # nan fails too
         worst = "; ".join(one.in_context(decode) for one in worst_tokens(rows, old_log_probs))
         raise UserError(
-            f"log-probs of the rollouts differ by {mean:.3g} nats on average, {maximum:.3g} at most (limit {limit}): the server did not run"
-            f" these weights or did not see these pictures (find out with: python -m tools.check_parity). Worst here: {worst}"
+            f"log-probs of the rollouts differ by {mean:.3g} nats on average, {maximum:.3g} at most (limit {limit}):"
+            " the server did not run"
+            " these weights or did not see these pictures (find out with: python -m tools.check_parity). Worst here:"
+            f" {worst}"
         )
     return {name.replace("rollout", prefix, 1): value for name, value in metrics.items()}
 
@@ -136,10 +148,12 @@ def parity_gate(
     hf_files: Path,
     limit: float | None,
 ) -> dict[str, float]:
-    """compare_with_server for a sample of the rollouts, over the tokens that the server may sample: 0 but for rounding if all is well.
+    """compare_with_server for a sample of the rollouts, over the tokens that the server may sample: 0 but for rounding
+    if all is well.
 
-    -> parity_log_prob_difference_mean, _max, ... sweep: computes log_probs of rows. hf_files: directory with config.json and
-    tokenizer.json of the checkpoint. Collective over all ranks. Raises UserError as compare_with_server does.
+    -> parity_log_prob_difference_mean, _max, ... sweep: computes log_probs of rows. hf_files: directory with
+    config.json and tokenizer.json of the checkpoint. Collective over all ranks. Raises UserError as compare_with_server
+    does.
     """
     from tokenizers import Tokenizer
 
@@ -151,15 +165,19 @@ def parity_gate(
 
 
 def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:
-    """sampling_bias of the rollouts of all ranks; said aloud where top_p makes one. old: compute_log_probs of the old policy.
+    """sampling_bias of the rollouts of all ranks; said aloud where top_p makes one. old: compute_log_probs of the old
+    policy.
 
     Collective over all ranks.
     """
-    log_probs, entropy = (torch.cat([torch.zeros(0), *(values.cpu() for values in old[name])]) for name in ("log_probs", "entropy"))
+    log_probs, entropy = (
+        torch.cat([torch.zeros(0), *(values.cpu() for values in old[name])]) for name in ("log_probs", "entropy")
+    )
     metrics = sampling_bias_metrics(collectives.sum_from_last_stage(sampling_bias_sums(log_probs, entropy)))
-    if top_p < 1 and parallel.is_main_rank():
+    if top_p < 1 and process_groups.is_main_rank():
         print(
-            f"rollout.top_p {top_p}: the sampled tokens are {-metrics['sampling_bias']:.4f} +- {metrics['sampling_bias_error']:.4f} nats less"
+            f"rollout.top_p {top_p}: the sampled tokens are {-metrics['sampling_bias']:.4f} +-"
+            f" {metrics['sampling_bias_error']:.4f} nats less"
             " surprising on average than samples of the policy that is trained: a bias of the gradient; 1.0 has none",
             flush=True,
         )

@@ -1,4 +1,5 @@
-"""Hugging Face -> Megatron -> Hugging Face is bitwise, every tensor exactly once; what does not belong is refused before anything is written."""
+"""Hugging Face -> Megatron -> Hugging Face is bitwise, every tensor exactly once; what does not belong is refused
+before anything is written."""
 
 import hashlib
 import json
@@ -10,16 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_papo.checkpoint import convert, torch_dist_files
-from megatron_papo.checkpoint.convert import HFCheckpoint, MegatronCheckpoint, hf_to_megatron, megatron_to_hf, open_checkpoint
+from megatron_papo.checkpoint.convert import (
+    HFCheckpoint,
+    MegatronCheckpoint,
+    hf_to_megatron,
+    megatron_to_hf,
+    open_checkpoint,
+)
 from megatron_papo.checkpoint.hf_files import HEADERS
 from megatron_papo.checkpoint.name_map import pieces
 from megatron_papo.checkpoint.proof import require_proof
-from megatron_papo.checkpoint.verify import differences
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
+from megatron_papo.checkpoint.verify import differences
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
-from tests import random_model
 from tests.model.test_hf_config import OFFICIAL_3B, OFFICIAL_7B
+from tests.workers import random_model
 
 
 def to_megatron(source, target):
@@ -89,7 +96,9 @@ def test_every_parameter_of_transformers_is_in_the_map(hf):
         assert count == len({id(parameter) for parameter in model.parameters()})
 
 
-@pytest.mark.parametrize("tree, tensors, parameters", [(OFFICIAL_3B, 824, 3_754_622_976), (OFFICIAL_7B, 729, 8_292_166_656)])
+@pytest.mark.parametrize(
+    "tree, tensors, parameters", [(OFFICIAL_3B, 824, 3_754_622_976), (OFFICIAL_7B, 729, 8_292_166_656)]
+)
 def test_official_models_are_mapped_exactly_once(tmp_path, tree, tensors, parameters):
     """Counts of the published checkpoints, and names and shapes of transformers' model on the meta device."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -113,7 +122,9 @@ def test_in_memory_names_and_a_redundant_tied_head_survive(hf, tmp_path):
     """As some trainers save: transformers' in-memory names and lm_head.weight beside the embedding it is tied to."""
     weights = load_file(hf / "tied" / "model.safetensors")
     renamed = {
-        ("model." + name if name.startswith("visual.") else name.replace("model.", "model.language_model.")): value.clone()
+        (
+            "model." + name if name.startswith("visual.") else name.replace("model.", "model.language_model.")
+        ): value.clone()
         for name, value in weights.items()
     }
     renamed["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -130,7 +141,8 @@ def test_in_memory_names_and_a_redundant_tied_head_survive(hf, tmp_path):
 
 
 def test_a_tie_flag_inside_text_config_is_lifted_where_loaders_look(hf, tmp_path):
-    """transformers 5.12 loads a random lm_head from a configuration that 4.57 wrote; what we export loads as it should."""
+    """transformers 5.12 loads a random lm_head from a configuration that 4.57 wrote; what we export loads as it
+    should."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     source = shutil.copytree(hf / "tied", tmp_path / "source")
@@ -154,7 +166,9 @@ def test_verify_finds_one_changed_value(hf, megatron, tmp_path):
     save_file(weights, changed / "model.safetensors")
     rows = list(differences(open_checkpoint(megatron["untied"]), open_checkpoint(changed)))
     assert len(rows) == 1
-    assert rows[0].startswith("model.layers.2.self_attn.v_proj.bias: values differ, 1 of 16 values, at most by 0.25, xxh3 ")
+    assert rows[0].startswith(
+        "model.layers.2.self_attn.v_proj.bias: values differ, 1 of 16 values, at most by 0.25, xxh3 "
+    )
     before, after = rows[0].split()[-2:]
     assert len(before) == len(after) == 32 and before != after
     rows = list(differences(open_checkpoint(hf / "sharded"), open_checkpoint(megatron["tied"])))
@@ -172,9 +186,20 @@ def spoil_names(directory, change):
     "change, message",
     [
         (lambda w: w.pop("visual.blocks.1.attn.qkv.bias"), "1 missing tensor: visual.blocks.1.attn.qkv.bias"),
-        (lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}), "1 unknown tensor: model.layers.9.mlp"),
-        (lambda w: w.update({"lm_head.weight": torch.zeros(260, 63)}), r"lm_head.weight has shape \[260, 63\].*\[260, 64\]"),
-        (lambda w: w.update({"model.layers.1.self_attn.k_proj.bias": w["model.layers.1.self_attn.k_proj.bias"].half()}), "one dtype"),
+        (
+            lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(2)}),
+            "1 unknown tensor: model.layers.9.mlp",
+        ),
+        (
+            lambda w: w.update({"lm_head.weight": torch.zeros(260, 63)}),
+            r"lm_head.weight has shape \[260, 63\].*\[260, 64\]",
+        ),
+        (
+            lambda w: w.update(
+                {"model.layers.1.self_attn.k_proj.bias": w["model.layers.1.self_attn.k_proj.bias"].half()}
+            ),
+            "one dtype",
+        ),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(damaged_hf, tmp_path, change, message):
@@ -187,7 +212,12 @@ def test_wrong_tensors_are_refused_by_name(damaged_hf, tmp_path, change, message
 def test_damaged_safetensors_are_refused(damaged_hf):
     path = damaged_hf / "model.safetensors"
     whole = path.read_bytes()
-    for data, message in ((whole[:-1], "announces"), (whole[:100], "cut off"), (b"", "not a complete"), (whole + b"x", "announces")):
+    for data, message in (
+        (whole[:-1], "announces"),
+        (whole[:100], "cut off"),
+        (b"", "not a complete"),
+        (whole + b"x", "announces"),
+    ):
         path.write_bytes(data)
         with pytest.raises(UserError, match=message) as error:
             HFCheckpoint(damaged_hf)
@@ -262,7 +292,9 @@ def test_a_bit_flipped_inside_a_megatron_checkpoint_is_noticed(hf, damaged_megat
         except UserError as error:
             assert "__0_0.distcp: " in str(error) and ("bits have changed" in str(error) or "damaged" in str(error))
         else:  # padding, which holds nothing
-            assert (tmp_path / "back" / "model.safetensors").read_bytes() == (hf / "untied" / "model.safetensors").read_bytes()
+            assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+                hf / "untied" / "model.safetensors"
+            ).read_bytes()
             missed += 1
     assert missed < 4
 
@@ -277,7 +309,11 @@ def test_proofs(damaged_megatron):
     path = damaged_megatron / "proof.json"
     proof = json.loads(path.read_text())
     require_proof(damaged_megatron)
-    assert proof["tool"].startswith("megatron_papo") and proof["conversion"] == "hf_to_megatron" and proof["dtype"] == "as in the source"
+    assert (
+        proof["tool"].startswith("megatron_papo")
+        and proof["conversion"] == "hf_to_megatron"
+        and proof["dtype"] == "as in the source"
+    )
     name = "visual.merger.mlp.2.weight"
     proof["tensors"][name]["read_back_xxh3_128"] = "0" * 32
     cases = [
@@ -306,7 +342,11 @@ def test_the_proof_names_its_source_by_sha256(hf, megatron):
 def test_a_megatron_checkpoint_that_is_not_what_was_proved_is_refused(damaged_megatron, tmp_path):
     """Its checksums may be right: another checkpoint's files, copied over."""
     path = damaged_megatron / "proof.json"
-    path.write_text(path.read_text().replace(json.loads(path.read_text())["tensors"]["model.norm.weight"]["source_xxh3_128"], "0" * 32))
+    path.write_text(
+        path.read_text().replace(
+            json.loads(path.read_text())["tensors"]["model.norm.weight"]["source_xxh3_128"], "0" * 32
+        )
+    )
     with pytest.raises(UserError, match="model.norm.weight is not what its proof.json says"):
         to_hf(damaged_megatron, tmp_path / "back")
 
@@ -364,7 +404,10 @@ def test_dtype_on_the_way_in(hf, tmp_path):
     assert torch.equal(MegatronCheckpoint(target).read("model.layers.1.mlp.up_proj.weight"), source.bfloat16())
     assert require_proof(target)["dtype"] == "bfloat16"
     mixed = shutil.copytree(hf / "untied", tmp_path / "mixed")
-    spoil_names(mixed, lambda w: w.update({"model.layers.1.self_attn.k_proj.bias": w["model.layers.1.self_attn.k_proj.bias"].half()}))
+    spoil_names(
+        mixed,
+        lambda w: w.update({"model.layers.1.self_attn.k_proj.bias": w["model.layers.1.self_attn.k_proj.bias"].half()}),
+    )
     (tmp_path / "converted").mkdir()
     hf_to_megatron(HFCheckpoint(mixed), tmp_path / "converted", dtype=torch.float32)
     require_proof(tmp_path / "converted")

@@ -1,4 +1,5 @@
-"""What an exported checkpoint carries besides weights: a flat config.json, the small files, a model card; and what inspect says of it."""
+"""What an exported checkpoint carries besides weights: a flat config.json, the small files, a model card; and what
+inspect says of it."""
 
 import json
 import shutil
@@ -11,9 +12,9 @@ from megatron_papo.checkpoint import config_json, conversion_output
 from megatron_papo.checkpoint.inspect import describe
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
-from tests import random_model
+from tests.workers import random_model
 
-FROM_4_57 = {  # written by transformers 4.57.6 for the sizes of tests.random_model, tied
+FROM_4_57 = {  # written by transformers 4.57.6 for the sizes of tests.workers.random_model, tied
     "dtype": "float32",
     "image_token_id": 250,
     "model_type": "qwen2_5_vl",
@@ -77,10 +78,18 @@ pipeline_tag: something-else
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """A tied checkpoint as transformers 5 saves it, with the files a published one has, and its Megatron counterpart."""
+    """A tied checkpoint as transformers 5 saves it, with the files a published one has, and its Megatron
+    counterpart."""
     root = tmp_path_factory.mktemp("exports")
     random_model.save(random_model.make(True), root / "hf")
-    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json", "vocab.json", "merges.txt"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "chat_template.json",
+        "vocab.json",
+        "merges.txt",
+    ):
         (root / "hf" / name).write_text(f'{{"this is": "{name}"}}')
     (root / "hf" / "README.md").write_text(CARD)
     conversion_output.to_megatron(root / "hf", root / "megatron", {})
@@ -89,7 +98,14 @@ def converted(tmp_path_factory):
 
 def test_small_files_travel_and_config_becomes_flat(converted, tmp_path):
     conversion_output.to_hf(converted / "megatron", tmp_path / "back", {})
-    names = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "chat_template.json", "vocab.json", "merges.txt"}
+    names = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "preprocessor_config.json",
+        "chat_template.json",
+        "vocab.json",
+        "merges.txt",
+    }
     for name in names | {"generation_config.json", "README.md"}:
         assert (tmp_path / "back" / name).read_bytes() == (converted / "hf" / name).read_bytes()
     tree = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -109,14 +125,28 @@ def test_a_nested_config_and_its_flat_spelling_are_one_model(converted, tmp_path
     assert read_hf_config(flat) == read_hf_config(source) == read_hf_config(converted / "hf")
     theirs = AutoConfig.from_pretrained(flat)
     reference = AutoConfig.from_pretrained(converted / "hf")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_key_value_heads", "intermediate_size", "rms_norm_eps", "eos_token_id"):
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+        "eos_token_id",
+    ):
         assert getattr(theirs.text_config, key) == getattr(reference.text_config, key), key
-    assert theirs.text_config.rope_parameters["mrope_section"] == [1, 1, 2] and theirs.text_config.rope_parameters["rope_theta"] == 1e6
+    assert (
+        theirs.text_config.rope_parameters["mrope_section"] == [1, 1, 2]
+        and theirs.text_config.rope_parameters["rope_theta"] == 1e6
+    )
     assert theirs.tie_word_embeddings is True and theirs.image_token_id == 250
     assert theirs.architectures == ["Qwen2_5_VLForConditionalGeneration"]
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        logits = [Qwen2_5_VLForConditionalGeneration.from_pretrained(path)(input_ids=ids).logits for path in (flat, converted / "hf")]
+        logits = [
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(path)(input_ids=ids).logits
+            for path in (flat, converted / "hf")
+        ]
     assert torch.equal(*logits)
 
 
@@ -131,7 +161,10 @@ def test_a_flat_config_stays_as_it_is(tmp_path):
 def trained(converted):
     """The Megatron checkpoint as stage 5 would leave it after step 12 of iteration 3, without training anything."""
     directory = shutil.copytree(converted / "megatron", converted / "trained")
-    torch.save({"state": {"step": 12}, "saved_from": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4}}, directory / "common.pt")
+    torch.save(
+        {"state": {"step": 12}, "saved_from": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4}},
+        directory / "common.pt",
+    )
     (directory / "proof.json").unlink()
     manifest = {
         "stage": "stage5_train",
@@ -139,7 +172,10 @@ def trained(converted):
         "git_commit": "c" * 40,
         "files": {},
         "command": "train",
-        "recipe": {"arguments": {"iteration": 3}, "config": {"objective": {"kl_prcp_coef": 0.02, "average": "token"}, "seed": 5}},
+        "recipe": {
+            "arguments": {"iteration": 3},
+            "config": {"objective": {"kl_prcp_coef": 0.02, "average": "token"}, "seed": 5},
+        },
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
@@ -149,21 +185,36 @@ def test_the_card_of_a_trained_model_says_how_it_was_trained(trained, tmp_path):
     conversion_output.to_hf(trained, tmp_path / "out", {})
     text = (tmp_path / "out" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
-    assert front["license"] == "other" and front["license_name"] == "qwen-research" and front["pipeline_tag"] == "image-text-to-text"
-    for part in ("12 optimizer steps, 3 iterations", "| objective.kl_prcp_coef | 0.02 |", "| seed | 5 |", "f" * 64, "2507.06448"):
+    assert (
+        front["license"] == "other"
+        and front["license_name"] == "qwen-research"
+        and front["pipeline_tag"] == "image-text-to-text"
+    )
+    for part in (
+        "12 optimizer steps, 3 iterations",
+        "| objective.kl_prcp_coef | 0.02 |",
+        "| seed | 5 |",
+        "f" * 64,
+        "2507.06448",
+    ):
         assert part in text
     assert (tmp_path / "out" / "README_base_model.md").read_text() == CARD
 
 
 def test_inspect(converted, trained):
     facts = describe(converted / "hf")
-    assert facts["format"].startswith("hugging face") and facts["tie_word_embeddings"] is True and facts["proof"] == "none"
+    assert (
+        facts["format"].startswith("hugging face") and facts["tie_word_embeddings"] is True and facts["proof"] == "none"
+    )
     assert facts["parameters"] == sum(parameter.numel() for parameter in random_model.make(True).parameters())
     assert facts["text"]["layers"] == 4 and facts["vision"]["layers"] == 3 and facts["dtypes"] == {"float32": 92}
     assert facts["bytes"] == 4 * facts["parameters"]
     converted_facts, trained_facts = describe(converted / "megatron"), describe(trained)
     assert converted_facts["step"] is None and converted_facts["saved_from"] == {"tensor_model_parallel_size": 1}
-    assert converted_facts["proof"].startswith("passed: hf_to_megatron of 92 tensors") and converted_facts["optimizer_bytes"] == 0
+    assert (
+        converted_facts["proof"].startswith("passed: hf_to_megatron of 92 tensors")
+        and converted_facts["optimizer_bytes"] == 0
+    )
     assert trained_facts["step"] == 12 and trained_facts["saved_from"]["pipeline_model_parallel_size"] == 4
     assert trained_facts["proof"] == "none" and trained_facts["made_by"]["stage"] == "stage5_train"
 
@@ -181,7 +232,9 @@ def test_an_export_leaves_the_training_checkpoint_alone(trained, tmp_path):
     """Also one that may not be written to: what a run goes on with is what it saved."""
 
     def state():
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(trained.rglob("*")) if path.is_file()}
+        return {
+            path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(trained.rglob("*")) if path.is_file()
+        }
 
     before = state()
     conversion_output.to_hf(trained, tmp_path / "out", {})

@@ -1,4 +1,5 @@
-"""Killed at any moment, a full disk, two converters on one output, damaged headers: a clear message, the output whole or absent."""
+"""Killed at any moment, a full disk, two converters on one output, damaged headers: a clear message, the output whole
+or absent."""
 
 import json
 import os
@@ -19,9 +20,9 @@ from megatron_papo.checkpoint.chunk_data import find_data
 from megatron_papo.checkpoint.convert import HFCheckpoint, MegatronCheckpoint
 from megatron_papo.checkpoint.hashed_files import ahead, open_for_reading
 from megatron_papo.errors import UserError
-from megatron_papo.output_lock import OutputLock
-from tests import random_model
-from tests.conftest import ROOT
+from megatron_papo.run.output_lock import OutputLock
+from tests.helpers import ROOT
+from tests.workers import random_model
 
 FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -110,7 +111,9 @@ def test_a_source_cut_off_while_it_is_read(checkpoints, tmp_path):
 
 
 def test_no_proof_or_a_failed_one_is_refused_by_both_directions(checkpoints, tmp_path):
-    for index, (convert, name) in enumerate(((conversion_output.to_megatron, "hf"), (conversion_output.to_hf, "megatron"))):
+    for index, (convert, name) in enumerate(
+        ((conversion_output.to_megatron, "hf"), (conversion_output.to_hf, "megatron"))
+    ):
         source = shutil.copytree(checkpoints[index], tmp_path / name)
         path = source / "proof.json"
         text = path.read_text()
@@ -202,7 +205,10 @@ def test_fuzzed_safetensors_headers(spoiled_hf, spots):
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 

@@ -1,16 +1,22 @@
-"""keep_checkpoints: older weights go, but not before the newest are whole, nor what a rollback may need; resume goes on as before."""
+"""keep_checkpoints: older weights go, but not before the newest are whole, nor what a rollback may need; resume goes on
+as before."""
 
 import json
 
 import pytest
 
+from megatron_papo.checkpoint.keep import oldest_kept
 from megatron_papo.config import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import require_input, verify_files
-from tests.conftest import DEMO_CONFIG, run_module
-from megatron_papo.checkpoint.keep import oldest_kept
+from megatron_papo.run.stage_output import require_input, verify_files
+from tests.helpers import DEMO_CONFIG, run_module
 
-ROWS = {"tensors": {"a": {"source_xxh3_128": "1", "read_back_xxh3_128": "1"}}, "version": 2, "passed": True, "conversion": "megatron_to_hf"}
+ROWS = {
+    "tensors": {"a": {"source_xxh3_128": "1", "read_back_xxh3_128": "1"}},
+    "version": 2,
+    "passed": True,
+    "conversion": "megatron_to_hf",
+}
 
 
 @pytest.fixture
@@ -28,7 +34,12 @@ def add(root, number):
         (directory / weights).write_bytes(b"0123456789")
         (directory / "metrics.jsonl").write_text("{}\n")
         stage = "stage5_train" if name == "megatron" else "stage6_convert_to_hf"
-        manifest = {"stage": stage, "fingerprint": str(number), "command": "again", "files": {weights: {"bytes": 10, "sha256": "?"}}}
+        manifest = {
+            "stage": stage,
+            "fingerprint": str(number),
+            "command": "again",
+            "files": {weights: {"bytes": 10, "sha256": "?"}},
+        }
         (directory / "manifest.json").write_text(json.dumps(manifest))
     (directory / "proof.json").write_text(json.dumps(ROWS))
 
@@ -39,7 +50,9 @@ def kept(root):
 
 def call(root, newest, *overrides):
     arguments = [part for override in overrides for part in ("--set", override)]
-    return run_module("tools.keep_checkpoints", "--config", DEMO_CONFIG, *arguments, "--iterations", root, "--newest", newest)
+    return run_module(
+        "tools.keep_checkpoints", "--config", DEMO_CONFIG, *arguments, "--iterations", root, "--newest", newest
+    )
 
 
 def test_only_the_newest_are_kept_and_the_rest_stays_on_record(iterations):
@@ -52,7 +65,10 @@ def test_only_the_newest_are_kept_and_the_rest_stays_on_record(iterations):
     assert require_input(old / "megatron", ("stage5_train",), "hint") == "2"  # its stage still counts as done
     with pytest.raises(UserError, match="its weights were deleted .*raise keep_checkpoints, or make it again"):
         verify_files(old / "megatron")
-    assert call(iterations, 2, "keep_checkpoints=2").returncode == 0 and kept(iterations) == [4, 5]  # run again after a crash
+    assert call(iterations, 2, "keep_checkpoints=2").returncode == 0 and kept(iterations) == [
+        4,
+        5,
+    ]  # run again after a crash
 
 
 @pytest.mark.parametrize(
@@ -70,7 +86,10 @@ def test_what_a_rollback_needs_is_kept(keep, rollback, newest, oldest):
     "spoil, message",
     [
         (lambda root: (root / "0005/hf/manifest.json").unlink(), "0005/hf: not complete: nothing is deleted"),
-        (lambda root: (root / "0005/megatron/__0_0.distcp").write_bytes(b"0"), "__0_0.distcp: missing or of another size"),
+        (
+            lambda root: (root / "0005/megatron/__0_0.distcp").write_bytes(b"0"),
+            "__0_0.distcp: missing or of another size",
+        ),
         (lambda root: (root / "0005/hf/proof.json").unlink(), "proof.json: missing"),
     ],
 )

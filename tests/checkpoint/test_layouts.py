@@ -47,7 +47,11 @@ def test_query_groups_for_any_sizes(groups, queries, head_dim):
     heads = groups * queries
     text = dataclasses.replace(TEXT, num_heads=heads, num_kv_groups=groups, hidden_size=heads * head_dim)
     hf = dataclasses.replace(HF, text=text)
-    q, k, v = numbered(heads * head_dim, 3), numbered(groups * head_dim, 3, start=10000), numbered(groups * head_dim, 3, start=20000)
+    q, k, v = (
+        numbered(heads * head_dim, 3),
+        numbered(groups * head_dim, 3, start=10000),
+        numbered(groups * head_dim, 3, start=20000),
+    )
     rows = []
     for group in range(groups):
         for head in range(queries):

@@ -1,4 +1,5 @@
-"""The published 3B, 7B, 32B and 72B on the meta device: every tensor mapped once, both ways; which tensor-parallel sizes they take."""
+"""The published 3B, 7B, 32B and 72B on the meta device: every tensor mapped once, both ways; which tensor-parallel
+sizes they take."""
 
 import json
 
@@ -9,19 +10,20 @@ from megatron_papo.checkpoint.name_map import disk_name, pieces
 from megatron_papo.config import ParallelConfig
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
-from megatron_papo.training.parallel import check_parallel_sizes
-from tests.test_presets import SIZES, official_tree
+from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from tests.config.test_presets import SIZES, official_tree
 from tools.convert.geometry import config_tree
 
 TENSORS = {"3b": 824, "7b": 729, "32b": 1161, "72b": 1353}
-"""Counted by hand: 390 of the vision tower (32 x 12 + patches, norm and two biased layers), 12 per text layer, embedding, norm, head."""
+"""Counted by hand: 390 of the vision tower (32 x 12 + patches, norm and two biased layers), 12 per text layer,
+embedding, norm, head."""
 
 TENSOR_PARALLEL = {
     "sharded": {"3b": {1, 2, 4}, "7b": {1, 2, 4}, "32b": {1, 2, 4, 8}, "72b": {1, 2, 4, 8, 16}},
     "spread": {"3b": {1, 2, 4, 8, 16}, "7b": {1, 2, 4}, "32b": {1, 2, 4, 8}, "72b": {1, 2, 4, 8, 16, 32, 64}},
 }
-"""Common divisors of heads, MLP widths and vocabulary, with a spread tower of the text's alone. 16 ranks share the 8 key-value groups of the
-72B model in pairs."""
+"""Common divisors of heads, MLP widths and vocabulary, with a spread tower of the text's alone. 16 ranks share the 8
+key-value groups of the 72B model in pairs."""
 
 
 def hf_config(tree, directory):

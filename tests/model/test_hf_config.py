@@ -1,4 +1,5 @@
-"""read_hf_config on the three spellings of config.json, against transformers' own reading, and on files that do not belong."""
+"""read_hf_config on the three spellings of config.json, against transformers' own reading, and on files that do not
+belong."""
 
 import json
 
@@ -6,7 +7,7 @@ import pytest
 
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config
-from tests import random_model
+from tests.workers import random_model
 
 OFFICIAL_3B = {  # as published, Qwen/Qwen2.5-VL-3B-Instruct
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -74,7 +75,12 @@ def write(directory, tree, name="config.json"):
 
 def test_official_flat_file(tmp_path):
     hf = read_hf_config(write(tmp_path, OFFICIAL_3B))
-    assert (hf.text.num_layers, hf.text.head_dim, hf.text.num_kv_groups, hf.text.mrope_section) == (36, 128, 2, (16, 24, 24))
+    assert (hf.text.num_layers, hf.text.head_dim, hf.text.num_kv_groups, hf.text.mrope_section) == (
+        36,
+        128,
+        2,
+        (16, 24, 24),
+    )
     assert (hf.vision.full_attention_layers, hf.vision.patch_values, hf.vision.head_dim) == ((7, 15, 23, 31), 1176, 80)
     assert hf.tie_word_embeddings and hf.eos_token_ids == (151645,) and hf.image_token_id == 151655
 
@@ -96,8 +102,14 @@ def test_every_spelling_says_the_same(tmp_path, tied):
     assert expected.tie_word_embeddings is tied
     # transformers 4.57: the tie flag and the token ids only inside text_config, rope the old way
     text = {key: value for key, value in new["text_config"].items() if key != "rope_parameters"}
-    text |= {"rope_theta": 1e6, "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]}, "tie_word_embeddings": tied}
-    old = {key: value for key, value in new.items() if key not in ("tie_word_embeddings", "eos_token_id")} | {"text_config": text}
+    text |= {
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]},
+        "tie_word_embeddings": tied,
+    }
+    old = {key: value for key, value in new.items() if key not in ("tie_word_embeddings", "eos_token_id")} | {
+        "text_config": text
+    }
     assert read_hf_config(write(tmp_path, old)) == expected
     # official: flat
     flat = {**old, **text, "model_type": "qwen2_5_vl"}

@@ -1,4 +1,5 @@
-"""Log-probs, entropy and exact KL from (sharded) logits against torch's own log_softmax in float64, values and gradients."""
+"""Log-probs, entropy and exact KL from (sharded) logits against torch's own log_softmax in float64, values and
+gradients."""
 
 import math
 import os
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import CHUNK_ELEMENTS, LOG_RATIO_LIMIT, output_token_statistics, token_statistics
-from megatron_papo.training import parallel
 
 ROOT = Path(__file__).parent.parent.parent
 TEMPERATURE = 0.7
@@ -41,7 +42,15 @@ def textbook(logits, positions, tokens, weights):
 
 def ours(logits, positions, tokens, weights, group, second_half_gradient=True):
     logits = logits.clone().requires_grad_()
-    found = token_statistics(logits, positions, tokens, group, temperature=TEMPERATURE, kl_of_halves=True, second_half_gradient=second_half_gradient)
+    found = token_statistics(
+        logits,
+        positions,
+        tokens,
+        group,
+        temperature=TEMPERATURE,
+        kl_of_halves=True,
+        second_half_gradient=second_half_gradient,
+    )
     sum((w * v).sum() for w, v in zip(weights, found)).backward()
     return [v.detach() for v in found], logits.grad
 
@@ -53,15 +62,20 @@ def weights_of(positions, seed=1):
 
 @pytest.fixture(scope="module")
 def world():
-    parallel.connect()
+    process_groups.connect()
     return torch.distributed.group.WORLD
 
 
-@pytest.mark.parametrize("keep", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["all", "log-probs", "entropy", "KL"])
+@pytest.mark.parametrize(
+    "keep", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["all", "log-probs", "entropy", "KL"]
+)
 def test_equals_torch(world, keep):
     logits, positions, tokens = example()
     weights = [k * w for k, w in zip(keep, weights_of(positions))]
-    (values, gradient), (expected, expected_gradient) = ours(logits, positions, tokens, weights, world), textbook(logits, positions, tokens, weights)
+    (values, gradient), (expected, expected_gradient) = (
+        ours(logits, positions, tokens, weights, world),
+        textbook(logits, positions, tokens, weights),
+    )
     for value, other in zip(values, expected):
         torch.testing.assert_close(value.double(), other, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
@@ -95,7 +109,10 @@ def test_many_chunks(world):
     logits, positions, tokens = example(rows=401, vocabulary=15013)
     assert len(positions) * logits.shape[1] > CHUNK_ELEMENTS
     weights = weights_of(positions)
-    (values, gradient), (expected, expected_gradient) = ours(logits, positions, tokens, weights, world), textbook(logits, positions, tokens, weights)
+    (values, gradient), (expected, expected_gradient) = (
+        ours(logits, positions, tokens, weights, world),
+        textbook(logits, positions, tokens, weights),
+    )
     for value, other in zip(values, expected):
         torch.testing.assert_close(value.double(), other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-6)
@@ -105,13 +122,20 @@ def test_bfloat16_logits_are_summed_in_fp32(world):
     logits, positions, tokens = example(vocabulary=5000)
     logits = logits.bfloat16()
     weights = weights_of(positions)
-    (values, gradient), (expected, expected_gradient) = ours(logits, positions, tokens, weights, world), textbook(logits, positions, tokens, weights)
+    (values, gradient), (expected, expected_gradient) = (
+        ours(logits, positions, tokens, weights, world),
+        textbook(logits, positions, tokens, weights),
+    )
     for value, other in zip(values, expected):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), other, rtol=1e-5, atol=1e-5)
     assert gradient.dtype == torch.bfloat16
-    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2**-7, atol=2e-4)  # bfloat16, one row added up twice
-    assert (torch.log_softmax(logits[positions] / TEMPERATURE, -1).gather(-1, tokens[:, None])[:, 0].double() - expected[0]).abs().max() > 1e-3
+    torch.testing.assert_close(
+        gradient.double(), expected_gradient, rtol=2**-7, atol=2e-4
+    )  # bfloat16, one row added up twice
+    assert (
+        torch.log_softmax(logits[positions] / TEMPERATURE, -1).gather(-1, tokens[:, None])[:, 0].double() - expected[0]
+    ).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("where", ["both", "first", "second"])
@@ -122,7 +146,10 @@ def test_forbidden_tokens(world, where):
     rows = {"both": slice(0, 8), "first": slice(0, 4), "second": slice(4, 8)}[where]
     logits[rows, 10:] = -torch.inf
     weights = weights_of(positions)
-    (values, gradient), (expected, expected_gradient) = ours(logits, positions, tokens, weights, world), textbook(logits, positions, tokens, weights)
+    (values, gradient), (expected, expected_gradient) = (
+        ours(logits, positions, tokens, weights, world),
+        textbook(logits, positions, tokens, weights),
+    )
     for value, other in zip(values, expected):
         torch.testing.assert_close(value.double(), other, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(gradient).all() and not gradient[rows, 10:].any()
@@ -142,15 +169,20 @@ def test_a_forbidden_token_that_was_sampled(world):
     assert torch.isfinite(leaf.grad).all()
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 27, 24 * 2, 24 * 6, 24 * 8], ids=["one chunk", "pairs", "three pairs", "uneven"])
+@pytest.mark.parametrize(
+    "chunk_elements", [1 << 27, 24 * 2, 24 * 6, 24 * 8], ids=["one chunk", "pairs", "three pairs", "uneven"]
+)
 def test_through_the_output_layer(world, chunk_elements):
-    """hidden x weight in chunks that are computed again in the backward pass: the values and gradients of whole logits."""
+    """hidden x weight in chunks that are computed again in the backward pass: the values and gradients of whole
+    logits."""
     generator = torch.Generator().manual_seed(4)
     hidden, weight = torch.randn(20, 16, generator=generator), torch.randn(24, 16, generator=generator) / 3
     tokens = torch.randint(24, (10,), generator=generator).repeat(2)
     weights = [torch.randn(n, generator=generator) for n in (20, 20, 10)]
     a, b = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    found = output_token_statistics(a, b, tokens, world, temperature=TEMPERATURE, kl_of_halves=True, chunk_elements=chunk_elements)
+    found = output_token_statistics(
+        a, b, tokens, world, temperature=TEMPERATURE, kl_of_halves=True, chunk_elements=chunk_elements
+    )
     sum((w * v).sum() for w, v in zip(weights, found)).backward()
     c, d = hidden.double().requires_grad_(), weight.double().requires_grad_()
     logits = c @ d.T
@@ -162,15 +194,31 @@ def test_through_the_output_layer(world, chunk_elements):
     torch.testing.assert_close(b.grad.double(), d.grad, rtol=1e-5, atol=1e-5)
     constant = hidden.clone().requires_grad_()
     kl = output_token_statistics(
-        constant, weight, tokens, world, temperature=TEMPERATURE, kl_of_halves=True, second_half_gradient=False, chunk_elements=chunk_elements
+        constant,
+        weight,
+        tokens,
+        world,
+        temperature=TEMPERATURE,
+        kl_of_halves=True,
+        second_half_gradient=False,
+        chunk_elements=chunk_elements,
     ).kl
     kl.sum().backward()
     assert constant.grad[:10].any() and not constant.grad[10:].any()
 
 
 def test_sharded_over_ranks(tmp_path):
-    """Four processes: groups of 2 and of 4 give the values and the gradient of one; one shard may hold nothing but forbidden tokens."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(ROOT / "tests/workers/sharded_logits.py")]
+    """Four processes: groups of 2 and of 4 give the values and the gradient of one; one shard may hold nothing but
+    forbidden tokens."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        str(ROOT / "tests/workers/sharded_logits.py"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_papo.model.position_ids import mrope_position_ids
-from tests.random_model import END, GRIDS, IMAGE, START, batch, hf_config
+from tests.workers.random_model import END, GRIDS, IMAGE, START, batch, hf_config
 
 grids = st.tuples(st.just(1), st.integers(1, 9).map(lambda n: 2 * n), st.integers(1, 9).map(lambda n: 2 * n))
 segments = st.lists(st.tuples(st.integers(0, 12), grids), max_size=4)
@@ -22,7 +22,9 @@ def reference():
     def positions(row, image_grids):
         ids = torch.tensor([row])
         given_grids = torch.tensor(image_grids).reshape(-1, 3)
-        return model.get_rope_index(ids, (ids == IMAGE).int(), given_grids, attention_mask=torch.ones_like(ids))[0][:, 0]
+        return model.get_rope_index(ids, (ids == IMAGE).int(), given_grids, attention_mask=torch.ones_like(ids))[0][
+            :, 0
+        ]
 
     return positions
 

@@ -1,4 +1,5 @@
-"""The PAPO objective as a beginner would write it from the papers: loops over rollouts and tokens, one scalar at a time, float64."""
+"""The PAPO objective as a beginner would write it from the papers: loops over rollouts and tokens, one scalar at a
+time, float64."""
 
 import math
 
@@ -6,7 +7,8 @@ import torch
 
 
 def naive_token(logits, masked_logits, token):
-    """Of one position: two lists of float64 logits over the vocabulary -> what the objective needs, each a scalar tensor."""
+    """Of one position: two lists of float64 logits over the vocabulary -> what the objective needs, each a scalar
+    tensor."""
     p, q = (torch.stack([x.exp() for x in z]) / sum(x.exp() for x in z) for z in (logits, masked_logits))
     return {
         "log_probs": p[token].log(),
@@ -36,7 +38,8 @@ ESTIMATORS = {
 
 
 def kept_tokens(values, share):
-    """Which of a rollout's tokens are among the `share` with the largest values: at or above the (1 - share) quantile, interpolated."""
+    """Which of a rollout's tokens are among the `share` with the largest values: at or above the (1 - share) quantile,
+    interpolated."""
     ordered, place = sorted(values), (1 - share) * (len(values) - 1)
     below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
     threshold = below + (above - below) * (place - math.floor(place))
@@ -44,15 +47,44 @@ def kept_tokens(values, share):
 
 
 def naive_papo_loss(
-    rollouts, *, average="token", low=0.2, high=0.3, dual=3.0, beta=0.0, gamma=0.0, eta_1=0.0, eta_2=0.0, estimator="k3", ref_estimator="k3",
-    ratio_level="token", importance_cap=None, kl_clip=None, top_p=None, exact_entropy=False, sft=0.0,
-):  # fmt: skip
-    """rollouts: dicts with advantage, correct, and a list per kind of number (log_probs, old, ref, masked, rollout, entropy,
-    masked_entropy, exact_kl), one entry per response token: scalar float64 tensors or floats. -> scalar tensor, metrics."""
-    policy, kl_ref, kl_prcp, raw, entropies, masked_entropies, sampled, masked_sampled, sft_tokens = [], [], [], [], [], [], [], [], []
+    rollouts,
+    *,
+    average="token",
+    low=0.2,
+    high=0.3,
+    dual=3.0,
+    beta=0.0,
+    gamma=0.0,
+    eta_1=0.0,
+    eta_2=0.0,
+    estimator="k3",
+    ref_estimator="k3",
+    ratio_level="token",
+    importance_cap=None,
+    kl_clip=None,
+    top_p=None,
+    exact_entropy=False,
+    sft=0.0,
+):
+    """rollouts: dicts with advantage, correct, and a list per kind of number (log_probs, old, ref, masked, rollout,
+    entropy, masked_entropy, exact_kl), one entry per response token: scalar float64 tensors or floats. -> scalar
+    tensor, metrics."""
+    policy, kl_ref, kl_prcp, raw, entropies, masked_entropies, sampled, masked_sampled, sft_tokens = (
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [],
+    )
     for r in rollouts:
         a, length = r["advantage"], len(r["log_probs"])
-        number = {name: [torch.as_tensor(x, dtype=torch.float64) for x in r.get(name) or [0.0] * length] for name in KINDS}
+        number = {
+            name: [torch.as_tensor(x, dtype=torch.float64) for x in r.get(name) or [0.0] * length] for name in KINDS
+        }
         differences = [lp - old for lp, old in zip(number["log_probs"], number["old"])]
         if ratio_level == "sequence":
             differences = [sum(differences) / len(differences) for _ in differences]
@@ -73,7 +105,9 @@ def naive_papo_loss(
             values = [ESTIMATORS[estimator](p, q) for p, q in zip(number["log_probs"], number["masked"])]
         raw.append(values)
         if top_p is not None and values:
-            values = [x if keep else x * 0 for x, keep in zip(values, kept_tokens([number_of(x) for x in values], top_p))]
+            values = [
+                x if keep else x * 0 for x, keep in zip(values, kept_tokens([number_of(x) for x in values], top_p))
+            ]
         if kl_clip is not None:
             values = [clip(x, 0.0, kl_clip) for x in values]
         kl_prcp.append(values)
@@ -105,11 +139,17 @@ def naive_papo_loss(
     }
     if sft:
         metrics["sft_loss"] = mean(sft_tokens)
-    h, h_masked = ("entropy", "masked_image_entropy") if exact_entropy else ("entropy_sampled", "masked_image_entropy_sampled")
+    h, h_masked = (
+        ("entropy", "masked_image_entropy") if exact_entropy else ("entropy_sampled", "masked_image_entropy_sampled")
+    )
     loss = (
-        metrics["policy_loss"] + beta * metrics["kl_ref"] - gamma * metrics["kl_prcp"] + eta_1 * metrics[h] + eta_2 * metrics[h_masked]
+        metrics["policy_loss"]
+        + beta * metrics["kl_ref"]
+        - gamma * metrics["kl_prcp"]
+        + eta_1 * metrics[h]
+        + eta_2 * metrics[h_masked]
         + sft * metrics.get("sft_loss", 0.0)
-    )  # fmt: skip
+    )
     return loss, metrics | {"loss": loss}
 
 

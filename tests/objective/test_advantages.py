@@ -12,7 +12,12 @@ LENGTHS = [[3, 9, 1, 0, 4], [2, 2, 7, 5, 1]]
 
 
 def by_hand(estimator):
-    tokens = [reward for rewards, lengths in zip(REWARDS, LENGTHS) for reward, length in zip(rewards, lengths) for _ in range(length)]
+    tokens = [
+        reward
+        for rewards, lengths in zip(REWARDS, LENGTHS)
+        for reward, length in zip(rewards, lengths)
+        for _ in range(length)
+    ]
     mean, deviation = statistics.mean(tokens), statistics.stdev(tokens)
     rows = []
     for group in REWARDS:
@@ -41,15 +46,22 @@ def test_equals_the_formula(estimator):
 
 def test_reinforce_plus_plus_is_white_over_tokens():
     lengths = torch.tensor(LENGTHS)
-    tokens = advantages_of("reinforce_plus_plus", torch.tensor(REWARDS), lengths).flatten().repeat_interleave(lengths.flatten())
+    tokens = (
+        advantages_of("reinforce_plus_plus", torch.tensor(REWARDS), lengths)
+        .flatten()
+        .repeat_interleave(lengths.flatten())
+    )
     assert abs(tokens.mean()) < 1e-6 and abs(tokens.std() - 1) < 1e-6
     same_length = advantages_of("reinforce_plus_plus", torch.tensor(REWARDS), torch.ones(2, 5))
-    assert not torch.allclose(same_length, advantages_of("reinforce_plus_plus", torch.tensor(REWARDS), lengths), atol=1e-2)
+    assert not torch.allclose(
+        same_length, advantages_of("reinforce_plus_plus", torch.tensor(REWARDS), lengths), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"])
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.9, 1.0])
 def test_a_group_of_equal_rewards_gives_no_gradient(estimator, reward):
-    """0.1 in fp32: the mean of seven of them is not 0.1, and dividing that by a deviation of 1e-6 must not make an advantage."""
+    """0.1 in fp32: the mean of seven of them is not 0.1, and dividing that by a deviation of 1e-6 must not make an
+    advantage."""
     found = advantages_of(estimator, torch.full((1, 7), reward), torch.full((1, 7), 3))
     assert float(found.abs().max()) < (1e-3 if estimator == "reinforce_plus_plus" else 1e-6)

@@ -1,4 +1,5 @@
-"""The objective against numbers from the authors' own actor update (tests/golden): loss, every metric, gradient; through the tool."""
+"""The objective against numbers from the authors' own actor update (tests/golden): loss, every metric, gradient;
+through the tool."""
 
 import copy
 import json
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from megatron_papo.objective.advantages import advantages_of
-from tests.conftest import run_module
+from tests.helpers import run_module
 from tools.check_objective import LIMIT, errors_of, run_case
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -24,18 +25,28 @@ def test_loss_metrics_and_gradient(case):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(kl_prcp_coef=0.021), dict(kl_ref_coef=0.02), dict(kl_prcp_estimator="k2"), dict(kl_ref_estimator="k2"), dict(average="sequence"),
-        dict(entropy_coef=0.001), dict(kl_prcp_clip=0.1), dict(kl_prcp_top_p=0.5), dict(num_tokens=29), dict(ratio_level="sequence"),
+        dict(kl_prcp_coef=0.021),
+        dict(kl_ref_coef=0.02),
+        dict(kl_prcp_estimator="k2"),
+        dict(kl_ref_estimator="k2"),
+        dict(average="sequence"),
+        dict(entropy_coef=0.001),
+        dict(kl_prcp_clip=0.1),
+        dict(kl_prcp_top_p=0.5),
+        dict(num_tokens=29),
+        dict(ratio_level="sequence"),
         dict(sft_coef=0.001),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_option_reaches_the_gradient(change):
     """Negative control: with any option changed the golden gradient is missed by far more than the limit."""
     assert errors_of(CASES[0], **change)["gradient"] > 100 * LIMIT
 
 
-@pytest.mark.parametrize("clip", [dict(clip_ratio_low=0.01), dict(clip_ratio_high=0.02), dict(clip_ratio_dual=1.01)], ids=str)
+@pytest.mark.parametrize(
+    "clip", [dict(clip_ratio_low=0.01), dict(clip_ratio_high=0.02), dict(clip_ratio_dual=1.01)], ids=str
+)
 def test_clip_ratios_reach_the_gradient(clip):
     assert any(not torch.equal(run_case(case, **clip)[1], run_case(case)[1]) for case in CASES)
 
@@ -68,7 +79,9 @@ def test_the_tool_passes_the_golden_file():
     assert result.stdout.count(" ok ") == len(CASES) and "10 cases, 0 past 1e-05" in result.stdout
 
 
-@pytest.mark.parametrize("where", ["gradient", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/aug_entropy_loss"])
+@pytest.mark.parametrize(
+    "where", ["gradient", "actor/pg_loss", "actor/kl_loss", "actor/grad_norm", "actor/aug_entropy_loss"]
+)
 def test_the_tool_finds_a_damaged_number(where, tmp_path):
     kind = {"gradient": "gradient", "actor/pg_loss": "loss"}.get(where, "metrics")
     errors = errors_of(damaged(where))

@@ -1,4 +1,5 @@
-"""The hacking guard on made-up runs: each sign alone and together, patience, cool-down, actions, and that its state can be saved."""
+"""The hacking guard on made-up runs: each sign alone and together, patience, cool-down, actions, and that its state can
+be saved."""
 
 import json
 import random
@@ -10,14 +11,26 @@ from megatron_papo.config import HackingGuardConfig, ObjectiveConfig
 from megatron_papo.objective.hacking_guard import GuardState, observe, watched_quantities
 from megatron_papo.training.guard import THRESHOLDS, Guard
 
-HEALTHY = {"kl_prcp_mean": 0.25, "kl_prcp_variance": 0.8, "clip_fraction_high": 0.03, "entropy": 0.35, "masked_image_entropy": 0.9}
+HEALTHY = {
+    "kl_prcp_mean": 0.25,
+    "kl_prcp_variance": 0.8,
+    "clip_fraction_high": 0.03,
+    "entropy": 0.35,
+    "masked_image_entropy": 0.9,
+}
 SETTINGS = {name: getattr(HackingGuardConfig(), name) for name in THRESHOLDS}
 
 
 def run_of(steps, factors=lambda step: {}, noise=0.15, seed=0):
     """Metrics of a run: healthy values with noise, times factors(step)[name]."""
     rng = random.Random(seed)
-    return [{name: value * factors(step).get(name, 1.0) * (1 + noise * rng.uniform(-1, 1)) for name, value in HEALTHY.items()} for step in range(steps)]
+    return [
+        {
+            name: value * factors(step).get(name, 1.0) * (1 + noise * rng.uniform(-1, 1))
+            for name, value in HEALTHY.items()
+        }
+        for step in range(steps)
+    ]
 
 
 def watch(run, state=GuardState(), **changes):
@@ -41,7 +54,7 @@ def alarms(verdicts):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_healthy_run_raises_no_alarm(seed):
     """Also one that improves: entropies fall, KL_prcp grows by half over 400 steps."""
-    slow = lambda step: {"kl_prcp_mean": 1 + step / 800, "kl_prcp_variance": 1 + step / 800, "entropy": 1 - step / 1000}  # noqa: E731
+    slow = lambda step: {"kl_prcp_mean": 1 + step / 800, "kl_prcp_variance": 1 + step / 800, "entropy": 1 - step / 1000}
     _, verdicts = watch(run_of(400, slow, noise=0.5, seed=seed))
     assert alarms(verdicts) == []
 
@@ -83,11 +96,16 @@ HACKED = from_step(30, kl_prcp_mean=5.0, kl_prcp_variance=9.0)
 def test_alarm_patience_and_cooldown():
     first = alarms(watch(run_of(90, HACKED))[1])
     assert 30 + SETTINGS["patience_steps"] - 1 <= first[0] <= 36
-    assert all(later - earlier > SETTINGS["cooldown_steps"] for earlier, later in zip(first, first[1:])) and len(first) >= 3
+    assert (
+        all(later - earlier > SETTINGS["cooldown_steps"] for earlier, later in zip(first, first[1:]))
+        and len(first) >= 3
+    )
     impatient, patient = (alarms(watch(run_of(90, HACKED), patience_steps=n)[1])[0] for n in (1, 8))
     assert impatient < first[0] < patient
     assert len(alarms(watch(run_of(90, HACKED), cooldown_steps=0)[1])) > len(first)
-    assert alarms(watch(run_of(90, HACKED), warmup_steps=200)[1]) == []  # hacked from its own beginning: nothing to compare with
+    assert (
+        alarms(watch(run_of(90, HACKED), warmup_steps=200)[1]) == []
+    )  # hacked from its own beginning: nothing to compare with
 
 
 @pytest.mark.parametrize("name, value", [("level_factor", 7.0), ("variance_factor", 12.0)])
@@ -97,10 +115,18 @@ def test_a_higher_factor_hides_its_sign(name, value):
     assert alarms(watch(run_of(90, HACKED))[1])
 
 
-@pytest.mark.parametrize("name, factors", [("clip_fraction_factor", dict(clip_fraction_high=4.5)), ("entropy_factor", dict(entropy=2.0, masked_image_entropy=2.0))])
+@pytest.mark.parametrize(
+    "name, factors",
+    [
+        ("clip_fraction_factor", dict(clip_fraction_high=4.5)),
+        ("entropy_factor", dict(entropy=2.0, masked_image_entropy=2.0)),
+    ],
+)
 def test_a_higher_factor_hides_the_other_signs_too(name, factors):
     run = run_of(60, from_step(30, **factors))
-    assert any(verdict.signs for verdict in watch(run)[1]) and not any(verdict.signs for verdict in watch(run, **{name: 6.0})[1])
+    assert any(verdict.signs for verdict in watch(run)[1]) and not any(
+        verdict.signs for verdict in watch(run, **{name: 6.0})[1]
+    )
 
 
 def test_the_baseline_stands_still_while_a_sign_is_up():

@@ -1,14 +1,22 @@
-"""Every option of the objective, from logits to loss, metrics and gradient, against loops over tokens in float64 (naive.py).
+"""Every option of the objective, from logits to loss, metrics and gradient, against loops over tokens in float64
+(naive.py).
 
-The product computes in fp32 with whole tensors; one rollout of the example is empty, one has one token, one ends in padding full of nan.
+The product computes in fp32 with whole tensors; one rollout of the example is empty, one has one token, one ends in
+padding full of nan.
 """
 
 import pytest
 import torch
 
+from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import token_statistics
-from megatron_papo.objective.papo_loss import annealed_kl_prcp_coef, average_weights, finish_metrics, papo_loss, top_share
-from megatron_papo.training import parallel
+from megatron_papo.objective.papo_loss import (
+    annealed_kl_prcp_coef,
+    average_weights,
+    finish_metrics,
+    papo_loss,
+    top_share,
+)
 from megatron_papo.training.batching import pad_responses
 from tests.objective.naive import naive_papo_loss, naive_token, number_of
 
@@ -17,10 +25,22 @@ ADVANTAGES = [1.2, -0.7, 0.4, -1.5, 0.0, 0.9]
 CORRECT = [True, False, True, False, True, False]
 BASE = dict(low=0.2, high=0.3, dual=1.5, beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
 NAMES = dict(
-    low="clip_ratio_low", high="clip_ratio_high", dual="clip_ratio_dual", beta="kl_ref_coef", gamma="kl_prcp_coef", eta_1="entropy_coef",
-    eta_2="masked_image_entropy_coef", estimator="kl_prcp_estimator", ref_estimator="kl_ref_estimator", ratio_level="ratio_level",
-    importance_cap="importance_sampling_cap", kl_clip="kl_prcp_clip", top_p="kl_prcp_top_p", sft="sft_coef", average="average",
-)  # fmt: skip
+    low="clip_ratio_low",
+    high="clip_ratio_high",
+    dual="clip_ratio_dual",
+    beta="kl_ref_coef",
+    gamma="kl_prcp_coef",
+    eta_1="entropy_coef",
+    eta_2="masked_image_entropy_coef",
+    estimator="kl_prcp_estimator",
+    ref_estimator="kl_ref_estimator",
+    ratio_level="ratio_level",
+    importance_cap="importance_sampling_cap",
+    kl_clip="kl_prcp_clip",
+    top_p="kl_prcp_top_p",
+    sft="sft_coef",
+    average="average",
+)
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)  # fp32 sums of at most 20 terms
 
 
@@ -33,7 +53,7 @@ def option_names(options):
 @pytest.fixture(scope="module")
 def example():
     """Float64 logits of both branches and the cached numbers of each rollout."""
-    parallel.connect()
+    process_groups.connect()
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape, spread=1.0):
@@ -46,8 +66,13 @@ def example():
         own = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         rollouts.append(
             {
-                "logits": logits, "masked_logits": logits + draw(length, VOCABULARY, spread=0.8), "tokens": tokens, "advantage": advantage,
-                "correct": correct, "old": (own + draw(length, spread=0.4)).tolist(), "ref": (own + draw(length, spread=0.5)).tolist(),
+                "logits": logits,
+                "masked_logits": logits + draw(length, VOCABULARY, spread=0.8),
+                "tokens": tokens,
+                "advantage": advantage,
+                "correct": correct,
+                "old": (own + draw(length, spread=0.4)).tolist(),
+                "ref": (own + draw(length, spread=0.5)).tolist(),
                 "rollout": (own + draw(length, spread=0.5)).tolist(),
             }  # fmt: skip
         )
@@ -71,8 +96,9 @@ def expected(example, with_grad, **options):
 
 
 def ours(example, with_grad, padding=0, order=None, splits=1, num_tokens=None, dtype=torch.float32, **options):
-    """The same through token_statistics and papo_loss; order: of the rollouts; splits: micro-batches; padding: extra columns of nan."""
-    parallel.connect()
+    """The same through token_statistics and papo_loss; order: of the rollouts; splits: micro-batches; padding: extra
+    columns of nan."""
+    process_groups.connect()
     order = list(order or range(len(example)))
     logits = torch.cat([r["logits"] for r in example]).to(dtype).requires_grad_()
     masked = torch.cat([r["masked_logits"] for r in example]).to(dtype).requires_grad_()
@@ -125,15 +151,39 @@ def ours(example, with_grad, padding=0, order=None, splits=1, num_tokens=None, d
 CHANGES = {
     "base": {},
     "sequence average": dict(average="sequence"),
-    "k1": dict(estimator="k1"), "abs": dict(estimator="abs"), "k2": dict(estimator="k2"), "exact": dict(estimator="exact"),
-    "ref k1": dict(ref_estimator="k1"), "ref abs": dict(ref_estimator="abs"), "ref k2": dict(ref_estimator="k2"),
-    "clip low": dict(low=0.02), "clip high": dict(high=0.02), "dual": dict(dual=1.1),
-    "beta": dict(beta=0.5), "gamma": dict(gamma=0.6), "eta 1": dict(eta_1=0.3), "eta 2": dict(eta_2=0.5),
-    "KL_prcp clipped": dict(kl_clip=0.05), "top-p": dict(top_p=0.4), "top-p, then clipped": dict(top_p=0.4, kl_clip=0.05),
+    "k1": dict(estimator="k1"),
+    "abs": dict(estimator="abs"),
+    "k2": dict(estimator="k2"),
+    "exact": dict(estimator="exact"),
+    "ref k1": dict(ref_estimator="k1"),
+    "ref abs": dict(ref_estimator="abs"),
+    "ref k2": dict(ref_estimator="k2"),
+    "clip low": dict(low=0.02),
+    "clip high": dict(high=0.02),
+    "dual": dict(dual=1.1),
+    "beta": dict(beta=0.5),
+    "gamma": dict(gamma=0.6),
+    "eta 1": dict(eta_1=0.3),
+    "eta 2": dict(eta_2=0.5),
+    "KL_prcp clipped": dict(kl_clip=0.05),
+    "top-p": dict(top_p=0.4),
+    "top-p, then clipped": dict(top_p=0.4, kl_clip=0.05),
     "exact entropy": dict(exact_entropy=True, eta_1=0.3, eta_2=0.5),
-    "GSPO": dict(ratio_level="sequence"), "TIS": dict(importance_cap=1.2), "SFT": dict(sft=0.3),
-    "everything": dict(average="sequence", estimator="exact", ref_estimator="k2", exact_entropy=True, top_p=0.6, kl_clip=0.3, ratio_level="sequence", importance_cap=0.9, sft=0.2),
-}  # fmt: skip
+    "GSPO": dict(ratio_level="sequence"),
+    "TIS": dict(importance_cap=1.2),
+    "SFT": dict(sft=0.3),
+    "everything": dict(
+        average="sequence",
+        estimator="exact",
+        ref_estimator="k2",
+        exact_entropy=True,
+        top_p=0.6,
+        kl_clip=0.3,
+        ratio_level="sequence",
+        importance_cap=0.9,
+        sft=0.2,
+    ),
+}
 
 
 @pytest.mark.parametrize("with_grad", [False, True], ids=["masked branch constant", "gradient through both"])
@@ -161,14 +211,19 @@ def test_every_option_reaches_loss_or_gradient(example, name):
 
 
 def test_masked_image_entropy_without_gradient_changes_the_loss_alone(example):
-    """What the authors' default does (their issue 20); with gradient through both branches it reaches the masked branch."""
+    """What the authors' default does (their issue 20); with gradient through both branches it reaches the masked
+    branch."""
     before, after = (ours(example, False, **BASE | dict(eta_2=eta)) for eta in (0.0, 0.5))
     assert after[0] > before[0] + 0.1 and torch.equal(after[2], before[2]) and not after[3].any()
-    assert not torch.equal(ours(example, True, **BASE | dict(eta_2=0.5))[3], ours(example, True, **BASE | dict(eta_2=0.0))[3])
+    assert not torch.equal(
+        ours(example, True, **BASE | dict(eta_2=0.5))[3], ours(example, True, **BASE | dict(eta_2=0.0))[3]
+    )
 
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
-@pytest.mark.parametrize("change", [dict(splits=2), dict(splits=6), dict(padding=4), dict(order=[3, 5, 0, 2, 4, 1])], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(splits=2), dict(splits=6), dict(padding=4), dict(order=[3, 5, 0, 2, 4, 1])], ids=str
+)
 def test_invariance(example, average, change):
     options = BASE | dict(average=average, estimator="exact", sft=0.2, top_p=0.6)
     one, other = ours(example, True, **options), ours(example, True, **options, **change)
@@ -200,9 +255,17 @@ def tokens_of(values):
 
 
 EVERYTHING = dict(
-    kl_ref_coef=0.1, kl_prcp_coef=0.1, entropy_coef=0.1, masked_image_entropy_coef=0.1, sft_coef=0.1, importance_sampling_cap=2.0, kl_prcp_top_p=0.5,
-    clip_ratio_low=0.2, clip_ratio_high=0.3, clip_ratio_dual=3.0,
-)  # fmt: skip
+    kl_ref_coef=0.1,
+    kl_prcp_coef=0.1,
+    entropy_coef=0.1,
+    masked_image_entropy_coef=0.1,
+    sft_coef=0.1,
+    importance_sampling_cap=2.0,
+    kl_prcp_top_p=0.5,
+    clip_ratio_low=0.2,
+    clip_ratio_high=0.3,
+    clip_ratio_dual=3.0,
+)
 DEGENERATE = {
     "one token": ([[-0.5]], [[-0.6]], [[1.0]]),
     "empty response": ([[-0.5, -1.0], [0.0, 0.0]], [[-0.5, -1.1], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]),
@@ -252,11 +315,15 @@ def test_top_share_keeps_the_largest_of_each_rollout():
 
 
 def test_annealing_is_linear_then_constant():
-    assert [annealed_kl_prcp_coef(step, 0.02, 0.0, 4) for step in (0, 1, 2, 4, 9)] == pytest.approx([0.02, 0.015, 0.01, 0.0, 0.0])
+    assert [annealed_kl_prcp_coef(step, 0.02, 0.0, 4) for step in (0, 1, 2, 4, 9)] == pytest.approx(
+        [0.02, 0.015, 0.01, 0.0, 0.0]
+    )
     assert annealed_kl_prcp_coef(3, 0.02, 0.01, 6) == pytest.approx(0.015)
 
 
 def test_average_weights_sum_to_one():
     mask = tokens_of([[1, 1, 1], [1, 0, 0]])
     assert average_weights(mask, "token", num_tokens=4, num_sequences=2).tolist() == [[0.25] * 3, [0.25, 0, 0]]
-    torch.testing.assert_close(average_weights(mask, "sequence", num_tokens=4, num_sequences=2), tokens_of([[1 / 6] * 3, [0.5, 0, 0]]))
+    torch.testing.assert_close(
+        average_weights(mask, "sequence", num_tokens=4, num_sequences=2), tokens_of([[1 / 6] * 3, [0.5, 0, 0]])
+    )

@@ -1,4 +1,5 @@
-"""Mismatch of rollout engine and trainer, and the bias of truncated sampling, against plain loops and against drawing from known policies."""
+"""Mismatch of rollout engine and trainer, and the bias of truncated sampling, against plain loops and against drawing
+from known policies."""
 
 import math
 
@@ -6,7 +7,12 @@ import pytest
 import torch
 
 from megatron_papo.objective.papo_loss import truncated_importance_weights
-from megatron_papo.objective.rollout_mismatch import mismatch_metrics, mismatch_sums, sampling_bias_metrics, sampling_bias_sums
+from megatron_papo.objective.rollout_mismatch import (
+    mismatch_metrics,
+    mismatch_sums,
+    sampling_bias_metrics,
+    sampling_bias_sums,
+)
 
 
 def example():
@@ -50,11 +56,15 @@ def test_equal_policies_and_no_tokens():
 
 def test_kl_is_unbiased_under_samples_of_the_rollout_policy():
     generator = torch.Generator().manual_seed(5)
-    p, q = (torch.randn(2, 30, generator=generator) * torch.tensor([[0.2], [1.2]])).log_softmax(-1)  # pi_rollout, pi_old
+    p, q = (torch.randn(2, 30, generator=generator) * torch.tensor([[0.2], [1.2]])).log_softmax(
+        -1
+    )  # pi_rollout, pi_old
     tokens = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
     true_kl = float((p.exp() * (p - q)).sum())
     found = mismatch_metrics(mismatch_sums(q[tokens], p[tokens]), 0.0)
-    assert found["rollout_kl"] == pytest.approx(true_kl, abs=0.02) and found["rollout_kl_k3"] == pytest.approx(true_kl, abs=0.02)
+    assert found["rollout_kl"] == pytest.approx(true_kl, abs=0.02) and found["rollout_kl_k3"] == pytest.approx(
+        true_kl, abs=0.02
+    )
     assert abs(float((q.exp() * (q - p)).sum()) - true_kl) > 0.05  # the other direction would be seen
 
 

@@ -1,4 +1,5 @@
-"""Stages 4 and 7 with dynamic sampling and the soft overlong punishment: the real server, and a model that is right now and then."""
+"""Stages 4 and 7 with dynamic sampling and the soft overlong punishment: the real server, and a model that is right now
+and then."""
 
 import json
 import shutil
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.records import Prediction, Prompt, Rollout, groups_of, read_jsonl
 from megatron_papo.rollout.data_order import prompts_at
-from tests.conftest import DEMO_CONFIG, run_module, settings
+from megatron_papo.run.records import Prediction, Prompt, Rollout, groups_of, read_jsonl
+from tests.helpers import DEMO_CONFIG, run_module, settings
 
 DATA = settings("data.train.count=64", "data.evaluation.count=8")
 SFT = settings("sft.processes=1", "sft.micro_batch_size=64")
@@ -40,7 +41,14 @@ class World:
     def roll_out(self, name: str, *arguments, iteration=1, overrides=()) -> Path:
         output = self.root / name
         result = self.stage(
-            "stages.stage4_rollout", self.trained, "--iteration", iteration, "--output", output, *arguments, overrides=overrides
+            "stages.stage4_rollout",
+            self.trained,
+            "--iteration",
+            iteration,
+            "--output",
+            output,
+            *arguments,
+            overrides=overrides,
         )
         assert result.returncode == 0, result.stderr
         (self.root / f"{name}.txt").write_text(result.stdout)
@@ -114,7 +122,9 @@ def test_counts_say_what_was_used_and_dropped(world, first, everything):
     assert told["groups_surplus"] == len(sampled) - BATCH - told["groups_all_wrong"] - told["groups_all_right"]
     for suffix, part in (("sampled", sampled), ("kept", kept)):
         for name in ("accuracy", "format"):
-            assert told[f"{name}_{suffix}"] == pytest.approx(mean(getattr(one.rewards, name) for group in part for one in group))
+            assert told[f"{name}_{suffix}"] == pytest.approx(
+                mean(getattr(one.rewards, name) for group in part for one in group)
+            )
         assert told[f"responses_{suffix}"] == len(part) * GROUP_SIZE
     assert told["accuracy_sampled"] != told["accuracy_kept"]
     line = (world.root / "first.txt").read_text()
@@ -125,7 +135,12 @@ def test_counts_say_what_was_used_and_dropped(world, first, everything):
     ):
         assert words in line
     plain = counts(everything)
-    assert (plain["rounds"], plain["prompts"], plain["prompts_used"], plain["groups_surplus"]) == (1, len(sampled), len(sampled), 0)
+    assert (plain["rounds"], plain["prompts"], plain["prompts_used"], plain["groups_surplus"]) == (
+        1,
+        len(sampled),
+        len(sampled),
+        0,
+    )
     assert plain["groups_all_wrong"] == told["groups_all_wrong"] and plain["next_position"] == len(sampled)
 
 
@@ -138,7 +153,8 @@ def test_the_next_iteration_starts_where_the_one_before_stopped(world, first, se
         found = [order.index((group[0].epoch, group[0].prompt_id)) for group in groups(output)]
         assert found == sorted(set(found)) and set(found) <= set(positions)
     assert {group[0].prompt_id for group in groups(first)}.isdisjoint(group[0].prompt_id for group in groups(second))
-    # control: without --previous it would have started at the second slice of the batch size, inside what the first one used
+    # control: without --previous it would have started at the second slice of the batch size, inside what the first one
+    # used
     assert start != BATCH
 
 
@@ -147,7 +163,9 @@ def test_same_bytes_again(world, first, second):
     assert (again / "rollouts.jsonl").read_bytes() == (first / "rollouts.jsonl").read_bytes()
     again = world.roll_out("second_again", "--previous", again, iteration=2, overrides=[DYNAMIC])
     assert (again / "rollouts.jsonl").read_bytes() == (second / "rollouts.jsonl").read_bytes()
-    other = world.roll_out("other_limits", overrides=["rollout.dynamic_sampling={generation_batch_size: 6, lowest_accuracy: 0.3}"])
+    other = world.roll_out(
+        "other_limits", overrides=["rollout.dynamic_sampling={generation_batch_size: 6, lowest_accuracy: 0.3}"]
+    )
     assert (other / "rollouts.jsonl").read_bytes() != (first / "rollouts.jsonl").read_bytes()  # control
     assert all(2 <= right(group) < GROUP_SIZE for group in groups(other))
 
@@ -162,7 +180,11 @@ def test_a_model_that_is_never_right_ends_with_the_counts(world, tmp_path):
     output = tmp_path / "output"
     command = ["stages.stage4_rollout", world.untrained, "--iteration", 1, "--output", output]
     hopeless = "rollout.dynamic_sampling={generation_batch_size: 6, max_rounds: 2}"
-    words = ("after max_rounds = 2 rounds, 12 prompts gave 0 of the 8 groups wanted", "0 were all right, 12 all wrong", "cold start")
+    words = (
+        "after max_rounds = 2 rounds, 12 prompts gave 0 of the 8 groups wanted",
+        "0 were all right, 12 all wrong",
+        "cold start",
+    )
     refused(world.stage(*command, overrides=[hopeless]), *words)
     assert not output.exists() and not output.with_name("output.partial").exists()
     # control, and the server is still of use: without dynamic sampling all those groups are rollouts
@@ -177,7 +199,9 @@ def test_mistakes_with_previous(world, first, second, everything, tmp_path):
         return world.stage("stages.stage4_rollout", world.trained, *arguments, overrides=overrides)
 
     refused(second_after(), "--previous: missing", "stages.stage4_rollout --iteration 1")
-    refused(second_after("--previous", tmp_path / "none"), str(tmp_path / "none"), "stages.stage4_rollout --iteration 1")
+    refused(
+        second_after("--previous", tmp_path / "none"), str(tmp_path / "none"), "stages.stage4_rollout --iteration 1"
+    )
     refused(second_after("--previous", world.data), "expected the output of stage4_rollout")
     refused(second_after("--previous", second), "its iteration is 2, expected 1")
     refused(second_after("--previous", first, overrides=(DYNAMIC, "seed=2")), "its seed is 1, expected 2")

@@ -16,9 +16,12 @@ def test_batches_laid_end_to_end_are_whole_epochs(num_prompts, batch):
         assert sorted(index for _, index in part) == list(range(num_prompts))
 
 
-@given(num_prompts=st.integers(1, 20), counts=st.lists(st.integers(1, 25), min_size=1, max_size=6), seed=st.integers(0, 3))
+@given(
+    num_prompts=st.integers(1, 20), counts=st.lists(st.integers(1, 25), min_size=1, max_size=6), seed=st.integers(0, 3)
+)
 def test_batches_of_any_sizes_are_the_same_order_cut_up(num_prompts, counts, seed):
-    """What dynamic sampling needs: each iteration draws as many as it happens to use, from where the last one stopped."""
+    """What dynamic sampling needs: each iteration draws as many as it happens to use, from where the last one
+    stopped."""
     whole = prompts_at(num_prompts, 0, sum(counts), seed)
     position, pieces = 0, []
     for count in counts:

@@ -56,7 +56,12 @@ def test_by_hand():
 
 
 def test_limits_are_strict():
-    for lowest, highest, kept in ((0.0, 1.0, [1, 2, 3, 4]), (0.2, 0.8, [2, 3]), (0.2, 0.81, [2, 3, 4]), (0.19, 0.8, [1, 2, 3])):
+    for lowest, highest, kept in (
+        (0.0, 1.0, [1, 2, 3, 4]),
+        (0.2, 0.8, [2, 3]),
+        (0.2, 0.81, [2, 3, 4]),
+        (0.19, 0.8, [1, 2, 3]),
+    ):
         limits = DynamicSamplingConfig(lowest_accuracy=lowest, highest_accuracy=highest)
         batch = fill_batch(iter(numbered([[0, 1, 2, 3, 4, 5]])), len(kept), limits)
         assert [group.right for group in batch.kept] == kept
@@ -95,7 +100,9 @@ def test_any_rounds(rounds, wanted, max_rounds):
 def test_giving_up_says_what_was_found_and_what_to_do():
     with pytest.raises(UserError) as hard:
         fill_batch(iter(numbered([[0, 0, 1], [0, 5, 0]])), 4, DynamicSamplingConfig(max_rounds=2))
-    assert "after max_rounds = 2 rounds, 6 prompts gave 1 of the 4 groups wanted: 1 were all right, 4 all wrong" in str(hard.value)
+    assert "after max_rounds = 2 rounds, 6 prompts gave 1 of the 4 groups wanted: 1 were all right, 4 all wrong" in str(
+        hard.value
+    )
     assert "easier prompts" in str(hard.value) and "max_rounds" in str(hard.value)
     with pytest.raises(UserError) as easy:
         fill_batch(iter(numbered([[5, 5, 0]])), 4, DynamicSamplingConfig(max_rounds=1))

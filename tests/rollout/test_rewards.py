@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.records import Rewards
-from megatron_papo.rollout.rewards import Grader, format_reward, soft_overlong_penalty, strip_tag_spaces, with_overlong_penalty
-from tests.conftest import ROOT
+from megatron_papo.rollout.rewards import (
+    Grader,
+    format_reward,
+    soft_overlong_penalty,
+    strip_tag_spaces,
+    with_overlong_penalty,
+)
+from megatron_papo.run.records import Rewards
+from tests.helpers import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "rewards.json"
 # An integer power that sympy evaluates; mathruler's own guard knows only the spelling with ^.
@@ -74,7 +80,9 @@ def test_grader_crash_is_a_wrong_answer():
 def test_cut_off_and_weights():
     text = "<think>a</think>\\boxed{3}"
     with Grader(RewardConfig(accuracy_weight=0.7, format_weight=0.3, zero_if_cut_off=True, workers=1)) as grader:
-        done, cut, wrong = (grader.result(grader.submit(text, *how)) for how in (("3", False), ("3", True), ("4", False)))
+        done, cut, wrong = (
+            grader.result(grader.submit(text, *how)) for how in (("3", False), ("3", True), ("4", False))
+        )
     assert done.overall == pytest.approx(1.0) and wrong.overall == pytest.approx(0.3)
     assert (cut.overall, cut.accuracy, cut.format) == (0.0, 1.0, 1.0)
     with Grader(RewardConfig(workers=1)) as grader:
@@ -91,7 +99,8 @@ def test_soft_overlong_penalty_by_hand(num_tokens, expected):
 
 
 def test_soft_overlong_penalty_is_equation_13_of_dapo():
-    """As printed (arXiv 2503.14476): L_max - L_cache < |y| <= L_max gets ((L_max - L_cache) - |y|) / L_cache, in exact fractions."""
+    """As printed (arXiv 2503.14476): L_max - L_cache < |y| <= L_max gets ((L_max - L_cache) - |y|) / L_cache, in exact
+    fractions."""
 
     def printed(length, l_max, l_cache):
         if length <= l_max - l_cache:
@@ -100,26 +109,54 @@ def test_soft_overlong_penalty_is_equation_13_of_dapo():
 
     for l_max, l_cache in ((20480, 4096), (7, 3), (5, 5), (4, 1)):
         for length in {1, l_max - l_cache, l_max - l_cache + 1, l_max - 1, l_max, l_max + 1}:
-            assert soft_overlong_penalty(length, l_max, l_cache, 1.0) == pytest.approx(float(printed(length, l_max, l_cache)), abs=1e-12)
+            assert soft_overlong_penalty(length, l_max, l_cache, 1.0) == pytest.approx(
+                float(printed(length, l_max, l_cache)), abs=1e-12
+            )
     assert soft_overlong_penalty(19, 20, 4, 1.0) != soft_overlong_penalty(19, 20, 5, 1.0)  # control: the buffer matters
 
 
 def test_the_overlong_penalty_lowers_overall_and_nothing_else():
     rewards = Rewards(overall=1.0, accuracy=1.0, format=1.0)
     config = RewardConfig(soft_overlong_buffer_tokens=8, soft_overlong_penalty=2.0)
-    assert with_overlong_penalty(rewards, 18, 20, config) == Rewards(overall=-0.5, accuracy=1.0, format=1.0, overlong_penalty=-1.5)
+    assert with_overlong_penalty(rewards, 18, 20, config) == Rewards(
+        overall=-0.5, accuracy=1.0, format=1.0, overlong_penalty=-1.5
+    )
     assert with_overlong_penalty(rewards, 12, 20, config) == rewards
     assert with_overlong_penalty(rewards, 18, 20, RewardConfig()) == rewards  # off by default
 
 
 def test_linear_time_forms_equal_the_published_expressions():
     generator = random.Random(0)
-    pieces = ["<think>", "</think>", "<", ">", "/", " ", "\n", "\t", "\u00a0", "\x1c", "\\boxed{", "{", "}", "a", "think", "\\boxed"]
+    pieces = [
+        "<think>",
+        "</think>",
+        "<",
+        ">",
+        "/",
+        " ",
+        "\n",
+        "\t",
+        "\u00a0",
+        "\x1c",
+        "\\boxed{",
+        "{",
+        "}",
+        "a",
+        "think",
+        "\\boxed",
+    ]
     matches = 0
     for _ in range(20000):
         text = "".join(generator.choices(pieces, k=generator.randrange(12)))
         if generator.random() < 0.5:
-            text = "<think>" + text + "</think>" + "".join(generator.choices(pieces, k=4)) + "\\boxed{" + generator.choice(["}", "3}", "3"])
+            text = (
+                "<think>"
+                + text
+                + "</think>"
+                + "".join(generator.choices(pieces, k=4))
+                + "\\boxed{"
+                + generator.choice(["}", "3}", "3"])
+            )
         stripped = re.sub(r"\s*(<|>|/)\s*", r"\1", text)
         assert strip_tag_spaces(text) == stripped
         expected = float(re.fullmatch(r"<think>.*</think>.*\\boxed\{.*\}.*", stripped, re.DOTALL) is not None)

@@ -20,7 +20,9 @@ OUTSIDE = ("\\frac{1}{2}", "0.5", "A", "x/2", "\\pi")
 def spelled(text: str, name: str) -> str:
     """An expression without quotes whose value, under eval, is `text`: its characters are picked from a docstring."""
     doc = sympy.sqrt.__doc__
-    return "+".join(f"{name}.__{'do' if name != 'sqrt' else ROMAN_D + 'o'}{ROMAN_C}__[{doc.find(letter)}]" for letter in text)
+    return "+".join(
+        f"{name}.__{'do' if name != 'sqrt' else ROMAN_D + 'o'}{ROMAN_C}__[{doc.find(letter)}]" for letter in text
+    )
 
 
 def attacks(mark) -> list[str]:
@@ -103,10 +105,38 @@ def test_arithmetic_is_read_as_sympy_reads_it():
     from sympy.parsing import sympy_parser
 
     rules = sympy_parser.standard_transformations + (sympy_parser.implicit_multiplication_application,)
-    atoms = ["x", "y", "2", "0.5", "pi", "sqrt(2)", "sqrt(x)", "e", "ln(x)", "oo", "(x+1)", "f(x)", "5!", "1/3", "2x", "x(2)", "3(4)", "re(x)",
-             "zoo", "0.1[3]", "xy", "sqrt2", "2sqrt3", "4pi", "frac(1/2)"]  # fmt: skip
+    atoms = [
+        "x",
+        "y",
+        "2",
+        "0.5",
+        "pi",
+        "sqrt(2)",
+        "sqrt(x)",
+        "e",
+        "ln(x)",
+        "oo",
+        "(x+1)",
+        "f(x)",
+        "5!",
+        "1/3",
+        "2x",
+        "x(2)",
+        "3(4)",
+        "re(x)",
+        "zoo",
+        "0.1[3]",
+        "xy",
+        "sqrt2",
+        "2sqrt3",
+        "4pi",
+        "frac(1/2)",
+    ]
     draw = random.Random(1)
-    texts = {"".join(draw.choice(atoms) + draw.choice(["+", "-", "*", "/", "", " "]) for _ in range(2)) + draw.choice(atoms) for _ in range(150)}
+    texts = {
+        "".join(draw.choice(atoms) + draw.choice(["+", "-", "*", "/", "", " "]) for _ in range(2)) + draw.choice(atoms)
+        for _ in range(150)
+    }
     expected, found = [], []
     for text in sorted(texts):
         try:
@@ -118,4 +148,6 @@ def test_arithmetic_is_read_as_sympy_reads_it():
 
 
 def test_letters_alone_are_symbols():
-    assert {str(symbol) for symbol in parse_expression("*".join(string.ascii_lowercase[:4])).free_symbols} == set("abcd")
+    assert {str(symbol) for symbol in parse_expression("*".join(string.ascii_lowercase[:4])).free_symbols} == set(
+        "abcd"
+    )

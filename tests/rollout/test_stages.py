@@ -6,12 +6,15 @@ import shutil
 import pytest
 
 from megatron_papo.evaluation.accuracy import average_at_k
-from megatron_papo.records import Prediction, Prompt, Rollout, groups_of, read_jsonl
 from megatron_papo.rollout.data_order import prompts_at
-from tests.conftest import DEMO_CONFIG, run_module, settings
+from megatron_papo.run.records import Prediction, Prompt, Rollout, groups_of, read_jsonl
+from tests.helpers import DEMO_CONFIG, run_module, settings
 
 SMALL = settings(
-    "rollout.rollout_batch_size=16", "rollout.group_size=3", "rollout.max_response_tokens=6", "evaluation.samples_per_prompt=2"
+    "rollout.rollout_batch_size=16",
+    "rollout.group_size=3",
+    "rollout.max_response_tokens=6",
+    "evaluation.samples_per_prompt=2",
 )
 
 
@@ -56,7 +59,10 @@ def test_rollouts(rollouts, demo_data):
     assert len({tuple(one.response_token_ids) for one in groups[0]}) == 3
     manifest = json.loads((rollouts / "manifest.json").read_text())
     counts = manifest["counts"]
-    assert counts["responses_sampled"] == counts["responses_kept"] == 48 and counts["prompts"] == counts["prompts_used"] == 16
+    assert (
+        counts["responses_sampled"] == counts["responses_kept"] == 48
+        and counts["prompts"] == counts["prompts_used"] == 16
+    )
     assert counts["next_position"] == 3 * 16
     assert records[0].weight_version == manifest["recipe"]["inputs"]["hf"][:16]
 
@@ -69,7 +75,9 @@ def test_same_bytes_again_whatever_the_batching(rollouts, common, tmp_path):
     again = stage("stages.stage4_rollout", *common, "--iteration", 3, "--output", rollouts)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     other = tmp_path / "other"
-    result = stage("stages.stage4_rollout", *common, "--iteration", 3, "--output", other, overrides=["rollout.concurrency=5"])
+    result = stage(
+        "stages.stage4_rollout", *common, "--iteration", 3, "--output", other, overrides=["rollout.concurrency=5"]
+    )
     assert result.returncode == 0, result.stderr
     assert (other / "rollouts.jsonl").read_bytes() == (rollouts / "rollouts.jsonl").read_bytes()
 
@@ -96,7 +104,11 @@ def test_over_sampling_keeps_the_first_complete_groups_and_counts_the_rest(rollo
     counts = json.loads((output / "manifest.json").read_text())["counts"]
     groups = list(groups_of(read_jsonl(output / "rollouts.jsonl", Rollout), 3, output))
     assert len(groups) == counts["prompts"] == 16
-    assert counts["prompts_used"] == drawn_prompts and counts["next_position"] == 2 * drawn_prompts and counts["prompts_cancelled"] == 8
+    assert (
+        counts["prompts_used"] == drawn_prompts
+        and counts["next_position"] == 2 * drawn_prompts
+        and counts["prompts_cancelled"] == 8
+    )
     assert counts["requests_cancelled_waiting"] > 0
     cancelled = counts["requests_cancelled_running"] + counts["requests_cancelled_waiting"]
     assert 0 < cancelled <= 8 * 3 and counts["responses_kept"] == counts["responses_sampled"] == 16 * 3
@@ -126,7 +138,15 @@ def test_replicas_given_by_their_urls_give_the_same_bytes(server, rollouts, comm
 
 
 def test_a_router_needs_servers_by_their_urls(common, tmp_path):
-    result = stage("stages.stage4_rollout", *common, "--iteration", 1, "--output", tmp_path / "x", overrides=["server.router=http://127.0.0.1:9"])
+    result = stage(
+        "stages.stage4_rollout",
+        *common,
+        "--iteration",
+        1,
+        "--output",
+        tmp_path / "x",
+        overrides=["server.router=http://127.0.0.1:9"],
+    )
     refused(result, tmp_path / "x", "server.router", "--server")
 
 
@@ -137,17 +157,30 @@ def test_evaluation(common, demo_data, tmp_path):
     predictions = read_jsonl(output / "predictions.jsonl", Prediction)
     metrics = json.loads((output / "metrics.json").read_text())
     prompts = read_jsonl(demo_data / "evaluation.jsonl", Prompt)
-    assert len(predictions) == 2 * 2 * len(prompts) and metrics["prompts"] == len(prompts) and metrics["samples_per_prompt"] == 2
+    assert (
+        len(predictions) == 2 * 2 * len(prompts)
+        and metrics["prompts"] == len(prompts)
+        and metrics["samples_per_prompt"] == 2
+    )
     for image, suffix in (("original", ""), ("masked", "_masked")):
         part = [one for one in predictions if one.image == image]
-        assert [(one.prompt_id, one.sample) for one in part] == [(prompt.id, sample) for prompt in prompts for sample in (0, 1)]
+        assert [(one.prompt_id, one.sample) for one in part] == [
+            (prompt.id, sample) for prompt in prompts for sample in (0, 1)
+        ]
         assert metrics["accuracy" + suffix] == average_at_k((one.prompt_id, one.rewards.accuracy) for one in part)
         mean_tokens = sum(len(one.response_token_ids) for one in part) / len(part)
         assert metrics["mean_response_tokens" + suffix] == pytest.approx(mean_tokens)
-    original, masked = ([one.response_token_ids for one in predictions if one.image == image] for image in ("original", "masked"))
+    original, masked = (
+        [one.response_token_ids for one in predictions if one.image == image] for image in ("original", "masked")
+    )
     assert original != masked  # the same seeds, another picture
     smaller = tmp_path / "smaller"
-    overrides = ["evaluation.max_pixels=3136", "data.min_pixels=784", "evaluation.masked_images=false", "evaluation.samples_per_prompt=1"]
+    overrides = [
+        "evaluation.max_pixels=3136",
+        "data.min_pixels=784",
+        "evaluation.masked_images=false",
+        "evaluation.samples_per_prompt=1",
+    ]
     result = stage("stages.stage7_evaluate", *common, "--output", smaller, overrides=overrides)
     assert result.returncode == 0, result.stderr
     assert {one.image for one in read_jsonl(smaller / "predictions.jsonl", Prediction)} == {"original"}
@@ -165,13 +198,17 @@ def refused(result, output, *words):
     assert not output.exists() and not output.with_name(output.name + ".partial").exists()
 
 
-@pytest.mark.parametrize("name, set_name", [("stages.stage4_rollout", "prompts.jsonl"), ("stages.stage7_evaluate", "evaluation.jsonl")])
+@pytest.mark.parametrize(
+    "name, set_name", [("stages.stage4_rollout", "prompts.jsonl"), ("stages.stage7_evaluate", "evaluation.jsonl")]
+)
 def test_truncated_prompts(demo_data, tiny_hf, tmp_path, name, set_name):
     data, output = copied(demo_data, tmp_path), tmp_path / "output"
     file = data / set_name
     file.write_bytes(file.read_bytes()[:-20])
     iteration = ["--iteration", 1] if "stage4" in name else []
-    result = stage(name, "--data", data, "--hf", tiny_hf, "--server", tmp_path / "server", *iteration, "--output", output)
+    result = stage(
+        name, "--data", data, "--hf", tiny_hf, "--server", tmp_path / "server", *iteration, "--output", output
+    )
     refused(result, output, str(file), "differs from its manifest")
     assert not (tmp_path / "server").exists()  # noticed before a server was started
 
@@ -182,7 +219,18 @@ def test_other_tokenizer_is_refused(demo_data, checkpoints, tmp_path):
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     tokenizer["added_tokens"][0]["content"] = "<|other|>"
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
-    arguments = ["--data", demo_data, "--hf", foreign, "--server", tmp_path / "server", "--iteration", 1, "--output", output]
+    arguments = [
+        "--data",
+        demo_data,
+        "--hf",
+        foreign,
+        "--server",
+        tmp_path / "server",
+        "--iteration",
+        1,
+        "--output",
+        output,
+    ]
     refused(stage("stages.stage4_rollout", *arguments), output, "tokenizer.json", str(demo_data))
 
 

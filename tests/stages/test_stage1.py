@@ -1,4 +1,5 @@
-"""Stage 1: every kind of source ends in the same records; every kind of bad row is refused by file and row, and leaves nothing behind."""
+"""Stage 1: every kind of source ends in the same records; every kind of bad row is refused by file and row, and leaves
+nothing behind."""
 
 import hashlib
 import io
@@ -9,21 +10,23 @@ import sys
 import numpy as np
 import pyarrow
 import pytest
-from pyarrow import parquet
 from PIL import Image
+from pyarrow import parquet
 
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import read_manifest
-from megatron_papo.records import Prompt, read_jsonl
+from megatron_papo.run.records import Prompt, read_jsonl
+from megatron_papo.run.stage_output import read_manifest
 from stages import stage1_prepare_data
-from tests.conftest import DEMO_CONFIG, run_module, settings
+from tests.helpers import DEMO_CONFIG, run_module, settings
 
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def png(width, height, seed=0) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(stream, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+        stream, "PNG"
+    )
     return stream.getvalue()
 
 
@@ -94,7 +97,9 @@ def test_every_kind_of_source(kind, stage, tmp_path, tiny_hf):
     elif kind == "parquet paths":
         write_jsonl(folder / "set.jsonl", ROWS)
         source = write_parquet(
-            folder / "set.parquet", ROWS, images=lambda contents: [f"{hashlib.md5(content).hexdigest()}.png" for content in contents]
+            folder / "set.parquet",
+            ROWS,
+            images=lambda contents: [f"{hashlib.md5(content).hexdigest()}.png" for content in contents],
         )
     else:
         source = folder
@@ -111,7 +116,9 @@ def test_every_kind_of_source(kind, stage, tmp_path, tiny_hf):
     # Rows 1 and 4 share a picture; the two synthetic evaluation rows have one each.
     assert len(list((output / "images").iterdir())) == read_manifest(output)["counts"]["images"] == 3 + 2
     for name in (name for prompt in prompts for name in prompt.images):
-        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == name.removeprefix("images/").removesuffix(".png")
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == name.removeprefix("images/").removesuffix(
+            ".png"
+        )
 
 
 def test_text_and_places(stage, tmp_path, tiny_hf):
@@ -124,14 +131,19 @@ def test_text_and_places(stage, tmp_path, tiny_hf):
     texts = [tokenizer.decode(prompt.token_ids) for prompt in read_jsonl(output / "prompts.jsonl", Prompt)]
     users = [f"{PLACE}How many?", f"First {PLACE}\nthen {PLACE} differ?", "What is 1 + 1?", f"{PLACE}No place for it"]
     assert texts == [
-        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{user} Use {{}}.<|im_end|>\n<|im_start|>assistant\n" for user in users
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{user} Use"
+        f" {{}}.<|im_end|>\n<|im_start|>assistant\n"
+        for user in users
     ]
 
 
 def test_token_counts_are_those_of_transformers(stage, tmp_path, tiny_hf):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    rows = [{"problem": "<image>?", "answer": "1", "images": [png(w, h, w)]} for w, h in ((500, 30), (29, 400), (224, 224), (900, 700))]
+    rows = [
+        {"problem": "<image>?", "answer": "1", "images": [png(w, h, w)]}
+        for w, h in ((500, 30), (29, 400), (224, 224), (900, 700))
+    ]
     output = stage(write_jsonl(tmp_path / "data" / "set.jsonl", rows))
     processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=50176)
     for prompt, row in zip(read_jsonl(output / "prompts.jsonl", Prompt), rows):
@@ -163,12 +175,18 @@ def test_columns_count_ids_and_targets(stage, tmp_path, tiny_hf):
         sft.append(f"data.{name}={{source: {tmp_path / 'set.jsonl'}, count: 3}}")
     output = stage("unused", *keys, *sft)
     prompts, targets = (read_jsonl(output / name, Prompt) for name in ("prompts.jsonl", "sft.jsonl"))
-    assert [prompt.id for prompt in prompts] == ["q0", "q1", "q2"] and [prompt.answer for prompt in prompts] == ["0", "1", "2"]
+    assert [prompt.id for prompt in prompts] == ["q0", "q1", "q2"] and [prompt.answer for prompt in prompts] == [
+        "0",
+        "1",
+        "2",
+    ]
     assert prompts[0].target is None and prompts[0].target_token_ids is None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_hf)
-    assert [tokenizer.decode(prompt.target_token_ids) for prompt in targets] == [f"It is {n}.<|im_end|>" for n in range(3)]
+    assert [tokenizer.decode(prompt.target_token_ids) for prompt in targets] == [
+        f"It is {n}.<|im_end|>" for n in range(3)
+    ]
 
 
 GOOD = {"problem": "<image>?", "answer": "1", "images": ["good.png"]}
@@ -198,8 +216,14 @@ BAD_ROWS = {
     "an empty list of maps": ({**GOOD, "saliency": []}, "0 saliency maps for 1 images"),
     "missing map": ({**GOOD, "saliency": ["none.npy"]}, "saliency map none.npy: no such file"),
     "map outside": ({**GOOD, "saliency": ["../outside.png"]}, "saliency map ../outside.png: outside the data root"),
-    "map in colours": ({**GOOD, "saliency": ["good.png"]}, "saliency map good.png: cannot be read as a saliency map (a picture in colours"),
-    "map of three dimensions": ({**GOOD, "saliency": ["deep.npy"]}, "saliency map deep.npy: an array of shape (1, 4, 4)"),
+    "map in colours": (
+        {**GOOD, "saliency": ["good.png"]},
+        "saliency map good.png: cannot be read as a saliency map (a picture in colours",
+    ),
+    "map of three dimensions": (
+        {**GOOD, "saliency": ["deep.npy"]},
+        "saliency map deep.npy: an array of shape (1, 4, 4)",
+    ),
     "map with NaN": ({**GOOD, "saliency": ["nan.npy"]}, "saliency map nan.npy: holds NaN"),
     "map that is text": ({**GOOD, "saliency": ["text.png"]}, "saliency map text.png: cannot be read as a saliency map"),
     "map of a wrong type": ({**GOOD, "saliency": [None]}, "saliency[0]: expected a path"),
@@ -270,19 +294,24 @@ def test_saliency_maps_are_stored(kind, stage, tmp_path):
     for name in (name for prompt in prompts for name in prompt.saliency):
         stem, suffix = name.removeprefix("saliency/").split(".")
         content = (output / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == stem and suffix == ("npy" if content.startswith(b"\x93NUMPY") else "png")
+        assert hashlib.sha256(content).hexdigest() == stem and suffix == (
+            "npy" if content.startswith(b"\x93NUMPY") else "png"
+        )
     assert read_manifest(output)["counts"]["saliency_maps"] == 3 == len(list((output / "saliency").iterdir()))
     assert read_manifest(output)["counts"]["images"] == 5
     # Under another column name they are not seen.
     other = stage(source, output="other")
-    assert not (other / "saliency").exists() and all(prompt.saliency == [] for prompt in read_jsonl(other / "prompts.jsonl", Prompt))
+    assert not (other / "saliency").exists() and all(
+        prompt.saliency == [] for prompt in read_jsonl(other / "prompts.jsonl", Prompt)
+    )
 
 
 SEMANTIC = ["masked_image.strategy=semantic", "evaluation.masked_images=false"]
 
 
 def test_semantic_masking_asks_for_maps_here(stage, tmp_path):
-    """Before a rollout is sampled: of the set that will be masked, and also when the data was made for another strategy."""
+    """Before a rollout is sampled: of the set that will be masked, and also when the data was made for another
+    strategy."""
     rows = [{"problem": "?", "answer": "1"}, {**GOOD, "saliency": ["good.npy"]}, GOOD]
     (tmp_path / "good.png").write_bytes(png(56, 56))
     (tmp_path / "good.npy").write_bytes(npy(1))
@@ -300,7 +329,10 @@ def test_semantic_masking_asks_for_maps_here(stage, tmp_path):
     stage(tmp_path / "set.jsonl", *SEMANTIC, "objective.kl_prcp_coef=0", "objective.masked_image_entropy_coef=0")
     fingerprint = read_manifest(output)["fingerprint"]
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
-    with_maps = [read_manifest(stage(tmp_path / "set.jsonl", *more, output="with_maps"))["fingerprint"] for more in (SEMANTIC, [])]
+    with_maps = [
+        read_manifest(stage(tmp_path / "set.jsonl", *more, output="with_maps"))["fingerprint"]
+        for more in (SEMANTIC, [])
+    ]
     assert with_maps[0] == with_maps[1] != fingerprint
 
 
@@ -364,14 +396,19 @@ def test_hugging_face_data_set_is_read_undecoded():
 
 def test_unreachable_hugging_face_data_set(stage, tmp_path):
     """The tests run with HF_HUB_OFFLINE=1."""
-    with pytest.raises(UserError, match="someone/no-such-data: no such file, and the Hugging Face data set of this name cannot be loaded"):
+    with pytest.raises(
+        UserError,
+        match="someone/no-such-data: no such file, and the Hugging Face data set of this name cannot be loaded",
+    ):
         stage("someone/no-such-data")
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_an_error_as_the_user_sees_it(tmp_path):
     """One line, exit status 2, nothing half-written."""
-    overrides = settings("sft=null", "data.sft=null", f"model.path={tmp_path}", f"data.train={{source: {tmp_path / 'none.jsonl'}}}")
+    overrides = settings(
+        "sft=null", "data.sft=null", f"model.path={tmp_path}", f"data.train={{source: {tmp_path / 'none.jsonl'}}}"
+    )
     result = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, "--output", tmp_path / "out", *overrides)
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file or directory: correct the data source\n"

@@ -1,7 +1,8 @@
-"""Stage 2 against a plain torch loop over transformers' own model: any ZeRO stage, micro-batch size and process count learns the same.
+"""Stage 2 against a plain torch loop over transformers' own model: any ZeRO stage, micro-batch size and process count
+learns the same.
 
-The data mix several pictures per row, text-only rows and targets of unequal length, so that some micro-batches hold no picture and a
-mean of micro-batch means would differ from the mean over tokens.
+The data mix several pictures per row, text-only rows and targets of unequal length, so that some micro-batches hold no
+picture and a mean of micro-batch means would differ from the mean over tokens.
 """
 
 import io
@@ -21,22 +22,39 @@ from safetensors.torch import load_file
 
 from megatron_papo.config import load_config
 from megatron_papo.data.chat import ChatFormat
-from megatron_papo.data.image_store import ImageStore
 from megatron_papo.data.prompts import PromptMaker
 from megatron_papo.data.rows import Row
-from megatron_papo.manifest import read_manifest
-from megatron_papo.records import write_jsonl
+from megatron_papo.pictures.store import ImageStore
+from megatron_papo.run.records import write_jsonl
+from megatron_papo.run.stage_output import read_manifest
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
-from tests.conftest import DEMO_CONFIG, ROOT, command_of, run_module, settings
+from tests.helpers import DEMO_CONFIG, ROOT, command_of, run_module, settings
 
 SIZES = TinySizes(
-    hidden_size=48, intermediate_size=80, num_layers=2, num_heads=6, num_kv_heads=3, vision_hidden_size=40, vision_intermediate_size=56,
-    vision_depth=2, vision_heads=5, full_attention_layers=(1,), tied=True, random_biases_and_norms=True,
-)  # fmt: skip
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=3,
+    vision_hidden_size=40,
+    vision_intermediate_size=56,
+    vision_depth=2,
+    vision_heads=5,
+    full_attention_layers=(1,),
+    tied=True,
+    random_biases_and_norms=True,
+)
 SEED = 3
 SFT = dict(
-    steps=4, global_batch_size=8, learning_rate=1e-3, warmup_steps=2, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, clip_grad=0.5
-)  # fmt: skip
+    steps=4,
+    global_batch_size=8,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    weight_decay=0.1,
+    adam_beta1=0.8,
+    adam_beta2=0.95,
+    clip_grad=0.5,
+)
 LAYOUTS = {
     "zero1": dict(zero_stage=1, micro_batch_size=1),
     "zero2": dict(zero_stage=2, micro_batch_size=4),
@@ -49,7 +67,8 @@ LAYOUTS = {
 
 
 def rows():
-    """22 rows: 8 and 8 and 8 are not whole epochs, so the order of a second epoch counts too. Rows 0 .. 9 have no picture."""
+    """22 rows: 8 and 8 and 8 are not whole epochs, so the order of a second epoch counts too. Rows 0 .. 9 have no
+    picture."""
     rng = np.random.default_rng(0)
     for number in range(22):
         images = []
@@ -59,7 +78,15 @@ def rows():
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(stream, "PNG")
             images.append(stream.getvalue())
         target = f"<think>{'I count ' * (number % 5)}{number}</think>\\boxed{{{number}}}"
-        yield Row(f"row {number}", str(number), f"{'<image>' * len(images)}How many in {number}?", str(number), images, None, target)
+        yield Row(
+            f"row {number}",
+            str(number),
+            f"{'<image>' * len(images)}How many in {number}?",
+            str(number),
+            images,
+            None,
+            target,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +105,48 @@ def trained(mixed, tmp_path_factory):
     """Layout name -> (history, tensors), all from one start of two processes."""
     root, config = mixed
     output = tmp_path_factory.mktemp("trained")
-    layouts = LAYOUTS | {"nested": LAYOUTS["zero2"] | {"hf": str(nested_like_transformers_4(root / "model", root / "nested"))}}
+    layouts = LAYOUTS | {
+        "nested": LAYOUTS["zero2"] | {"hf": str(nested_like_transformers_4(root / "model", root / "nested"))}
+    }
     job = dict(
         data=str(root), hf=str(root / "model"), output=str(output), sft=SFT, seed=SEED, layouts=layouts,
         data_config=config.model_dump(mode="json"), recompute={"zero2": "full", "zero3": "full", "zero3 again": "full"},
     )  # fmt: skip
     (output / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "tests/workers/sft_worker.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "tests/workers/sft_worker.py",
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, str(output / "job.json")], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*command, str(output / "job.json")], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     return output, {
-        name: (json.loads((output / name / "history.json").read_text()), load_file(output / name / "model.safetensors")) for name in layouts
+        name: (json.loads((output / name / "history.json").read_text()), load_file(output / name / "model.safetensors"))
+        for name in layouts
     }
 
 
 def nested_like_transformers_4(source, target):
-    """The same checkpoint with the config.json that transformers 4.57 writes: the tie flag stands only inside text_config."""
+    """The same checkpoint with the config.json that transformers 4.57 writes: the tie flag stands only inside
+    text_config."""
     shutil.copytree(source, target)
     config = json.loads((source / "config.json").read_text())
-    top = ("architectures", "model_type", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    top = (
+        "architectures",
+        "model_type",
+        "vision_config",
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    )
     text = {key: value for key, value in config.items() if key not in top} | {"model_type": "qwen2_5_vl_text"}
     (target / "config.json").write_text(json.dumps({key: config[key] for key in top} | {"text_config": text}))
     return target
@@ -105,11 +154,12 @@ def nested_like_transformers_4(source, target):
 
 @pytest.fixture(scope="module")
 def reference(mixed):
-    """The same training without DeepSpeed, batching, or any of our code but the data order: one sample at a time through transformers."""
+    """The same training without DeepSpeed, batching, or any of our code but the data order: one sample at a time
+    through transformers."""
     from transformers import Qwen2_5_VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from megatron_papo.training.sft import batch_indices
+    from megatron_papo.sft.batches import batch_indices
 
     torch.set_num_threads(1)
     root, config = mixed
@@ -126,7 +176,9 @@ def reference(mixed):
             ids = [token for each in ids for token in ([each] * next(counts) if each == pad else [each])]
             inputs = dict(pictures)
         ids = torch.tensor([ids + line["target_token_ids"]])
-        logits = model(input_ids=ids, mm_token_type_ids=(ids == pad).int(), **inputs).logits[0, -len(line["target_token_ids"]) - 1 : -1]
+        logits = model(input_ids=ids, mm_token_type_ids=(ids == pad).int(), **inputs).logits[
+            0, -len(line["target_token_ids"]) - 1 : -1
+        ]
         return torch.nn.functional.cross_entropy(logits, torch.tensor(line["target_token_ids"]), reduction="none")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.8, 0.95), weight_decay=0.1)
@@ -146,14 +198,20 @@ def reference(mixed):
 
 
 def in_memory(name):
-    return name.replace("visual.", "model.visual.", 1) if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
+    return (
+        name.replace("visual.", "model.visual.", 1)
+        if name.startswith("visual.")
+        else name.replace("model.", "model.language_model.", 1)
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "bfloat16" not in name])
 def test_loss_gradient_and_weights_equal_the_plain_loop(name, trained, reference):
-    """Loss and gradient norm to 2e-5 (float32 sums in other orders; Adam's first steps amplify them where a gradient is about 0).
+    """Loss and gradient norm to 2e-5 (float32 sums in other orders; Adam's first steps amplify them where a gradient is
+    about 0).
 
-    Weights: four steps move them by up to 4e-3, the difference may be 1e-4 where a gradient is at noise level, 1e-6 on average.
+    Weights: four steps move them by up to 4e-3, the difference may be 1e-4 where a gradient is at noise level, 1e-6 on
+    average.
     """
     history, tensors = trained[1][name]
     expected_history, _, expected = reference
@@ -182,7 +240,8 @@ def test_same_bits_on_repeat(trained):
 
 
 def test_a_tie_flag_inside_text_config_is_seen(trained, mixed):
-    """transformers 5.12 alone overlooks it and makes a random head (the negative control): what we write loads tied everywhere."""
+    """transformers 5.12 alone overlooks it and makes a random head (the negative control): what we write loads tied
+    everywhere."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     output, results = trained
@@ -220,7 +279,7 @@ def test_checkpoint_is_one_that_transformers_loads(trained, mixed):
 
 
 def test_order_is_a_permutation_per_epoch():
-    from megatron_papo.training.sft import batch_indices
+    from megatron_papo.sft.batches import batch_indices
 
     drawn = [index for step in range(11) for index in batch_indices(22, step, 8, SEED)]
     assert [sorted(drawn[start : start + 22]) for start in range(0, 88, 22)] == [list(range(22))] * 4
@@ -243,7 +302,10 @@ def finished(demo_data, tmp_path_factory):
     arguments = stage2_arguments(demo_data, output, *SHORT)
     partial = output.with_name("hf.partial")
     process = subprocess.Popen(
-        command_of("stages.stage2_sft", *arguments, processes=2), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command_of("stages.stage2_sft", *arguments, processes=2),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         deadline = time.monotonic() + 120
@@ -284,13 +346,17 @@ def test_the_loss_falls_and_is_logged(finished, demo_data):
 
 def test_done_is_skipped_quickly(finished, demo_data):
     started = time.monotonic()
-    result = run_module("stages.stage2_sft", *stage2_arguments(demo_data, finished[0], *SHORT), env={"WORLD_SIZE": "2", "RANK": "0"})
+    result = run_module(
+        "stages.stage2_sft", *stage2_arguments(demo_data, finished[0], *SHORT), env={"WORLD_SIZE": "2", "RANK": "0"}
+    )
     assert result.returncode == 0 and "nothing to do" in result.stdout
     assert time.monotonic() - started < 8, "torch and deepspeed are not imported for that"
 
 
 def test_single_process_without_a_launcher_and_a_diverging_run(demo_data, tmp_path):
-    overrides = settings("sft.processes=1", "sft.learning_rate=1.0e+30", "sft.steps=6", "sft.warmup_steps=0", "sft.zero_stage=1")
+    overrides = settings(
+        "sft.processes=1", "sft.learning_rate=1.0e+30", "sft.steps=6", "sft.warmup_steps=0", "sft.zero_stage=1"
+    )
     result = run_module("stages.stage2_sft", *stage2_arguments(demo_data, tmp_path / "hf", *overrides))
     assert result.returncode == 2
     assert "error: step 2: loss nan" in result.stderr and "Traceback" not in result.stderr
@@ -306,7 +372,9 @@ def test_single_process_without_a_launcher_and_a_diverging_run(demo_data, tmp_pa
     ],
 )
 def test_bad_starts(overrides, env, message, demo_data, tmp_path):
-    result = run_module("stages.stage2_sft", *stage2_arguments(demo_data, tmp_path / "hf", *settings(*overrides)), env=env)
+    result = run_module(
+        "stages.stage2_sft", *stage2_arguments(demo_data, tmp_path / "hf", *settings(*overrides)), env=env
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
     assert list(tmp_path.iterdir()) == []
 

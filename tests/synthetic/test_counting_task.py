@@ -11,7 +11,9 @@ from megatron_papo.synthetic.rows import synthetic_rows
 def count_coloured_cells(image) -> int:
     """Cells whose centre is far from grey: noise of 8 grey levels does not reach 60."""
     pixels = np.asarray(image).astype(int)
-    centres = pixels.reshape(pixels.shape[0] // 14, 14, pixels.shape[1] // 14, 14, 3)[:, 4:10, :, 4:10].mean(axis=(1, 3))
+    centres = pixels.reshape(pixels.shape[0] // 14, 14, pixels.shape[1] // 14, 14, 3)[:, 4:10, :, 4:10].mean(
+        axis=(1, 3)
+    )
     return int((np.ptp(centres, axis=-1) > 60).sum())
 
 
@@ -41,7 +43,11 @@ def test_noise_and_seed_matter():
 
 
 def test_sets_share_no_picture():
-    rows = [row for name in ("train", "sft", "evaluation") for row in synthetic_rows(SyntheticTaskConfig(), 1, name, 40, name == "sft")]
+    rows = [
+        row
+        for name in ("train", "sft", "evaluation")
+        for row in synthetic_rows(SyntheticTaskConfig(), 1, name, 40, name == "sft")
+    ]
     assert len({row.images[0] for row in rows}) == len({row.id for row in rows}) == 120
     assert [row.target is not None for row in rows] == [False] * 40 + [True] * 40 + [False] * 40
     again = list(synthetic_rows(SyntheticTaskConfig(), 1, "sft", 40, True))

@@ -1,4 +1,5 @@
-"""The tiny checkpoint is one that transformers itself could have written: same names, shapes and meaning of its configuration."""
+"""The tiny checkpoint is one that transformers itself could have written: same names, shapes and meaning of its
+configuration."""
 
 import json
 
@@ -10,9 +11,21 @@ from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
 from megatron_papo.synthetic.tiny_tokenizer import SPECIAL_TOKENS
 
 OTHER = TinySizes(
-    hidden_size=96, intermediate_size=160, num_layers=3, num_heads=6, num_kv_heads=3, vision_hidden_size=80, vision_intermediate_size=112,
-    vision_depth=3, vision_heads=5, full_attention_layers=(0, 2), window_size=56, vocab_size=512, tied=False, random_biases_and_norms=True,
-)  # fmt: skip
+    hidden_size=96,
+    intermediate_size=160,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=3,
+    vision_hidden_size=80,
+    vision_intermediate_size=112,
+    vision_depth=3,
+    vision_heads=5,
+    full_attention_layers=(0, 2),
+    window_size=56,
+    vocab_size=512,
+    tied=False,
+    random_biases_and_norms=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +53,11 @@ def test_equal_to_what_transformers_saves(sizes, tmp_path):
     )  # fmt: skip
     assert text.vocab_size == sizes.vocab_size and text.intermediate_size == sizes.intermediate_size
     assert sum(text.rope_parameters["mrope_section"]) * 2 == sizes.hidden_size // sizes.num_heads
-    assert (vision.depth, vision.num_heads, vision.window_size) == (sizes.vision_depth, sizes.vision_heads, sizes.window_size)
+    assert (vision.depth, vision.num_heads, vision.window_size) == (
+        sizes.vision_depth,
+        sizes.vision_heads,
+        sizes.window_size,
+    )
     assert tuple(vision.fullatt_block_indexes) == sizes.full_attention_layers
     assert vision.hidden_size == sizes.vision_hidden_size and vision.out_hidden_size == sizes.hidden_size
     assert abs(ours["model.embed_tokens.weight"].std() - sizes.initializer_range) < 0.01
@@ -62,13 +79,21 @@ def test_demo_size_and_same_bytes_for_the_same_seed(tiny_hf, tmp_path):
 
 def test_config_is_in_the_official_flat_spelling(tiny_hf):
     config = json.loads((tiny_hf / "config.json").read_text())
-    assert "text_config" not in config and config["rope_scaling"]["type"] == "mrope" and config["tie_word_embeddings"] is True
+    assert (
+        "text_config" not in config
+        and config["rope_scaling"]["type"] == "mrope"
+        and config["tie_word_embeddings"] is True
+    )
     assert config["vocab_size"] % 64 == 0
     assert json.loads((tiny_hf / "generation_config.json").read_text())["eos_token_id"] == config["eos_token_id"]
 
 
 def test_any_text_survives_the_tokenizer(tokenizer):
-    for text in ("How many squares are there?", "naïve Größe 数学 🙂\t x² \n\n 12345", "<think>I count 3 squares.</think>\\boxed{3}"):
+    for text in (
+        "How many squares are there?",
+        "naïve Größe 数学 🙂\t x² \n\n 12345",
+        "<think>I count 3 squares.</think>\\boxed{3}",
+    ):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer) <= 448
     assert len(set(tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)))) == len(SPECIAL_TOKENS)
@@ -84,7 +109,8 @@ def test_chat_template(tokenizer):
     content = [{"type": "image"}, {"type": "text", "text": "How many?"}, {"type": "image"}]
     user = {"role": "user", "content": content}
     expected = (
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How many?<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>How"
+        " many?<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == expected

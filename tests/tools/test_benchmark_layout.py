@@ -1,10 +1,10 @@
-"""tools.benchmark_layout, small: the last line is the report, the gradients agree, and so do the token counts."""
+"""tools.benchmark.layout, small: the last line is the report, the gradients agree, and so do the token counts."""
 
 import json
 
 import pytest
 
-from tests.conftest import run_module
+from tests.helpers import run_module
 
 KEYS = {
     "seconds_plain", "seconds_group", "seconds_pictures", "ratio", "token_ratio", "padded_token_ratio", "flops_ratio",
@@ -14,8 +14,21 @@ KEYS = {
 
 @pytest.mark.parametrize("layout", [[], ["--tp", "2", "--pp", "2"]], ids=["one process", "TP2 x PP2"])
 def test_report(layout):
-    sizes = ["--group-size", "3", "--prompt-tokens", "60", "--response-tokens", "10", "--groups", "2", "--hidden", "64", "--repeat", "1"]
-    result = run_module("tools.benchmark_layout", *sizes, *layout)
+    sizes = [
+        "--group-size",
+        "3",
+        "--prompt-tokens",
+        "60",
+        "--response-tokens",
+        "10",
+        "--groups",
+        "2",
+        "--hidden",
+        "64",
+        "--repeat",
+        "1",
+    ]
+    result = run_module("tools.benchmark.layout", *sizes, *layout)
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads(result.stdout.splitlines()[-1])
     assert KEYS <= found.keys()
@@ -23,7 +36,9 @@ def test_report(layout):
     assert found["tokens_plain_padded"] > found["tokens_plain"]  # no group's responses are all of one length
     assert found["padded_token_ratio"] == pytest.approx(found["tokens_plain_padded"] / found["tokens_group"])
     assert found["token_ratio"] == pytest.approx(found["tokens_plain"] / found["tokens_group"])
-    assert 1 < found["flops_ratio"] < found["token_ratio"]  # the vision tower is the same in both, and attention gains less
+    assert (
+        1 < found["flops_ratio"] < found["token_ratio"]
+    )  # the vision tower is the same in both, and attention gains less
     assert found["ratio"] == pytest.approx(found["seconds_plain"] / found["seconds_group"])
     assert 0 < found["max_abs_gradient_difference"] < 1e-5 * found["max_abs_gradient"]
     assert found["peak_bytes_group"] < found["peak_bytes_plain"]

@@ -5,17 +5,17 @@ import json
 import pytest
 import torch
 
+from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import token_statistics
-from megatron_papo.training import parallel
-from tests.conftest import run_module
-from tools import benchmark_objective
-from tools.benchmark_objective import KINDS, demo_config, objective_alone, textbook_statistics
-from tools.measure import peak_bytes, seconds_in_turns
+from tests.helpers import run_module
+from tools.benchmark import objective
+from tools.benchmark.measure import peak_bytes, seconds_in_turns
+from tools.benchmark.objective import KINDS, demo_config, objective_alone, textbook_statistics
 
 
 @pytest.fixture(scope="module")
 def report():
-    done = run_module("tools.benchmark_objective", "--quick", "--tokens", 48, "--threads", 2)
+    done = run_module("tools.benchmark.objective", "--quick", "--tokens", 48, "--threads", 2)
     assert done.returncode == 0, done.stderr
     assert "upper bound" in done.stdout and "demo: k3_cached" in done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -25,7 +25,9 @@ def report():
 def test_demo(report, kind):
     demo = report["demo"][kind]
     assert demo["rollouts"] == 64
-    assert 0 < demo["objective_share"] < 1 and demo["objective_share"] == pytest.approx(demo["objective_seconds"] / demo["step_seconds"])
+    assert 0 < demo["objective_share"] < 1 and demo["objective_share"] == pytest.approx(
+        demo["objective_seconds"] / demo["step_seconds"]
+    )
     assert demo["logits_shape"][1] == 448
     assert demo["objective_loss"] == pytest.approx(demo["step_loss"], rel=1e-6)  # the step's own objective
 
@@ -49,7 +51,9 @@ def test_large_vocabulary(report, kind, dtype):
     assert row["textbook_time_ratio"] == pytest.approx(row["textbook_seconds"] / row["objective_seconds"])
     # the gradient alone is 1; the textbook holds log-softmax, its gradient and the logits' gradient at once, in fp32
     assert 1.0 < row["peak_bytes_over_logits_bytes"] < row["textbook_peak_bytes_over_logits_bytes"]
-    if report["device"] == "CPU":  # a few chunks of 3 rows of the 48 beside the gradient; GPU-sized chunks, 27 rows, would be over
+    if (
+        report["device"] == "CPU"
+    ):  # a few chunks of 3 rows of the 48 beside the gradient; GPU-sized chunks, 27 rows, would be over
         assert row["peak_bytes_over_logits_bytes"] < (2.5 if kind == "exact_with_gradient" else 1.3)
     assert row["textbook_peak_bytes_over_logits_bytes"] >= 3.0 * (2 if dtype == "bfloat16" else 1)
 
@@ -79,15 +83,15 @@ def test_peak_of_known_allocations():
 
 @pytest.fixture(scope="module")
 def layout():
-    parallel.initialize(demo_config([]).parallel)
+    process_groups.initialize(demo_config([]).parallel)
     yield
-    parallel.destroy()
+    process_groups.destroy()
 
 
 @pytest.mark.parametrize("kind", ["k3_cached", "exact_with_gradient"])
 def test_the_textbook_computes_the_same(layout, kind):
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(10, 57, generator=generator).to(parallel.device()).requires_grad_()
+    logits = torch.randn(10, 57, generator=generator).to(process_groups.device()).requires_grad_()
     gradients = []
     for how in (token_statistics, textbook_statistics):
         objective_alone(kind, logits, how)()
@@ -100,6 +104,6 @@ def test_the_textbook_computes_the_same(layout, kind):
 
 @pytest.mark.parametrize("wrong", [["--tokens", 3], ["--repeat", 0], ["--threads", -1]])
 def test_mistakes(wrong):
-    done = run_module("tools.benchmark_objective", *wrong)
+    done = run_module("tools.benchmark.objective", *wrong)
     assert done.returncode == 2 and wrong[0] in done.stderr and done.stdout == ""
-    assert benchmark_objective.__doc__.split("\n")[0] in run_module("tools.benchmark_objective", "--help").stdout
+    assert objective.__doc__.split("\n")[0] in run_module("tools.benchmark.objective", "--help").stdout

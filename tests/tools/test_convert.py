@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests import random_model
-from tests.conftest import DEMO_CONFIG, run_module
+from tests.helpers import DEMO_CONFIG, run_module
+from tests.workers import random_model
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,22 @@ def test_mistakes_leave_one_line_and_no_output(hf, tmp_path):
         ("tools.convert", "to-hf", "--megatron", hf),
         ("stages.stage3_convert_to_megatron", "--config", DEMO_CONFIG, "--hf", tmp_path / "nothing"),
         ("stages.stage6_convert_to_hf", "--config", DEMO_CONFIG, "--megatron", hf),
-        ("stages.stage3_convert_to_megatron", "--config", DEMO_CONFIG, "--hf", hf, "--set", "parallel.pipeline_model_parallel_size=3"),
+        (
+            "stages.stage3_convert_to_megatron",
+            "--config",
+            DEMO_CONFIG,
+            "--hf",
+            hf,
+            "--set",
+            "parallel.pipeline_model_parallel_size=3",
+        ),
     ):
         done = run_module(*arguments, "--output", tmp_path / "out")
         assert done.returncode == 2, arguments
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists() and not (tmp_path / "out.lock").exists()
+        assert (
+            not (tmp_path / "out").exists()
+            and not (tmp_path / "out.partial").exists()
+            and not (tmp_path / "out.lock").exists()
+        )

@@ -1,5 +1,5 @@
-"""Token and FLOP counts of a training step against a count by hand, torch's FLOP counter on transformers and on our own model, dense masks
-and real micro-batches.
+"""Token and FLOP counts of a training step against a count by hand, torch's FLOP counter on transformers and on our own
+model, dense masks and real micro-batches.
 
 NOT covered here: the peak memory of a GPU.
 """
@@ -16,20 +16,35 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_papo import images
 from megatron_papo.config import load_config
 from megatron_papo.model.hf_config import read_hf_config
-from megatron_papo.records import Rewards, Rollout, write_jsonl
+from megatron_papo.run.records import Rewards, Rollout, write_jsonl
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
 from megatron_papo.training import accounting
-from megatron_papo.training.accounting import attention_pairs, decoder_flops, peak_flops, step_accounting, vision_flops, window_pairs
+from megatron_papo.training.accounting import (
+    attention_pairs,
+    decoder_flops,
+    peak_flops,
+    step_accounting,
+    vision_flops,
+    window_pairs,
+)
 from megatron_papo.training.batching import Collator, make_rows, split_over_ranks
-from tests.conftest import DEMO_CONFIG, ROOT
+from tests.helpers import DEMO_CONFIG, ROOT
 
 SIZES = TinySizes(
-    hidden_size=48, intermediate_size=80, num_layers=3, num_heads=4, num_kv_heads=2, vision_hidden_size=32, vision_intermediate_size=72,
-    vision_depth=3, vision_heads=2, full_attention_layers=(1,), tied=False,
-)  # fmt: skip
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    vision_hidden_size=32,
+    vision_intermediate_size=72,
+    vision_depth=3,
+    vision_heads=2,
+    full_attention_layers=(1,),
+    tied=False,
+)
 PICTURES = {"a.png": (56, 56), "b.png": (112, 168), "c.png": (140, 252), "d.png": (84, 308)}
 PROMPTS = [["a.png"], ["b.png", "c.png"], [], ["d.png"], ["a.png"], ["c.png"]]
 """The first and the last but one show the same picture."""
@@ -68,18 +83,33 @@ def make_rollouts(hf) -> list[Rollout]:
         tokens = sum(grid_of(name)[1] * grid_of(name)[2] // 4 for name in names)
         records.append(
             Rollout(
-                prompt_id=f"p{group}", iteration=1, epoch=0, group=group, sample=sample, answer="",
-                prompt_token_ids=[*text, *[hf.image_token_id] * len(names)], prompt_num_tokens=len(text) + tokens,
-                images=names, response_token_ids=[rng.randrange(1, 90) for _ in range(length)],
-                rollout_log_probs=[-1.0] * length, text="", finish_reason="stop", rewards=Rewards(overall=1, accuracy=1, format=1),
-                temperature=1.0, top_p=1.0, sampling_seed=0, masked_image_seed=group, weight_version="w",
+                prompt_id=f"p{group}",
+                iteration=1,
+                epoch=0,
+                group=group,
+                sample=sample,
+                answer="",
+                prompt_token_ids=[*text, *[hf.image_token_id] * len(names)],
+                prompt_num_tokens=len(text) + tokens,
+                images=names,
+                response_token_ids=[rng.randrange(1, 90) for _ in range(length)],
+                rollout_log_probs=[-1.0] * length,
+                text="",
+                finish_reason="stop",
+                rewards=Rewards(overall=1, accuracy=1, format=1),
+                temperature=1.0,
+                top_p=1.0,
+                sampling_seed=0,
+                masked_image_seed=group,
+                weight_version="w",
             )  # fmt: skip
         )
     return records
 
 
 def test_flops_equal_a_count_by_hand(hf):
-    """Width 48, 4 heads and 2 key-value groups of 12, MLP 80, 448 words, 3 layers; 10 tokens of which 4 are responses."""
+    """Width 48, 4 heads and 2 key-value groups of 12, MLP 80, 448 words, 3 layers; 10 tokens of which 4 are
+    responses."""
     products = [
         (10, 48, 48), (10, 48, 24), (10, 48, 24),  # queries, keys, values: (rows, summed, columns)
         (10, 48, 48), (10, 48, 80), (10, 48, 80), (10, 80, 48),  # output, gate, up, down
@@ -102,7 +132,9 @@ def test_vision_flops_equal_a_count_by_hand(hf):
     expected = 2 * 60 * 1176 * 32 + 3 * layer + attention + merger
     assert window_pairs(hf.vision, (1, 6, 10)) == windowed
     assert vision_flops(hf.vision, (1, 6, 10)) == expected
-    assert vision_flops(hf.vision, (1, 6, 8)) + vision_flops(hf.vision, (1, 6, 2)) < expected  # negative control: two pictures are not one
+    assert (
+        vision_flops(hf.vision, (1, 6, 8)) + vision_flops(hf.vision, (1, 6, 2)) < expected
+    )  # negative control: two pictures are not one
 
 
 @pytest.mark.parametrize("prompt, responses", [(6, [4]), (5, [3, 0, 7, 1]), (1, [2, 2]), (4, [0])])
@@ -118,7 +150,8 @@ def test_pairs_equal_a_dense_mask(prompt, responses):
 
 
 def counted_by_torch(work, hf, names, prompt, response, with_gradient) -> int:
-    """FLOPs of one row through transformers, whose attention is products of whole matrices; without those that make rotary angles."""
+    """FLOPs of one row through transformers, whose attention is products of whole matrices; without those that make
+    rotary angles."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(work / "model", attn_implementation="eager")
@@ -137,7 +170,11 @@ def counted_by_torch(work, hf, names, prompt, response, with_gradient) -> int:
         assert logits.shape[1] == response
         if with_gradient:
             logits.sum().backward()
-    angles = [sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name.endswith("language_model.rotary_emb")]
+    angles = [
+        sum(flops.values())
+        for name, flops in counter.get_flop_counts().items()
+        if name.endswith("language_model.rotary_emb")
+    ]
     assert len(angles) == 1
     return counter.get_total_flops() - angles[0]
 
@@ -159,19 +196,27 @@ def test_flops_equal_torchs_counter_on_transformers(work, hf, names, prompt, res
     assert decoder_flops(hf.text, length, length**2, length) > decoder(pairs=length**2)
     if names:
         widened = type(hf.vision)(**vars(hf.vision) | {"full_attention_layers": (0, 1, 2)})
-        assert sum(vision_flops(widened, grid_of(name)) for name in names) > sum(vision_flops(hf.vision, grid_of(name)) for name in names)
+        assert sum(vision_flops(widened, grid_of(name)) for name in names) > sum(
+            vision_flops(hf.vision, grid_of(name)) for name in names
+        )
 
 
 CASES = {
     "plain": ["training.layout=plain"],
-    "plain, sequence parallel": ["training.layout=plain", "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"],
+    "plain, sequence parallel": [
+        "training.layout=plain",
+        "parallel.tensor_model_parallel_size=4",
+        "parallel.sequence_parallel=true",
+    ],
     "group": ["training.layout=group", "training.max_tokens_per_micro_batch=1000"],
     "groups cut": ["training.layout=group", "training.max_tokens_per_micro_batch=40"],
     "group, sequence parallel": [
-        "training.layout=group", "training.max_tokens_per_micro_batch=150",
-        "parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true",
+        "training.layout=group",
+        "training.max_tokens_per_micro_batch=150",
+        "parallel.tensor_model_parallel_size=4",
+        "parallel.sequence_parallel=true",
     ],
-}  # fmt: skip
+}
 PASSES = {
     "sweep": accounting.Pass("original", 4),
     "masked sweep": accounting.Pass("masked", 4),
@@ -182,9 +227,26 @@ PASSES = {
 
 
 def overrides_of(case, *more):
-    parallel = ["parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=1", "parallel.data_parallel_size=2"]
-    sizes = [f"rollout.group_size={GROUP}", "rollout.rollout_batch_size=6", "training.global_batch_size=6", "data.max_prompt_tokens=4096"]
-    return [*LIMITS, *parallel, "parallel.sequence_parallel=false", *sizes, "training.micro_batch_size=1", *CASES[case], *more]
+    parallel = [
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=1",
+        "parallel.data_parallel_size=2",
+    ]
+    sizes = [
+        f"rollout.group_size={GROUP}",
+        "rollout.rollout_batch_size=6",
+        "training.global_batch_size=6",
+        "data.max_prompt_tokens=4096",
+    ]
+    return [
+        *LIMITS,
+        *parallel,
+        "parallel.sequence_parallel=false",
+        *sizes,
+        "training.micro_batch_size=1",
+        *CASES[case],
+        *more,
+    ]
 
 
 def config_of(case, *more):
@@ -205,10 +267,14 @@ def counted_over_micro_batches(rows, each, config, hf, work) -> dict[str, int]:
             halves = 2 if batch.has_twins else 1
             pairs = int(dense_mask(batch, part).sum())
             decoder = decoder_flops(hf.text, tokens // halves, pairs, len(batch.response_tokens) // halves)
-            shown = torch.tensor(batch.pictures).chunk(halves) if batch.pictures else [torch.tensor([], dtype=int)] * halves
+            shown = (
+                torch.tensor(batch.pictures).chunk(halves) if batch.pictures else [torch.tensor([], dtype=int)] * halves
+            )
             kinds = ("original", "masked") if halves == 2 else (each.pictures,)
             for kind, pictures in zip(kinds, shown):
-                forward = decoder + sum(vision_flops(hf.vision, batch.image_grids[picture]) for picture in set(pictures.tolist()))
+                forward = decoder + sum(
+                    vision_flops(hf.vision, batch.image_grids[picture]) for picture in set(pictures.tolist())
+                )
                 found["model_flops"] += forward * (3 if kind in each.with_gradient else 1)
     return found
 
@@ -282,18 +348,23 @@ def counted_on_our_model(work, hf):
     """{case: FLOPs}, by torch's counter."""
     write_jsonl(work / "rollouts.jsonl", make_rollouts(hf))
     (work / "config.yaml").write_text(DEMO_CONFIG.read_text())
-    cases = [{"overrides": overrides_of(layout, *own_overrides(name)), "sweep": OWN_PASSES[name][1]} for layout, name in OWN_CASES]
+    cases = [
+        {"overrides": overrides_of(layout, *own_overrides(name)), "sweep": OWN_PASSES[name][1]}
+        for layout, name in OWN_CASES
+    ]
     (work / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, str(ROOT / "tests/workers/count_flops.py"), str(work)]
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return dict(zip(OWN_CASES, json.loads((work / "counted.json").read_text()), strict=True))
 
 
 @pytest.mark.parametrize("case", OWN_CASES, ids=" ".join)
 def test_flops_equal_torchs_counter_on_our_model(work, hf, counted_on_our_model, case):
-    """What the counter sees and model FLOPs leave out: the other triangle of attention, backward of twins that nobody wants. And the other
-    way round: the gradient of the pixels."""
+    """What the counter sees and model FLOPs leave out: the other triangle of attention, backward of twins that nobody
+    wants. And the other way round: the gradient of the pixels."""
     layout, name = case
     each = OWN_PASSES[name][2]
     config = config_of(layout, *own_overrides(name))
@@ -309,7 +380,9 @@ def test_flops_equal_torchs_counter_on_our_model(work, hf, counted_on_our_model,
         if each.with_gradient and batch.pixel_values is not None:
             expected -= 2 * len(batch.pixel_values) * 1176 * SIZES.vision_hidden_size
     if name == "exact":
-        masked = step_accounting([rows], config, hf, [accounting.Pass("both", each.micro_batch_size, ("original", "masked"))], 1.0)
+        masked = step_accounting(
+            [rows], config, hf, [accounting.Pass("both", each.micro_batch_size, ("original", "masked"))], 1.0
+        )
         expected += masked["model_flops"] - model_flops
         assert masked["model_flops"] > 1.2 * model_flops  # negative control: there is something to leave out
     assert counted_on_our_model[case] == expected
@@ -338,7 +411,9 @@ def test_a_sweep_over_several_steps_is_planned_as_one(work, hf):
             shown = {tuple(row.rollout.images) for row in share[start : start + each.micro_batch_size]}
             patches += sum(grid_of(name)[1] * grid_of(name)[2] for names in shown for name in names)
     assert step_accounting(steps, config, hf, [each], 1.0)["patches_computed"] == patches
-    assert sum(step_accounting([step], config, hf, [each], 1.0)["patches_computed"] for step in steps) != patches  # negative control
+    assert (
+        sum(step_accounting([step], config, hf, [each], 1.0)["patches_computed"] for step in steps) != patches
+    )  # negative control
 
 
 @pytest.mark.parametrize(
@@ -369,14 +444,22 @@ def test_mfu(work, hf):
 @pytest.mark.parametrize(
     "name, flops",
     [
-        ("NVIDIA A100-SXM4-80GB", 312e12), ("A100-PCIE-40GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA B200", 2250e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
     ],
-)  # fmt: skip
+)
 def test_peak_flops_equal_the_data_sheets(name, flops):
     assert peak_flops(name) == pytest.approx(flops, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [None, "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H20", "Tesla V100", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"])
+@pytest.mark.parametrize(
+    "name", [None, "NVIDIA RTX A1000 Laptop GPU", "NVIDIA H20", "Tesla V100", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"]
+)
 def test_a_device_that_is_not_known_has_no_peak(name):
     assert peak_flops(name) is None

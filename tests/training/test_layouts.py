@@ -1,4 +1,5 @@
-"""How rollouts become micro-batches and ranks' shares: every rollout once, budgets kept, ranks balanced. Pure functions, no model."""
+"""How rollouts become micro-batches and ranks' shares: every rollout once, budgets kept, ranks balanced. Pure
+functions, no model."""
 
 import random
 from types import SimpleNamespace
@@ -10,20 +11,31 @@ from hypothesis import strategies as st
 from megatron_papo.config import TrainingConfig, load_config
 from megatron_papo.errors import UserError
 from megatron_papo.training.batching import plan_micro_batches, split_over_ranks
-from tests.conftest import DEMO_CONFIG
+from tests.helpers import DEMO_CONFIG
 
 
 def rows_of(groups):
     """groups: (prompt length, response lengths) of each."""
     return [
-        SimpleNamespace(rollout=SimpleNamespace(group=number), prompt_token_ids=[0] * prompt, response_length=length, name=(number, sample))
+        SimpleNamespace(
+            rollout=SimpleNamespace(group=number),
+            prompt_token_ids=[0] * prompt,
+            response_length=length,
+            name=(number, sample),
+        )
         for number, (prompt, lengths) in enumerate(groups)
         for sample, length in enumerate(lengths)
     ]
 
 
 def settings(layout, budget=None):
-    return TrainingConfig(layout=layout, max_tokens_per_micro_batch=budget, global_batch_size=1, micro_batch_size=1, log_prob_micro_batch_size=1)
+    return TrainingConfig(
+        layout=layout,
+        max_tokens_per_micro_batch=budget,
+        global_batch_size=1,
+        micro_batch_size=1,
+        log_prob_micro_batch_size=1,
+    )
 
 
 def tokens_of(part, copies=1):
@@ -32,7 +44,9 @@ def tokens_of(part, copies=1):
     return copies * (sum(prompts.values()) + sum(row.response_length for row in part))
 
 
-GROUPS = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 20), min_size=1, max_size=5)), min_size=1, max_size=8)
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(0, 20), min_size=1, max_size=5)), min_size=1, max_size=8
+)
 
 
 @given(GROUPS, st.integers(1, 120), st.sampled_from([1, 2]))
@@ -49,7 +63,9 @@ def test_group_micro_batches_hold_every_rollout_once_within_the_budget(groups, b
 def test_a_group_over_the_budget_is_cut_and_its_prompt_repeated():
     plan = plan_micro_batches(rows_of([(10, [5, 5, 5, 5])]), settings("group", 22), 1)
     assert [len(part) for part in plan] == [2, 2] and [tokens_of(part) for part in plan] == [20, 20]
-    assert [len(part) for part in plan_micro_batches(rows_of([(10, [5, 5, 5, 5])]), settings("group", 22), 1, copies=2)] == [1, 1, 1, 1]
+    assert [
+        len(part) for part in plan_micro_batches(rows_of([(10, [5, 5, 5, 5])]), settings("group", 22), 1, copies=2)
+    ] == [1, 1, 1, 1]
 
 
 @given(GROUPS, st.integers(1, 7))
@@ -64,8 +80,13 @@ def test_ranks_share_whole_groups(groups, ranks):
     rows = rows_of(groups)
     shares = split_over_ranks(rows, "group", ranks)
     assert sorted(row.name for share in shares for row in share) == [row.name for row in rows]
-    assert all(len({rank for rank, share in enumerate(shares) for row in share if row.rollout.group == g}) == 1 for g in range(len(groups)))
-    assert sorted(row.name for share in split_over_ranks(rows, "plain", ranks) for row in share) == [row.name for row in rows]
+    assert all(
+        len({rank for rank, share in enumerate(shares) for row in share if row.rollout.group == g}) == 1
+        for g in range(len(groups))
+    )
+    assert sorted(row.name for share in split_over_ranks(rows, "plain", ranks) for row in share) == [
+        row.name for row in rows
+    ]
 
 
 def test_ranks_are_balanced_by_cost():
@@ -80,8 +101,14 @@ def test_ranks_are_balanced_by_cost():
     "overrides, problem",
     [
         (["training.layout=group"], "training.layout group needs training.max_tokens_per_micro_batch"),
-        (["training.layout=group", "training.max_tokens_per_micro_batch=99", "objective.average=micro_batch"], "objective.average micro_batch is defined by"),
-        (["training.layout=group", "training.max_tokens_per_micro_batch=99", "parallel.data_parallel_size=16"], "cannot feed data_parallel_size 16"),
+        (
+            ["training.layout=group", "training.max_tokens_per_micro_batch=99", "objective.average=micro_batch"],
+            "objective.average micro_batch is defined by",
+        ),
+        (
+            ["training.layout=group", "training.max_tokens_per_micro_batch=99", "parallel.data_parallel_size=16"],
+            "cannot feed data_parallel_size 16",
+        ),
     ],
 )
 def test_configuration_mistakes(overrides, problem):

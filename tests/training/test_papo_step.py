@@ -1,6 +1,8 @@
-"""One optimizer step of PAPO through the product's batching, pipeline and loss against transformers in float64 and a loop over tokens.
+"""One optimizer step of PAPO through the product's batching, pipeline and loss against transformers in float64 and a
+loop over tokens.
 
-One process group of four ranks runs every layout, micro-batch size and average. NOT covered here: bf16, more than one step.
+One process group of four ranks runs every layout, micro-batch size and average. NOT covered here: bf16, more than one
+step.
 """
 
 import json
@@ -16,15 +18,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megatron_papo import images
 from megatron_papo.checkpoint import convert
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.objective.advantages import advantages_of
-from megatron_papo.objective.image_masking import black_squares, blacken
-from megatron_papo.records import Rewards, Rollout, read_jsonl, write_jsonl
+from megatron_papo.pictures import preprocess
+from megatron_papo.pictures.masking import black_squares, blacken
+from megatron_papo.run.records import Rewards, Rollout, read_jsonl, write_jsonl
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
-
 from tests.objective.naive import naive_papo_loss
 
 ROOT = Path(__file__).parent.parent.parent
@@ -34,9 +35,28 @@ PIXELS = dict(min_pixels=3136, max_pixels=50176)
 PICTURES = {"a.png": (56, 56), "b.png": (100, 60), "c.png": (140, 112), "d.png": (75, 300)}
 PROMPTS = [["a.png"], ["b.png", "c.png"], [], ["d.png"]]
 LENGTHS = [3, 7, 1, 2, 5, 0, 4, 1, 6, 2, 2, 5]
-LAYOUTS = {"dp4": (1, 1, 4, False), "tp2dp2": (2, 1, 2, True), "pp2dp2": (1, 2, 2, False), "tp2pp2": (2, 2, 1, False), "tp2pp2sp": (2, 2, 1, True), "pp4": (1, 4, 1, False)}
-SIZES = TinySizes(hidden_size=48, intermediate_size=80, num_layers=4, num_heads=4, num_kv_heads=2, vision_hidden_size=32, vision_intermediate_size=72,
-                  vision_depth=3, vision_heads=2, tied=False, initializer_range=0.15, random_biases_and_norms=True)  # fmt: skip
+LAYOUTS = {
+    "dp4": (1, 1, 4, False),
+    "tp2dp2": (2, 1, 2, True),
+    "pp2dp2": (1, 2, 2, False),
+    "tp2pp2": (2, 2, 1, False),
+    "tp2pp2sp": (2, 2, 1, True),
+    "pp4": (1, 4, 1, False),
+}
+SIZES = TinySizes(
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    vision_hidden_size=32,
+    vision_intermediate_size=72,
+    vision_depth=3,
+    vision_heads=2,
+    tied=False,
+    initializer_range=0.15,
+    random_biases_and_norms=True,
+)
 
 
 def perturb(source: Path, target: Path, seed: int, spread: float) -> None:
@@ -45,7 +65,10 @@ def perturb(source: Path, target: Path, seed: int, spread: float) -> None:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     generator = torch.Generator().manual_seed(seed)
-    tensors = {k: v + spread * torch.randn(v.shape, generator=generator) for k, v in load_file(source / "model.safetensors").items()}
+    tensors = {
+        k: v + spread * torch.randn(v.shape, generator=generator)
+        for k, v in load_file(source / "model.safetensors").items()
+    }
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -53,18 +76,36 @@ def make_rollouts(config: dict) -> list[Rollout]:
     rng, records = random.Random(5), []
     for group, names in enumerate(PROMPTS):
         pads = [config["vision_start_token_id"], config["image_token_id"], config["vision_end_token_id"]]
-        prompt = [rng.randrange(100) for _ in range(4)] + pads * len(names) + [rng.randrange(100) for _ in range(3 + group)]
-        tokens = sum(images.num_image_tokens(images.grid_of(images.resize(Image.new("RGB", PICTURES[n]), **PIXELS))) for n in names)
+        prompt = (
+            [rng.randrange(100) for _ in range(4)] + pads * len(names) + [rng.randrange(100) for _ in range(3 + group)]
+        )
+        tokens = sum(
+            preprocess.num_image_tokens(preprocess.grid_of(preprocess.resize(Image.new("RGB", PICTURES[n]), **PIXELS)))
+            for n in names
+        )
         for sample in range(GROUP):
             length = LENGTHS[group * GROUP + sample]
             records.append(
                 Rollout(
-                    prompt_id=f"p{group}", iteration=1, epoch=0, group=group, sample=sample, answer="1", prompt_token_ids=prompt,
-                    prompt_num_tokens=len(prompt) - len(names) + tokens, images=names,
+                    prompt_id=f"p{group}",
+                    iteration=1,
+                    epoch=0,
+                    group=group,
+                    sample=sample,
+                    answer="1",
+                    prompt_token_ids=prompt,
+                    prompt_num_tokens=len(prompt) - len(names) + tokens,
+                    images=names,
                     response_token_ids=[rng.randrange(300) for _ in range(length)],
-                    rollout_log_probs=[-6 + rng.random() for _ in range(length)], text="", finish_reason="length" if length == 6 else "stop",
+                    rollout_log_probs=[-6 + rng.random() for _ in range(length)],
+                    text="",
+                    finish_reason="length" if length == 6 else "stop",
                     rewards=Rewards(overall=rng.choice([0.0, 0.1, 0.9, 1.0]), accuracy=sample % 2, format=0),
-                    temperature=TEMPERATURE, top_p=1.0, sampling_seed=0, masked_image_seed=derive_seed(7, group), weight_version="w",
+                    temperature=TEMPERATURE,
+                    top_p=1.0,
+                    sampling_seed=0,
+                    masked_image_seed=derive_seed(7, group),
+                    weight_version="w",
                 )  # fmt: skip
             )
     return records
@@ -89,57 +130,114 @@ OBJECTIVES = {
     "token": Objective([], COEFFICIENTS),
     "sequence": Objective(["average=sequence"], COEFFICIENTS | dict(average="sequence")),
     "paper": Objective(
-        ["masked_branch=recompute_with_grad", "kl_prcp_estimator=exact", "entropy_estimator=exact", "sft_coef=0.1", "overlong_filtering=true"],
-        COEFFICIENTS | dict(estimator="exact", exact_entropy=True, sft=0.1), "recompute_with_grad", filtered=True,
+        [
+            "masked_branch=recompute_with_grad",
+            "kl_prcp_estimator=exact",
+            "entropy_estimator=exact",
+            "sft_coef=0.1",
+            "overlong_filtering=true",
+        ],
+        COEFFICIENTS | dict(estimator="exact", exact_entropy=True, sft=0.1),
+        "recompute_with_grad",
+        filtered=True,
     ),
     "sampled through both": Objective(["masked_branch=recompute_with_grad"], COEFFICIENTS, "recompute_with_grad"),
     "recompute": Objective(
-        ["masked_branch=recompute", "kl_prcp_estimator=k2", "ratio_level=sequence", "importance_sampling_cap=1.1", "kl_prcp_top_p=0.5"],
-        COEFFICIENTS | dict(estimator="k2", ratio_level="sequence", importance_cap=1.1, top_p=0.5), "recompute",
+        [
+            "masked_branch=recompute",
+            "kl_prcp_estimator=k2",
+            "ratio_level=sequence",
+            "importance_sampling_cap=1.1",
+            "kl_prcp_top_p=0.5",
+        ],
+        COEFFICIENTS | dict(estimator="k2", ratio_level="sequence", importance_cap=1.1, top_p=0.5),
+        "recompute",
     ),
     "recompute exact": Objective(
-        ["masked_branch=recompute", "kl_prcp_estimator=exact", "kl_prcp_clip=0.02", "kl_prcp_annealing={end: 0.1, steps: 4}"],
-        dict(beta=0.3, gamma=0.15, eta_1=0.05 * 0.75, eta_2=0.07 * 0.75, estimator="exact", kl_clip=0.02), "recompute",
+        [
+            "masked_branch=recompute",
+            "kl_prcp_estimator=exact",
+            "kl_prcp_clip=0.02",
+            "kl_prcp_annealing={end: 0.1, steps: 4}",
+        ],
+        dict(beta=0.3, gamma=0.15, eta_1=0.05 * 0.75, eta_2=0.07 * 0.75, estimator="exact", kl_clip=0.02),
+        "recompute",
     ),
     "one step": Objective(["importance_sampling_cap=1.1"], COEFFICIENTS | dict(importance_cap=1.1), one_step=True),
-}  # fmt: skip
+}
 STEP = 2
 """Of the run: half way through the annealing from 0.2 to 0.1."""
 
 
 def make_cases() -> list[dict]:
-    """Every layout with the first objective; the layouts with most in them with all of them, and several micro-batch sizes."""
+    """Every layout with the first objective; the layouts with most in them with all of them, and several micro-batch
+    sizes."""
     cases = []
     for name, (tp, pp, dp, sequence) in LAYOUTS.items():
-        layout = [f"parallel.{k}={v}" for k, v in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp))]
+        layout = [
+            f"parallel.{k}={v}"
+            for k, v in zip(
+                ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp)
+            )
+        ]
         micros = {"dp4": (1, 2, 3, 1, 2, 1, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5)}.get(name, (3,))
-        for micro, objective in zip(micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]):
+        for micro, objective in zip(
+            micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]
+        ):
             cases.append(
                 {
                     "name": f"{name}-{micro}-{objective}",
                     "objective": objective,
                     "one_step": OBJECTIVES[objective].one_step,
                     "step": STEP,
-                    "overrides": [*layout, f"parallel.sequence_parallel={str(sequence).lower()}", f"training.micro_batch_size={micro}",
-                                  f"training.log_prob_micro_batch_size={micro + 1}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)],
+                    "overrides": [
+                        *layout,
+                        f"parallel.sequence_parallel={str(sequence).lower()}",
+                        f"training.micro_batch_size={micro}",
+                        f"training.log_prob_micro_batch_size={micro + 1}",
+                        *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
+                    ],
                 }  # fmt: skip
             )
     return cases + group_cases() + [micro_batch_case()] + spread_cases()
 
 
 def group_cases() -> list[dict]:
-    """The group layout: several groups in a micro-batch, one that must be cut, and the twins; in every kind of parallelism."""
+    """The group layout: several groups in a micro-batch, one that must be cut, and the twins; in every kind of
+    parallelism."""
     cases = []
-    for name, objective, budget in (("pp2dp2", "token", 1000), ("dp4", "paper", 90), ("tp2dp2", "token", 60), ("tp2pp2", "recompute", 120), ("tp2pp2sp", "paper", 200), ("tp2pp2sp", "token", 40), ("pp4", "recompute exact", 100)):
+    for name, objective, budget in (
+        ("pp2dp2", "token", 1000),
+        ("dp4", "paper", 90),
+        ("tp2dp2", "token", 60),
+        ("tp2pp2", "recompute", 120),
+        ("tp2pp2sp", "paper", 200),
+        ("tp2pp2sp", "token", 40),
+        ("pp4", "recompute exact", 100),
+    ):
         tp, pp, dp, sequence = LAYOUTS[name]
-        layout = [f"parallel.{k}={v}" for k, v in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp))]
-        overrides = [*layout, f"parallel.sequence_parallel={str(sequence).lower()}", "training.layout=group", f"training.max_tokens_per_micro_batch={budget}", *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)]
-        cases.append({"name": f"group-{name}-{budget}-{objective}", "objective": objective, "step": STEP, "overrides": overrides})
+        layout = [
+            f"parallel.{k}={v}"
+            for k, v in zip(
+                ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp)
+            )
+        ]
+        overrides = [
+            *layout,
+            f"parallel.sequence_parallel={str(sequence).lower()}",
+            "training.layout=group",
+            f"training.max_tokens_per_micro_batch={budget}",
+            *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
+        ]
+        cases.append(
+            {"name": f"group-{name}-{budget}-{objective}", "objective": objective, "step": STEP, "overrides": overrides}
+        )
     return cases
 
 
 def spread_cases() -> list[dict]:
-    """Pictures spread over the tensor-parallel ranks: micro-batches of none, one, two or all of the pictures, with and without twins.
+    """Pictures spread over the tensor-parallel ranks: micro-batches of none, one, two or all of the pictures, with and
+    without twins.
 
     The tower has two heads: over four ranks it could not be sharded.
     """
@@ -151,8 +249,19 @@ def spread_cases() -> list[dict]:
         ((2, 2, 1, True), ["layout=group", "max_tokens_per_micro_batch=200"], "paper"),
         ((4, 1, 1, False), ["layout=group", "max_tokens_per_micro_batch=120"], "recompute"),
     ]:
-        layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "data_parallel_size": dp, "sequence_parallel": str(sequence).lower(), "vision_tower": "spread"}
-        overrides = [*(f"parallel.{k}={v}" for k, v in layout.items()), "training.log_prob_micro_batch_size=4", *(f"training.{x}" for x in training), *(f"objective.{x}" for x in OBJECTIVES[objective].overrides)]
+        layout = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "data_parallel_size": dp,
+            "sequence_parallel": str(sequence).lower(),
+            "vision_tower": "spread",
+        }
+        overrides = [
+            *(f"parallel.{k}={v}" for k, v in layout.items()),
+            "training.log_prob_micro_batch_size=4",
+            *(f"training.{x}" for x in training),
+            *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
+        ]
         name = f"spread-tp{tp}{'pp2' * (pp > 1)}{'dp2' * (dp > 1)}{'sp' * sequence}-{'group-' * ('layout=group' in training)}{objective}"
         cases.append({"name": name, "objective": objective, "step": STEP, "overrides": overrides})
     return cases
@@ -163,16 +272,32 @@ MICRO_BATCH = 4
 
 
 def micro_batch_case() -> dict:
-    layout = ["parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1", "parallel.data_parallel_size=2", "parallel.sequence_parallel=false"]
-    overrides = [*layout, f"training.micro_batch_size={MICRO_BATCH}", "training.log_prob_micro_batch_size=5", "objective.average=micro_batch"]
+    layout = [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_size=1",
+        "parallel.data_parallel_size=2",
+        "parallel.sequence_parallel=false",
+    ]
+    overrides = [
+        *layout,
+        f"training.micro_batch_size={MICRO_BATCH}",
+        "training.log_prob_micro_batch_size=5",
+        "objective.average=micro_batch",
+    ]
     return {"name": "tp2dp2-micro_batch", "objective": "micro_batch", "step": STEP, "overrides": overrides}
 
 
 CASES = make_cases()
 SETTINGS = [
-    f"rollout.temperature={TEMPERATURE}", f"rollout.group_size={GROUP}", "rollout.rollout_batch_size=4", "training.global_batch_size=4",
-    "objective.kl_ref_coef=0.3", "objective.kl_prcp_coef=0.2", "objective.entropy_coef=0.05", "objective.masked_image_entropy_coef=0.07",
-]  # fmt: skip
+    f"rollout.temperature={TEMPERATURE}",
+    f"rollout.group_size={GROUP}",
+    "rollout.rollout_batch_size=4",
+    "training.global_batch_size=4",
+    "objective.kl_ref_coef=0.3",
+    "objective.kl_prcp_coef=0.2",
+    "objective.entropy_coef=0.05",
+    "objective.masked_image_entropy_coef=0.07",
+]
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +318,19 @@ def work(tmp_path_factory):
     write_jsonl(work / "rollouts.jsonl", rollouts)
     rewards = torch.tensor([r.rewards.overall for r in rollouts]).view(-1, GROUP)
     advantages = advantages_of("grpo", rewards, torch.ones_like(rewards)).flatten().tolist()
-    (work / "cases.json").write_text(json.dumps([case | {"advantages": advantages, "overrides": SETTINGS + case["overrides"]} for case in CASES]))
+    (work / "cases.json").write_text(
+        json.dumps([case | {"advantages": advantages, "overrides": SETTINGS + case["overrides"]} for case in CASES])
+    )
     (work / "config.yaml").write_text((ROOT / "configs" / "demo.yaml").read_text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(ROOT / "tests/workers/training_worker.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "4",
+        str(ROOT / "tests/workers/training_worker.py"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run([*command, str(work)], env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-6000:]
@@ -203,26 +338,37 @@ def work(tmp_path_factory):
 
 
 def expected_tokens(model, rollout: Rollout, data: Path, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T] log-probs and [T, V] log-probs of all tokens of one rollout by transformers, in the model's dtype, one row at a time."""
+    """[T] log-probs and [T, V] log-probs of all tokens of one rollout by transformers, in the model's dtype, one row at
+    a time."""
     pictures = []
     for number, name in enumerate(rollout.images):
-        picture = images.resize(images.open_image(data, name), **PIXELS)
+        picture = preprocess.resize(preprocess.open_image(data, name), **PIXELS)
         if masked:
             seed = derive_seed(rollout.masked_image_seed, number)
-            picture = blacken(picture, black_squares(picture.size, strategy="random", ratio=0.6, square_pixels=14, seed=seed), 14)
+            picture = blacken(
+                picture, black_squares(picture.size, strategy="random", ratio=0.6, square_pixels=14, seed=seed), 14
+            )
         pictures.append(picture)
     ids, remaining = [], iter(pictures)
     for token in rollout.prompt_token_ids:
-        repeat = images.num_image_tokens(images.grid_of(next(remaining))) if token == model.config.image_token_id else 1
+        repeat = (
+            preprocess.num_image_tokens(preprocess.grid_of(next(remaining)))
+            if token == model.config.image_token_id
+            else 1
+        )
         ids += [token] * repeat
     start = len(ids)
     ids = torch.tensor([ids + rollout.response_token_ids])
     vision = {}
     if pictures:
-        vision["pixel_values"] = torch.cat([torch.from_numpy(images.to_patches(p)) for p in pictures]).to(model.dtype)
-        vision["image_grid_thw"] = torch.tensor([images.grid_of(p) for p in pictures])
+        vision["pixel_values"] = torch.cat([torch.from_numpy(preprocess.to_patches(p)) for p in pictures]).to(
+            model.dtype
+        )
+        vision["image_grid_thw"] = torch.tensor([preprocess.grid_of(p) for p in pictures])
     kinds = (ids == model.config.image_token_id).int()
-    logits = model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **vision).logits[0, start - 1 : -1]
+    logits = model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **vision).logits[
+        0, start - 1 : -1
+    ]
     all_tokens = torch.log_softmax(logits / TEMPERATURE, -1)
     return all_tokens.gather(-1, ids[0, start:, None])[:, 0], all_tokens
 
@@ -239,7 +385,8 @@ def entropies(all_tokens):
 
 @pytest.fixture(scope="module")
 def reference(work):
-    """Per objective: loss and metrics, the gradient by official tensor name, the numbers of each rollout; and the cached log-probs."""
+    """Per objective: loss and metrics, the gradient by official tensor name, the numbers of each rollout; and the
+    cached log-probs."""
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     advantages = json.loads((work / "cases.json").read_text())[0]["advantages"]
     data = work / "data"
@@ -248,7 +395,11 @@ def reference(work):
         old = [expected_tokens(old_model, r, data, False)[0] for r in rollouts]
         masked = [expected_tokens(old_model, r, data, True) for r in rollouts]
         ref = [expected_tokens(ref_model, r, data, False)[0] for r in rollouts]
-    found = {"old_log_probs": old, "masked_image_log_probs": [log_probs for log_probs, _ in masked], "ref_log_probs": ref}
+    found = {
+        "old_log_probs": old,
+        "masked_image_log_probs": [log_probs for log_probs, _ in masked],
+        "ref_log_probs": ref,
+    }
     model = load_double(work / "policy")
 
     def rows_of(objective: Objective) -> list[dict]:
@@ -264,9 +415,16 @@ def reference(work):
                     masked_log_probs, masked_all = expected_tokens(model, rollout, data, True)
             rows.append(
                 {
-                    "advantage": advantages[i], "correct": rollout.rewards.accuracy == 1, "log_probs": list(log_probs), "old": list(log_probs.detach() if objective.one_step else old[i]),
-                    "ref": list(ref[i]), "masked": list(masked_log_probs), "rollout": rollout.rollout_log_probs, "entropy": entropies(all_tokens),
-                    "masked_entropy": entropies(masked_all), "exact_kl": list((all_tokens.exp() * (all_tokens - masked_all)).sum(-1)),
+                    "advantage": advantages[i],
+                    "correct": rollout.rewards.accuracy == 1,
+                    "log_probs": list(log_probs),
+                    "old": list(log_probs.detach() if objective.one_step else old[i]),
+                    "ref": list(ref[i]),
+                    "masked": list(masked_log_probs),
+                    "rollout": rollout.rollout_log_probs,
+                    "entropy": entropies(all_tokens),
+                    "masked_entropy": entropies(masked_all),
+                    "exact_kl": list((all_tokens.exp() * (all_tokens - masked_all)).sum(-1)),
                 }  # fmt: skip
             )
         return rows
@@ -280,11 +438,19 @@ def reference(work):
     for name, objective in OBJECTIVES.items():
         rows = rows_of(objective)
         found[name] = differentiate(*naive_papo_loss(rows, **objective.options))
-        found[f"{name} ratios"] = [float((lp - o).detach().exp()) for row in rows for lp, o in zip(row["log_probs"], row["old"])]
-        found[f"{name} micro-batch mean"] = sum(float(naive_papo_loss(rows[i : i + 2], **objective.options)[0].detach()) for i in range(0, len(rows), 2)) / -(-len(rows) // 2)
+        found[f"{name} ratios"] = [
+            float((lp - o).detach().exp()) for row in rows for lp, o in zip(row["log_probs"], row["old"])
+        ]
+        found[f"{name} micro-batch mean"] = sum(
+            float(naive_papo_loss(rows[i : i + 2], **objective.options)[0].detach()) for i in range(0, len(rows), 2)
+        ) / -(-len(rows) // 2)
     # the authors' average: each data-parallel rank's own micro-batches, then the mean over all of them
     rows = rows_of(OBJECTIVES["token"])
-    parts = [rows[rank::2][start : start + MICRO_BATCH] for rank in range(2) for start in range(0, len(rows) // 2, MICRO_BATCH)]
+    parts = [
+        rows[rank::2][start : start + MICRO_BATCH]
+        for rank in range(2)
+        for start in range(0, len(rows) // 2, MICRO_BATCH)
+    ]
     losses = [naive_papo_loss(part, **COEFFICIENTS)[0] for part in parts]
     found["micro_batch"] = differentiate(sum(losses) / len(losses), {"loss": sum(losses) / len(losses)})
     return found
@@ -295,7 +461,9 @@ def test_metrics_equal_the_loop_over_tokens(work, reference, case):
     metrics = json.loads((work / case["name"] / "metrics.json").read_text())
     expected = reference[case["objective"]][0]
     for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-6), name  # fp32 log-probs of ~20 layers' worth of sums
+        assert metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-6), (
+            name
+        )  # fp32 log-probs of ~20 layers' worth of sums
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -313,13 +481,24 @@ def test_every_gradient_equals_transformers(work, reference, case, tmp_path):
         assert max(float((got[name].double() - other[name]).abs().max()) / scale for name in expected) > 1e-3
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES if case["objective"] in ("token", "sequence") and "dp" not in case["name"] and "group" not in case["name"]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        case["name"]
+        for case in CASES
+        if case["objective"] in ("token", "sequence") and "dp" not in case["name"] and "group" not in case["name"]
+    ],
+)
 def test_cached_log_probs_equal_transformers(work, reference, name):
     got = json.loads((work / name / "log_probs.json").read_text())
     for kind in ("old_log_probs", "ref_log_probs", "masked_image_log_probs"):
         for ours, theirs in zip(got[kind], reference[kind], strict=True):
             torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), theirs, rtol=0, atol=2e-5)
-    spread = [float((m - o).abs().max()) for m, o in zip(reference["masked_image_log_probs"], reference["old_log_probs"]) if len(o)]
+    spread = [
+        float((m - o).abs().max())
+        for m, o in zip(reference["masked_image_log_probs"], reference["old_log_probs"])
+        if len(o)
+    ]
     assert max(spread) > 1e-2  # the masked picture matters, so a mask that masks nothing would be seen
     assert spread[5] < 1e-9 and spread[6] < 1e-9  # text-only group
 

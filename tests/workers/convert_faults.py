@@ -1,4 +1,5 @@
-"""Conversions that are killed, run out of disk, or meet another one on the same output. Forks, so that imports are paid for once.
+"""Conversions that are killed, run out of disk, or meet another one on the same output. Forks, so that imports are paid
+for once.
 
     python tests/workers/convert_faults.py HF MEGATRON DIRECTORY
 
@@ -85,7 +86,7 @@ def complete(output: Path) -> bool | None:
     if not output.exists():
         return None
     from megatron_papo.checkpoint.proof import require_proof
-    from megatron_papo.manifest import read_manifest, verify_files
+    from megatron_papo.run.stage_output import read_manifest, verify_files
 
     verify_files(output)
     require_proof(output)

@@ -1,22 +1,23 @@
-"""Each piece of cpu_backend, taken away in turn, in a process of its own: prints what megatron-core then says, as JSON."""
+"""Each piece of cpu_backend, taken away in turn, in a process of its own: prints what megatron-core then says, as
+JSON."""
 
 import contextlib
 import json
 
-from megatron_papo.command_line import run
+from megatron_papo.run.command_line import run
 
 
 def main() -> None:
     import torch
 
     from megatron_papo.config import ParallelConfig
-    from megatron_papo.training import cpu_backend, parallel
+    from megatron_papo.distributed import cpu_backend, process_groups
 
     originals = {"current_device": torch.cuda.current_device, "synchronize": torch.cuda.synchronize}
     import megatron.core.tensor_parallel.random as rng
 
     rng_originals = {"_get_cuda_rng_state": rng._get_cuda_rng_state, "_set_cuda_rng_state": rng._set_cuda_rng_state}
-    parallel.initialize(ParallelConfig())
+    process_groups.initialize(ParallelConfig())
 
     @contextlib.contextmanager
     def without(owner, name, original):
@@ -35,7 +36,10 @@ def main() -> None:
         "current_device": (rotary, without(torch.cuda, "current_device", originals["current_device"])),
         "synchronize": (checkpoint_writer, without(torch.cuda, "synchronize", originals["synchronize"])),
         "_get_cuda_rng_state": (recompute, without(rng, "_get_cuda_rng_state", rng_originals["_get_cuda_rng_state"])),
-        "_set_cuda_rng_state": (recompute_queues_nothing, without(rng, "_set_cuda_rng_state", rng_originals["_set_cuda_rng_state"])),
+        "_set_cuda_rng_state": (
+            recompute_queues_nothing,
+            without(rng, "_set_cuda_rng_state", rng_originals["_set_cuda_rng_state"]),
+        ),
         "device argument": (gradient_norm, without_mode()),
         "type name": (clip, without_mode()),
     }
@@ -45,7 +49,7 @@ def main() -> None:
         with removed:
             results[name] = {"with": installed, "without": outcome(action)}
     results["twice"] = {"with": outcome(cpu_backend.install), "without": ""}
-    parallel.shutdown()
+    process_groups.shutdown()
     print(json.dumps(results))
 
 
@@ -79,7 +83,8 @@ def recompute():
 
 
 def recompute_queues_nothing():
-    """Without CUDA the original keeps every state for the day CUDA starts: memory that grows with each layer of each step."""
+    """Without CUDA the original keeps every state for the day CUDA starts: memory that grows with each layer of each
+    step."""
     import torch
 
     before = len(torch.cuda._queued_calls)
@@ -92,9 +97,9 @@ def gradient_norm():
     import torch
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
-    get_grad_norm_fp32([torch.ones(3)], grad_stats_parallel_group=parallel.tp_group())
+    get_grad_norm_fp32([torch.ones(3)], grad_stats_parallel_group=process_groups.tp_group())
 
 
 def clip():

@@ -1,8 +1,10 @@
-"""Runs under torchrun with 4 processes: many layouts in one process group, each writing logits and gradients for the test to judge.
+"""Runs under torchrun with 4 processes: many layouts in one process group, each writing logits and gradients for the
+test to judge.
 
     python -m torch.distributed.run --standalone --nproc-per-node 4 tests/workers/model_parity.py DIRECTORY
 
-DIRECTORY holds batch.pt, batch_few.pt, batch_none.pt and, per case "tied"/"untied", a Megatron checkpoint; results go to DIRECTORY/results.
+DIRECTORY holds batch.pt, batch_few.pt, batch_none.pt and, per case "tied"/"untied", a Megatron checkpoint; results go
+to DIRECTORY/results.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_papo import command_line
+from megatron_papo.run import command_line
 
 LAYOUTS = {  # name -> (checkpoint, tp, pp, sequence parallel, recompute)
     "tp1": ("untied", 1, 1, False, "none"),
@@ -36,17 +38,17 @@ SPREAD = {  # the same, with the pictures spread over the tensor-parallel ranks;
     "tp2_pp2_sp_spread_none": ("untied", 2, 2, True, "none"),
 }
 WRONG_SPREAD = ["tp2_spread_without_sum", "tp2_sp_spread_without_sum", "tp2_spread_counted_twice"]
-"""Negative controls: gradients not summed over the ranks; the gradient norm taken as if every rank had weights of its own."""
+"""Negative controls: gradients not summed over the ranks; the gradient norm taken as if every rank had weights of its
+own."""
 WRONG = ["no_windows", "positions", "swapped_groups"]
 """Negative controls: each must be far from the reference."""
 
 
 def main() -> None:
+    import optimizer_resume
     import torch
 
-    import optimizer_resume
-
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
     directory = Path(sys.argv[1])
     data = torch.load(directory / "batch.pt")
@@ -55,7 +57,9 @@ def main() -> None:
         results[name] = run_layout(directory, name, data, directory / checkpoint, tp, pp, sequence_parallel, recompute)
     for name, (checkpoint, tp, pp, sequence_parallel, recompute) in SPREAD.items():
         batch = torch.load(directory / f"batch_{name.split('_')[-1]}.pt") if name.endswith(("_few", "_none")) else data
-        results[name] = run_layout(directory, name, batch, directory / checkpoint, tp, pp, sequence_parallel, recompute, "spread")
+        results[name] = run_layout(
+            directory, name, batch, directory / checkpoint, tp, pp, sequence_parallel, recompute, "spread"
+        )
     for name in WRONG:
         results[name] = run_layout(directory, name, data, directory / "untied", 2, 2, False, "none")
     for name in WRONG_SPREAD:
@@ -67,15 +71,16 @@ def main() -> None:
     without_mode = tied_pipeline_without_cpu_backend(directory)
     refused = refusals(directory, data)
     resumed = optimizer_resume.run_all(directory, data)
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         everything = {"parity": results, "resume": resumed, "without_mode": without_mode, "refused": refused}
         (directory / "results.json").write_text(json.dumps(everything))
     torch.distributed.barrier()
-    parallel.shutdown()
+    process_groups.shutdown()
 
 
 def run_layout(directory, name, data, checkpoint, tp, pp, sequence_parallel, recompute, vision_tower="sharded") -> dict:
-    """One layout: forward and backward of the whole batch in one micro-batch, and an optimizer step of size 0 for the gradient norm."""
+    """One layout: forward and backward of the whole batch in one micro-batch, and an optimizer step of size 0 for the
+    gradient norm."""
     import torch
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -83,16 +88,20 @@ def run_layout(directory, name, data, checkpoint, tp, pp, sequence_parallel, rec
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import parallel
 
     sizes = dict(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, data_parallel_size=4 // (tp * pp))
-    parallel.initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
+    process_groups.initialize(ParallelConfig(**sizes, sequence_parallel=sequence_parallel))
     hf = read_hf_config(checkpoint)
     if name == "no_windows":
-        hf = dataclasses.replace(hf, vision=dataclasses.replace(hf.vision, full_attention_layers=tuple(range(hf.vision.depth))))
-    model = build_model(hf, dtype=torch.float32, sequence_parallel=sequence_parallel, recompute=recompute, vision_tower=vision_tower)
+        hf = dataclasses.replace(
+            hf, vision=dataclasses.replace(hf.vision, full_attention_layers=tuple(range(hf.vision.depth)))
+        )
+    model = build_model(
+        hf, dtype=torch.float32, sequence_parallel=sequence_parallel, recompute=recompute, vision_tower=vision_tower
+    )
     megatron_files.load_weights(checkpoint, model)
     if name == "swapped_groups":
         swap_groups(model)
@@ -102,7 +111,9 @@ def run_layout(directory, name, data, checkpoint, tp, pp, sequence_parallel, rec
         for parameter in model.vision_model.parameters():
             parameter.tensor_model_parallel = True
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=0.0, weight_decay=0.0, clip_grad=1e9), [wrapped])
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=0.0, weight_decay=0.0, clip_grad=1e9), [wrapped]
+    )
     position_ids = torch.arange(data["input_ids"].shape[1]).expand_as(data["position_ids"])
     if name != "positions":
         position_ids = data["position_ids"]
@@ -126,19 +137,27 @@ def run_layout(directory, name, data, checkpoint, tp, pp, sequence_parallel, rec
     )
     gradients = {key: parameter.main_grad.clone() for key, parameter in model.named_parameters()}
     _, gradient_norm, _ = optimizer.step()
-    tower = [value for key, value in gradients.items() if key.startswith("vision_model.")] if vision_tower == "spread" else []
+    tower = (
+        [value for key, value in gradients.items() if key.startswith("vision_model.")]
+        if vision_tower == "spread"
+        else []
+    )
     all_alike = equal_on_tensor_parallel_ranks(tower)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(gradients[key])
     target = directory / "results" / name
     megatron_files.save(target, model)  # gradients travel home the way weights do
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         megatron_files.copy_hf_files(checkpoint, target)
-    if parallel.is_last_stage() and parallel.tp_group().rank() == 0 and parallel.dp_group().rank() == 0:
+    if (
+        process_groups.is_last_stage()
+        and process_groups.tp_group().rank() == 0
+        and process_groups.dp_group().rank() == 0
+    ):
         torch.save(kept, target / "kept.pt")
     torch.distributed.barrier()
-    parallel.destroy()
+    process_groups.destroy()
     return {"gradient_norm": float(gradient_norm), "layer_calls": len(calls), "replicas_equal": all_alike}
 
 
@@ -146,11 +165,11 @@ def equal_on_tensor_parallel_ranks(tensors) -> bool:
     """Bit for bit."""
     import torch
 
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
     flat = torch.cat([torch.zeros(1), *(tensor.flatten() for tensor in tensors)])
-    everyone = [torch.empty_like(flat) for _ in range(parallel.tp_group().size())]
-    torch.distributed.all_gather(everyone, flat, group=parallel.tp_group())
+    everyone = [torch.empty_like(flat) for _ in range(process_groups.tp_group().size())]
+    torch.distributed.all_gather(everyone, flat, group=process_groups.tp_group())
     return all(torch.equal(flat, other) for other in everyone)
 
 
@@ -170,19 +189,19 @@ def save_and_load(source, target, vision_tower="sharded") -> None:
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import parallel
 
-    parallel.initialize(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+    process_groups.initialize(ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
     sizes = dict(dtype=torch.float32, sequence_parallel=False, recompute="none")
     model = build_model(read_hf_config(source), **sizes, vision_tower=vision_tower)
     megatron_files.load_weights(source, model)
     megatron_files.save(target, model)
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         megatron_files.copy_hf_files(source, target)
     torch.distributed.barrier()
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def tied_pipeline_without_cpu_backend(directory) -> str:
@@ -192,13 +211,13 @@ def tied_pipeline_without_cpu_backend(directory) -> str:
     import torch
 
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import cpu_backend, process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import cpu_backend, parallel
 
     if cpu_backend._mode is None:
         return "not installed"
-    parallel.initialize(ParallelConfig(pipeline_model_parallel_size=2, data_parallel_size=2))
+    process_groups.initialize(ParallelConfig(pipeline_model_parallel_size=2, data_parallel_size=2))
     cpu_backend._mode.__exit__(None, None, None)
     try:
         build_model(read_hf_config(directory / "tied"), dtype=torch.float32, sequence_parallel=False, recompute="none")
@@ -208,7 +227,7 @@ def tied_pipeline_without_cpu_backend(directory) -> str:
         return f"{error} in {', '.join(frames)}"
     finally:
         cpu_backend._mode.__enter__()
-        parallel.destroy()
+        process_groups.destroy()
 
 
 def refusals(directory, data) -> dict:
@@ -218,12 +237,12 @@ def refusals(directory, data) -> dict:
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import process_groups
     from megatron_papo.errors import UserError
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import parallel
 
-    parallel.initialize(ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2))
+    process_groups.initialize(ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=2))
     hf = read_hf_config(directory / "tied")
     wider = dataclasses.replace(hf, text=dataclasses.replace(hf.text, intermediate_size=96))
     messages = {}
@@ -239,7 +258,11 @@ def refusals(directory, data) -> dict:
         messages["no optimizer"] = str(error)
     ids = torch.tensor([[1, 2, hf.image_token_id, 3]])
     positions = torch.zeros(3, 1, 4, dtype=torch.long)
-    inputs = {"tokens": (torch.zeros(16, 1176), [(1, 4, 4)]), "patches": (torch.zeros(3, 1176), [(1, 2, 2)]), "no pixels": (None, [(1, 2, 2)])}
+    inputs = {
+        "tokens": (torch.zeros(16, 1176), [(1, 4, 4)]),
+        "patches": (torch.zeros(3, 1176), [(1, 2, 2)]),
+        "no pixels": (None, [(1, 2, 2)]),
+    }
     model = build_model(hf, dtype=torch.float32, sequence_parallel=False, recompute="none")
     megatron_files.load_weights(directory / "tied", model)
     with torch.no_grad():
@@ -250,7 +273,7 @@ def refusals(directory, data) -> dict:
             model(ids, positions, pixels, grids)
         except ValueError as error:
             messages[name] = str(error)
-    parallel.destroy()
+    process_groups.destroy()
     return messages
 
 

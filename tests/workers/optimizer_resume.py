@@ -1,4 +1,5 @@
-"""Part of model_parity.py's torchrun: train, save, train on; resume elsewhere and train as far. Losses go to the test."""
+"""Part of model_parity.py's torchrun: train, save, train on; resume elsewhere and train as far. Losses go to the
+test."""
 
 import shutil
 
@@ -17,7 +18,9 @@ RESUMED = {
     "tp2_pp2": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, data_parallel_size=1),
     "tp1": dict(data_parallel_size=4),
     "pp4": dict(pipeline_model_parallel_size=4),
-    "spread": dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=1, data_parallel_size=2, vision_tower="spread"),
+    "spread": dict(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=1, data_parallel_size=2, vision_tower="spread"
+    ),
 }
 MOVED = {
     "fp32": ("float32", False, "tp2_pp2", ["tp1", "pp4", "tp1_pp2", "spread"]),
@@ -25,13 +28,16 @@ MOVED = {
     "spread": ("float32", False, "spread", ["tp2_pp2"]),
     "spread_distributed": ("float32", True, "spread", ["tp1_pp2", "spread"]),
 }
-"""Name -> (dtype, DistributedOptimizer, layout saved in, layouts to resume in: with one, four and two times the data-parallel size, ...)."""
+"""Name -> (dtype, DistributedOptimizer, layout saved in, layouts to resume in: with one, four and two times the
+data-parallel size, ...)."""
 
 
 def run_all(directory, data) -> dict:
-    """Kind -> {"whole": losses of 2 * STEPS steps, layout: losses of the last STEPS after resuming, "fresh": without optimizer state}.
+    """Kind -> {"whole": losses of 2 * STEPS steps, layout: losses of the last STEPS after resuming, "fresh": without
+    optimizer state}.
 
-    moved_KIND: the same for the runs of MOVED; what each layout has loaded is saved again, before it steps, beside the first.
+    moved_KIND: the same for the runs of MOVED; what each layout has loaded is saved again, before it steps, beside the
+    first.
     """
     results = {}
     for kind, (dtype, distributed, layouts) in KINDS.items():
@@ -47,28 +53,30 @@ def run_all(directory, data) -> dict:
         results[path.name] = {"whole": whole_run(directory / "tied", path, data, RESUMED[saved_in], dtype, distributed)}
         for name in layouts:
             again = directory / f"moved_{kind}_{name}"
-            results[path.name][name] = resumed_run(path, data, RESUMED[name], dtype, distributed, with_optimizer=True, save_to=again)
+            results[path.name][name] = resumed_run(
+                path, data, RESUMED[name], dtype, distributed, with_optimizer=True, save_to=again
+            )
     return results
 
 
 def whole_run(converted, path, data, layout, dtype, distributed) -> list[float]:
     from megatron_papo.checkpoint import megatron_files
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
     model, wrapped, optimizer = build(converted, layout, dtype, distributed)
     optimizer.reload_model_params()
     losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
     megatron_files.save(path, model, optimizer, state={"step": STEPS, "order": [3, 1, 2]})
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         megatron_files.copy_hf_files(converted, path)
     losses += [step(wrapped, optimizer, data) for _ in range(STEPS)]
-    parallel.destroy()
+    process_groups.destroy()
     return losses
 
 
 def resumed_run(path, data, layout, dtype, distributed, with_optimizer, save_to=None) -> list[float]:
     from megatron_papo.checkpoint import megatron_files
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
     model, wrapped, optimizer = build(path, layout, dtype, distributed)
     if with_optimizer:
@@ -80,7 +88,7 @@ def resumed_run(path, data, layout, dtype, distributed, with_optimizer, save_to=
     else:
         optimizer.reload_model_params()
     losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
-    parallel.destroy()
+    process_groups.destroy()
     return losses
 
 
@@ -91,18 +99,22 @@ def build(checkpoint, layout, dtype, distributed):
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training import parallel
 
-    parallel.initialize(ParallelConfig(**layout))
+    process_groups.initialize(ParallelConfig(**layout))
     options = dict(sequence_parallel=False, recompute="none", vision_tower=layout.get("vision_tower", "sharded"))
     model = build_model(read_hf_config(checkpoint), dtype=getattr(torch, dtype), **options)
     megatron_files.load_weights(checkpoint, model)
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
     wrapped = DistributedDataParallel(model.config, settings, model)
-    options = dict(lr=3e-3, weight_decay=0.01, clip_grad=1.0, bf16=dtype == "bfloat16", params_dtype=getattr(torch, dtype))
-    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", use_distributed_optimizer=distributed, **options), [wrapped])
+    options = dict(
+        lr=3e-3, weight_decay=0.01, clip_grad=1.0, bf16=dtype == "bfloat16", params_dtype=getattr(torch, dtype)
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", use_distributed_optimizer=distributed, **options), [wrapped]
+    )
     return model, wrapped, optimizer
 
 
@@ -112,7 +124,7 @@ def step(wrapped, optimizer, data) -> float:
     from megatron.core import tensor_parallel
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_papo.training import parallel
+    from megatron_papo.distributed import process_groups
 
     def loss_of(logits):
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float().clone(), data["labels"])
@@ -136,5 +148,5 @@ def step(wrapped, optimizer, data) -> float:
     optimizer.step()
     loss = torch.tensor(float(done[0]["loss"]) if done else float("-inf"))
     torch.distributed.all_reduce(loss, op=torch.distributed.ReduceOp.MAX)
-    assert parallel.world_size() == 4
+    assert process_groups.world_size() == 4
     return float(loss)

@@ -1,4 +1,5 @@
-"""Run under torchrun: token_statistics over a vocabulary sharded over 2 and 4 ranks; each rank saves its values and gradient.
+"""Run under torchrun: token_statistics over a vocabulary sharded over 2 and 4 ranks; each rank saves its values and
+gradient.
 
 torchrun --nproc-per-node 4 sharded_logits.py DIRECTORY   (the numbers: tests/model/test_log_probs.py)
 """
@@ -8,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_papo.command_line import run
-from megatron_papo.training import parallel
+from megatron_papo.distributed import process_groups
+from megatron_papo.run.command_line import run
 from tests.model.test_log_probs import example, ours, weights_of
 
 
 def main() -> None:
-    parallel.connect()
-    rank = parallel.rank()
+    process_groups.connect()
+    rank = process_groups.rank()
     for size in (2, 4):
         groups = [torch.distributed.new_group(list(range(start, start + size))) for start in range(0, 4, size)]
         group = groups[rank // size]
@@ -28,7 +29,7 @@ def main() -> None:
             found = ours(mine, positions, tokens, weights_of(positions), group)
             if rank < size:
                 torch.save(found, Path(sys.argv[1]) / f"{size}_{forbidden}_{rank}.pt")
-    parallel.disconnect()
+    process_groups.disconnect()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Run under torchrun: one PAPO optimizer step in many layouts; writes log-probs, metrics and the gradient (as a Megatron checkpoint).
+"""Run under torchrun: one PAPO optimizer step in many layouts; writes log-probs, metrics and the gradient (as a
+Megatron checkpoint).
 
 torchrun --nproc-per-node 4 training_worker.py WORK   (WORK/cases.json: see tests/training/test_papo_step.py)
 """
@@ -10,13 +11,13 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint import megatron_files
-from megatron_papo.command_line import run
 from megatron_papo.config import load_config
+from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model
-from megatron_papo.records import Rollout, read_jsonl
-from megatron_papo.training import collectives, parallel
 from megatron_papo.objective.papo_loss import finish_metrics
+from megatron_papo.run.command_line import run
+from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.training.batching import Collator, make_rows, split_over_ranks
 from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
 from megatron_papo.training.optimizer import build_optimizer
@@ -24,11 +25,13 @@ from megatron_papo.training.optimizer import build_optimizer
 
 def run_case(work: Path, case: dict) -> None:
     config = load_config(work / "config.yaml", case["overrides"])
-    parallel.initialize(config.parallel)
+    process_groups.initialize(config.parallel)
     hf = read_hf_config(work / "policy")
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     rows = make_rows(rollouts, case["advantages"], work / "data", config, hf, work / "rollouts.jsonl")
-    mine = split_over_ranks(rows, config.training.layout, parallel.dp_group().size())[parallel.dp_group().rank()]
+    mine = split_over_ranks(rows, config.training.layout, process_groups.dp_group().size())[
+        process_groups.dp_group().rank()
+    ]
     layout = config.parallel
     model = build_model(
         hf,
@@ -37,7 +40,14 @@ def run_case(work: Path, case: dict) -> None:
         recompute=config.model.recompute,
         vision_tower=layout.vision_tower,
     )
-    collator = Collator(config, hf, work / "data", with_pixels=parallel.is_first_stage(), device=parallel.device(), dtype=torch.float32)
+    collator = Collator(
+        config,
+        hf,
+        work / "data",
+        with_pixels=process_groups.is_first_stage(),
+        device=process_groups.device(),
+        dtype=torch.float32,
+    )
     size = config.training.log_prob_micro_batch_size
 
     def sweep(name, pictures="original"):
@@ -48,7 +58,7 @@ def run_case(work: Path, case: dict) -> None:
     if not config.objective.masked_rows_ride:
         masked = sweep("old" if config.objective.masked_branch == "cached" else "policy", "masked")
         cached |= {"masked_image_log_probs": masked["log_probs"], "masked_image_entropy": masked["entropy"]}
-    if parallel.is_last_stage():
+    if process_groups.is_last_stage():
         cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs) for row in mine]
     megatron_files.load_weights(work / "policy_megatron", model)
     wrapped, optimizer = build_optimizer(model, config.optimizer, torch.float32)
@@ -71,28 +81,30 @@ def run_case(work: Path, case: dict) -> None:
     metrics = finish_metrics(collectives.sum_from_last_stage(metrics))
     output = work / case["name"]
     output.mkdir(exist_ok=True)
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         (output / "metrics.json").write_text(json.dumps(metrics))
-    if collectives.is_reporting_rank() and parallel.dp_group().size() == 1:
-        (output / "log_probs.json").write_text(json.dumps({name: [v.tolist() for v in values] for name, values in cached.items()}))
+    if collectives.is_reporting_rank() and process_groups.dp_group().size() == 1:
+        (output / "log_probs.json").write_text(
+            json.dumps({name: [v.tolist() for v in values] for name, values in cached.items()})
+        )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.main_grad)
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         (output / "gradient").mkdir()
     collectives.barrier()
     megatron_files.save(output / "gradient", model)
-    if parallel.is_main_rank():
+    if process_groups.is_main_rank():
         megatron_files.copy_hf_files(work / "policy_megatron", output / "gradient")
     collectives.barrier()
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def main() -> None:
     work = Path(sys.argv[1])
     for case in json.loads((work / "cases.json").read_text()):
         run_case(work, case)
-    parallel.shutdown()
+    process_groups.shutdown()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
     python -m tools.convert inspect DIR
     python -m tools.convert benchmark --geometry {tiny,3b,7b,32b,72b} [--directory D]
 
-to-megatron and to-hf leave what stage 3 and stage 6 leave (manifest and proof included). verify compares two checkpoints of either kind
-tensor by tensor, bit for bit, and exits with 1 if they differ. inspect prints one JSON object. benchmark's last line is one, too.
+to-megatron and to-hf leave what stage 3 and stage 6 leave (manifest and proof included). verify compares two
+checkpoints of either kind tensor by tensor, bit for bit, and exits with 1 if they differ. inspect prints one JSON
+object. benchmark's last line is one, too.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_papo.command_line import run
 from megatron_papo.errors import UserError
+from megatron_papo.run.command_line import run
 from tools.convert.geometry import NAMES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,11 +32,17 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, text in (("to-megatron", "hf", "Hugging Face"), ("to-hf", "megatron", "Megatron")):
         command = commands.add_parser(name, help=f"from a {text} checkpoint")
-        command.add_argument(f"--{source}", dest="source", type=Path, required=True, metavar="DIR", help=f"{text} checkpoint directory")
-        command.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; complete or absent")
+        command.add_argument(
+            f"--{source}", dest="source", type=Path, required=True, metavar="DIR", help=f"{text} checkpoint directory"
+        )
+        command.add_argument(
+            "--output", type=Path, required=True, metavar="DIR", help="directory to make; complete or absent"
+        )
         command.add_argument("--dtype", choices=DTYPES, help="convert every tensor to it (default: as they are)")
         if name == "to-hf":
-            shards = "cut into files of at most this size, under official names, e.g. 5GB (default: the files it came from)"
+            shards = (
+                "cut into files of at most this size, under official names, e.g. 5GB (default: the files it came from)"
+            )
             command.add_argument("--shard-size", metavar="SIZE", help=shards)
     command = commands.add_parser("verify", help="compare two checkpoints")
     for name in ("first", "second"):
@@ -46,7 +53,12 @@ def parse() -> argparse.Namespace:
     command.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint directory of either kind")
     command = commands.add_parser("benchmark", help="both directions against a plain copy")
     command.add_argument("--geometry", choices=NAMES, required=True, help="of which published model, or tiny")
-    command.add_argument("--directory", type=Path, metavar="DIR", help="where to work; needs twice the model (default: the temporary one)")
+    command.add_argument(
+        "--directory",
+        type=Path,
+        metavar="DIR",
+        help="where to work; needs twice the model (default: the temporary one)",
+    )
     return parser.parse_args()
 
 
@@ -79,7 +91,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def parse_size(text: str) -> int:
-    """"5GB" -> 5_000_000_000. Raises UserError."""
+    """ "5GB" -> 5_000_000_000. Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"--shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
@@ -96,7 +108,10 @@ def verify(first: Path, second: Path, with_logits: bool) -> None:
         found = list(differences(a, b, progress))
     for line in found:
         print(line)
-    print(f"{first} and {second}: " + (f"{len(found)} tensors differ" if found else f"all {len(a.tensors)} tensors are equal"))
+    print(
+        f"{first} and {second}: "
+        + (f"{len(found)} tensors differ" if found else f"all {len(a.tensors)} tensors are equal")
+    )
     if with_logits:
         from megatron_papo.checkpoint.logits import compare_logits
 

@@ -1,11 +1,12 @@
 """Measures both directions of conversion against a plain copy of the same files on the same disk.
 
-The checkpoint has the geometry of a published model and distinct random bfloat16 values. Each step starts with its source out of the page
-cache and ends when all it wrote is on disk. seconds_copy is the mean of a plain copy of the source and one of the Megatron files; beside
-it stands a copy in large blocks that gives pages back at once, which is faster where the kernel is slow to find room for its page cache.
-The conversions are the commands a user types, in processes of their own, from start to exit: with reading back, hashing, manifest, proof.
-identical: all files of the round trip, weights, index and config.json, have the sha256 of those it began with, which are deleted on the
-way so that twice the model's size is enough.
+The checkpoint has the geometry of a published model and distinct random bfloat16 values. Each step starts with its
+source out of the page cache and ends when all it wrote is on disk. seconds_copy is the mean of a plain copy of the
+source and one of the Megatron files; beside it stands a copy in large blocks that gives pages back at once, which is
+faster where the kernel is slow to find room for its page cache. The conversions are the commands a user types, in
+processes of their own, from start to exit: with reading back, hashing, manifest, proof. identical: all files of the
+round trip, weights, index and config.json, have the sha256 of those it began with, which are deleted on the way so that
+twice the model's size is enough.
 """
 
 import json
@@ -25,8 +26,8 @@ from megatron_papo.checkpoint.hashed_files import BLOCK
 from megatron_papo.checkpoint.hf_files import TensorInfo, headers_for, write_index
 from megatron_papo.checkpoint.name_map import pieces
 from megatron_papo.errors import UserError
-from megatron_papo.manifest import file_hash
 from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.run.stage_output import file_hash
 from tools.convert.geometry import config_tree
 
 SHARD_BYTES = 4_000_000_000
@@ -40,7 +41,9 @@ def benchmark(geometry: str, directory: Path | None) -> dict:
         with tempfile.TemporaryDirectory(prefix="convert_benchmark_", dir=directory) as root:
             return _measure(geometry, Path(root))
     except OSError as error:
-        raise UserError(f"{directory or tempfile.gettempdir()}: {error.strerror}: give --directory a place with enough room")
+        raise UserError(
+            f"{directory or tempfile.gettempdir()}: {error.strerror}: give --directory a place with enough room"
+        )
 
 
 def _measure(geometry: str, root: Path) -> dict:
@@ -48,12 +51,17 @@ def _measure(geometry: str, root: Path) -> dict:
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config_tree(geometry), indent=2))
     infos = {
-        name: TensorInfo(torch.bfloat16, shape) for piece in pieces(read_hf_config(source)) for name, shape in sorted(piece.hf_shapes.items())
+        name: TensorInfo(torch.bfloat16, shape)
+        for piece in pieces(read_hf_config(source))
+        for name, shape in sorted(piece.hf_shapes.items())
     }
     total = sum(info.num_bytes for info in infos.values())
     free = shutil.disk_usage(root).free
     if free < 2 * total + SPARE:
-        raise UserError(f"{root.parent}: {geometry} needs {(2 * total + SPARE) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose another --directory")
+        raise UserError(
+            f"{root.parent}: {geometry} needs {(2 * total + SPARE) / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: choose"
+            " another --directory"
+        )
     _say(f"making a {geometry} checkpoint of {total / 1e9:.2f} GB")
     make_checkpoint(source, dict(sorted(infos.items())))
     hashes = {file.name: file_hash(file) for file in source.iterdir()}
@@ -82,10 +90,15 @@ def _measure(geometry: str, root: Path) -> dict:
 
 
 def make_checkpoint(directory: Path, infos: dict[str, TensorInfo], seed: int = 0) -> None:
-    """Writes safetensors files with random values of less than 2 in magnitude; no two tensors are alike. infos: in the order of the files."""
+    """Writes safetensors files with random values of less than 2 in magnitude; no two tensors are alike. infos: in the
+    order of the files."""
     random = np.random.Generator(np.random.SFC64(seed))
     for file, header in (headers := headers_for({"all": _header(infos)}, infos, SHARD_BYTES)).items():
-        size = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in json.loads(header).items() if name != "__metadata__")
+        size = sum(
+            entry["data_offsets"][1] - entry["data_offsets"][0]
+            for name, entry in json.loads(header).items()
+            if name != "__metadata__"
+        )
         with open(directory / file, "wb") as stream:
             stream.write(len(header.encode()).to_bytes(8, "little") + header.encode())
             for start in range(0, size, BLOCK):
@@ -102,7 +115,8 @@ def make_checkpoint(directory: Path, infos: dict[str, TensorInfo], seed: int = 0
 def _header(infos: dict[str, TensorInfo]) -> str:
     offsets = np.cumsum([0, *(info.num_bytes for info in infos.values())]).tolist()
     rows = {
-        name: {"dtype": "BF16", "shape": list(info.shape), "data_offsets": [offsets[i], offsets[i + 1]]} for i, (name, info) in enumerate(infos.items())
+        name: {"dtype": "BF16", "shape": list(info.shape), "data_offsets": [offsets[i], offsets[i + 1]]}
+        for i, (name, info) in enumerate(infos.items())
     }
     return json.dumps(rows)
 
@@ -148,7 +162,10 @@ def _command(*arguments, source: Path) -> tuple[float, int]:
     if process.returncode:
         raise UserError(f"tools.convert {arguments[0]} ended with exit status {process.returncode}")
     seconds = time.perf_counter() - started
-    _say(f"{arguments[0]}: {seconds:.2f} s, {usage.ru_maxrss / 1024**2:.2f} GiB resident, {usage.ru_utime + usage.ru_stime:.1f} s of processor time")
+    _say(
+        f"{arguments[0]}: {seconds:.2f} s, {usage.ru_maxrss / 1024**2:.2f} GiB resident,"
+        f" {usage.ru_utime + usage.ru_stime:.1f} s of processor time"
+    )
     return seconds, usage.ru_maxrss * 1024
 
 

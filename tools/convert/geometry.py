@@ -43,7 +43,10 @@ def config_tree(name: str) -> dict:
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [half - 2 * spatial, spatial, spatial]},
-        **{f"{what}_token_id": vocabulary - back for back, what in enumerate(("video", "image", "vision_end", "vision_start", "eos"), start=1)},
+        **{
+            f"{what}_token_id": vocabulary - back
+            for back, what in enumerate(("video", "image", "vision_end", "vision_start", "eos"), start=1)
+        },
         "vision_config": {
             "depth": vision_layers,
             "hidden_act": "silu",

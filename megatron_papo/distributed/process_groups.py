@@ -1,0 +1,212 @@
+"""Process groups: the only reader of RANK, WORLD_SIZE and LOCAL_RANK. NCCL on CUDA machines, gloo elsewhere.
+
+torch and megatron are imported inside the functions that need them, so that asking for the rank costs nothing.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_papo.config import ParallelConfig
+from megatron_papo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for the first one, which verifies and hashes files: NCCL's ten minutes are too short for 72B."""
+
+_has_joined = False  # a process group: see leave()
+
+
+def world_size() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Of this process among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_rank() -> bool:
+    """Exactly one process of a run is: it prints and publishes."""
+    return rank() == 0
+
+
+def initialize(parallel: ParallelConfig) -> None:
+    """Makes the process groups of a layout; after destroy() it may be called again with another layout of the same
+    processes.
+
+    Raises UserError if the launcher started another number of processes than parallel asks for.
+    """
+    _check_world_size(parallel)
+    hush_known_warnings()
+    from megatron_papo.distributed import cpu_backend
+
+    cpu_backend.install()
+    connect()
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+    # The inference tracker leaves the CUDA generator alone, which is right because Qwen2.5-VL has no dropout.
+    tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
+
+
+def connect() -> None:
+    """Joins the processes that the launcher started and picks this one's device; nothing to do where that has
+    happened."""
+    # Lets tensor-parallel communication overlap with computation; CUDA reads it once, when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    import torch
+
+    _die_with_launcher()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        # More threads than cores per process only get into each other's way: two threads per rank were 20 times slower.
+        torch.set_num_threads(1)
+    if not torch.distributed.is_initialized():
+        _join_process_group()
+
+
+def _die_with_launcher() -> None:
+    """torchrun gives its workers sessions of their own; were it killed, they would go on and write into the next
+    attempt's output."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _check_world_size(parallel: ParallelConfig) -> None:
+    if world_size() == parallel.world_size:
+        return
+    sizes = (
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}"
+        f" x data {parallel.data_parallel_size}"
+    )
+    raise UserError(
+        f"{world_size()} processes were started, the parallel section asks for {parallel.world_size} ({sizes}):"
+        f" start with torchrun --nproc-per-node {parallel.world_size} {_this_program()} ..., or over several nodes with"
+        f" --nnodes times --nproc-per-node = {parallel.world_size}"
+    )
+
+
+def hush_known_warnings() -> None:
+    """megatron-core warns on every rank of what it does without TransformerEngine and of torch functions it will have
+    to give up."""
+    for module in (r"megatron\.core\.", r"torch\.distributed\.", r"megatron_papo\.distributed\.cpu_backend"):
+        warnings.filterwarnings("ignore", category=UserWarning, module=module)
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+
+
+def _this_program() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {spec.name}" if spec else sys.argv[0]
+
+
+def _join_process_group() -> None:
+    import torch
+
+    global _has_joined
+    _has_joined = True
+    if torch.cuda.is_available():
+        torch.distributed.init_process_group(
+            "nccl", timeout=PATIENCE, device_id=torch.device("cuda", torch.cuda.current_device())
+        )
+    elif "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    else:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def destroy() -> None:
+    """Forgets the layout and ends its groups, each of which has threads and sockets; the processes stay connected."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    unset_num_microbatches_calculator()
+    parallel_state.destroy_global_memory_buffer()
+    for group in parallel_state._global_process_group_list or []:
+        if group is not None and group != torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            torch.distributed.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Ends the process group, if there is one: call it before leaving, also after an error."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        destroy()
+        torch.distributed.destroy_process_group()
+
+
+def disconnect() -> None:
+    """Ends the process group of connect()."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """sys.exit(status), but a process that has joined a process group ends at once, without Python's finalization.
+
+    A library may keep a group alive after its end (DeepSpeed does), and a gloo thread that drops its last tensor while
+    Python finalizes aborts the process ("terminate called without an active exception"; one run in fourteen with two
+    ranks on two cores).
+    """
+    if not _has_joined:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def is_first_stage() -> bool:
+    """Of the pipeline: it holds the vision tower and the embeddings."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    """Of the pipeline: it holds the output layer and sees the logits."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage()
+
+
+def tp_group() -> "torch.distributed.ProcessGroup":
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def dp_group() -> "torch.distributed.ProcessGroup":
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()
+
+
+def pp_group() -> "torch.distributed.ProcessGroup":
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def device() -> "torch.device":
+    """Where this rank's tensors live."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

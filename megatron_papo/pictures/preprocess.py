@@ -1,0 +1,173 @@
+"""Pictures on their way to the model: opened inside the data root, resized once, cut into ViT patches.
+
+Both sides see the same pixels: the rollout client sends the resized picture (a PNG whose size SGLang's own resize
+leaves alone), the trainer cuts the same one into patches. Equal to transformers' Qwen2VLImageProcessorPil (tested).
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from megatron_papo.config import MaskedImageConfig
+from megatron_papo.errors import UserError
+from megatron_papo.pictures.files import FORMATS, decode_image, decode_saliency, read_inside, resolve_inside
+from megatron_papo.pictures.masking import black_squares, blacken
+from megatron_papo.seeds import derive_seed
+
+PATCH = 14
+MERGE = 2
+TEMPORAL = 2
+FACTOR = PATCH * MERGE
+MAX_ASPECT = 200
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
+
+
+def open_image(root: Path, name: str) -> Image.Image:
+    """The native picture as RGB, upright. Raises UserError for a missing, outside or unreadable file."""
+    return decode_image(read_inside(root, name), f"image {resolve_inside(root, name)}")[0]
+
+
+def open_saliency(root: Path, name: str) -> np.ndarray:
+    """A saliency map, float64 [height, width]. Raises UserError for a missing, outside or unusable file."""
+    return decode_saliency(read_inside(root, name, "saliency map"), f"saliency map {name}")[0]
+
+
+def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in multiples of 28 with min_pixels <= width * height <= max_pixels, aspect kept (Qwen2-VL
+    smart_resize).
+
+    Raises UserError for a picture over 200 times as long as wide, which transformers refuses too.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UserError(
+            f"image of {width} x {height} pixels: sides differ by more than {MAX_ASPECT} times: crop it or drop the row"
+        )
+    w, h = round(width / FACTOR) * FACTOR, round(height / FACTOR) * FACTOR
+    if w * h > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        w, h = (max(FACTOR, math.floor(side / shrink / FACTOR) * FACTOR) for side in (width, height))
+    elif w * h < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        w, h = (math.ceil(side * grow / FACTOR) * FACTOR for side in (width, height))
+    return w, h
+
+
+def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
+    """Bicubic, to smart_size; the picture itself if it has that size."""
+    size = smart_size(*image.size, min_pixels, max_pixels)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def load_images(
+    root: Path,
+    names: list[str],
+    min_pixels: int,
+    max_pixels: int,
+    masking: MaskedImageConfig | None = None,
+    seed: int | None = None,
+    saliency: Sequence[str] = (),
+) -> list[Image.Image]:
+    """A prompt's pictures, opened and resized; with `masking`, masked: see load_masked_images."""
+    if masking is None:
+        return [resize(open_image(root, name), min_pixels, max_pixels) for name in names]
+    return [picture for picture, _ in load_masked_images(root, names, min_pixels, max_pixels, masking, seed, saliency)]
+
+
+def load_masked_images(
+    root: Path,
+    names: list[str],
+    min_pixels: int,
+    max_pixels: int,
+    masking: MaskedImageConfig,
+    seed: int,
+    saliency: Sequence[str] = (),
+) -> list[tuple[Image.Image, np.ndarray]]:
+    """A prompt's pictures resized with squares blackened in masking.space, one seed per picture; and which squares,
+    bool [rows, columns].
+
+    saliency: names of the pictures' saliency maps, read by strategy `semantic` only. Raises UserError where that lacks
+    them.
+    """
+    require_saliency(masking, names, saliency)
+    found = []
+    for index, name in enumerate(names):
+        picture = open_image(root, name)
+        if masking.space == "patch":
+            picture = resize(picture, min_pixels, max_pixels)
+        squares = black_squares(
+            picture.size,
+            strategy=masking.strategy,
+            ratio=masking.ratio,
+            square_pixels=masking.square_pixels,
+            seed=derive_seed(seed, index),
+            saliency=open_saliency(root, saliency[index]) if masking.strategy == "semantic" else None,
+        )
+        picture = blacken(picture, squares, masking.square_pixels)
+        if masking.space == "native":
+            picture = resize(picture, min_pixels, max_pixels)
+        found.append((picture, squares))
+    return found
+
+
+def require_saliency(masking: MaskedImageConfig, names: Sequence[str], saliency: Sequence[str]) -> None:
+    """Raises UserError if the strategy needs a saliency map of each of these pictures and they have none."""
+    if masking.strategy == "semantic" and len(saliency) != len(names):
+        raise UserError(
+            f"image {names[0]}: no saliency map, which masked_image.strategy semantic needs: give the data a column of"
+            " maps"
+            " (data.saliency_key) and run stage 1 again, or choose another strategy"
+        )
+
+
+def grid_of(image: Image.Image) -> tuple[int, int, int]:
+    """(1, rows, columns) of ViT patches of a resized picture."""
+    return 1, image.height // PATCH, image.width // PATCH
+
+
+def grid_of_file(root: Path, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+    """The grid that a native picture will have once upright and resized; reads only the file's header."""
+    path = resolve_inside(root, name)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            size = image.size[::-1] if turned else image.size
+    # As in decode_image.
+    except Exception as error:
+        raise UserError(
+            f"image {path}: cannot be read as a picture ({' '.join(str(error).split())}): replace it or drop the row"
+        )
+    width, height = smart_size(*size, min_pixels, max_pixels)
+    return 1, height // PATCH, width // PATCH
+
+
+def num_image_tokens(grid: tuple[int, int, int]) -> int:
+    return grid[0] * grid[1] * grid[2] // MERGE**2
+
+
+def to_patches(image: Image.Image) -> np.ndarray:
+    """A resized picture as float32 [rows * columns, 3 * 2 * 14 * 14], normalised, the frame repeated in time.
+
+    Rows run over (row / 2, column / 2, 2, 2), so that four consecutive rows become one image token.
+    """
+    pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
+    pixels = ((pixels - MEAN) / STD).transpose(2, 0, 1)
+    _, rows, columns = grid_of(image)
+    blocks = pixels.reshape(3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)
+    blocks = np.repeat(blocks[:, :, :, :, :, None], TEMPORAL, axis=5)
+    return np.ascontiguousarray(blocks).reshape(rows * columns, 3 * TEMPORAL * PATCH * PATCH)
+
+
+def to_data_uri(image: Image.Image) -> str:
+    """data:image/png;base64,..."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

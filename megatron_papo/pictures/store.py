@@ -1,0 +1,80 @@
+"""The pictures of a data set as files named by their content, so that each is stored once and its name says whether it
+is whole."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_papo.errors import UserError
+from megatron_papo.pictures.files import decode_image, decode_saliency, read_inside
+
+IMAGES, SALIENCY = "images", "saliency"
+_SUFFIXES = {"JPEG": "jpg"}
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    name: str
+    """Relative to the directory of the store."""
+    size: tuple[int, int]
+    """(width, height) of the native picture, upright, or of the map."""
+    content: bytes
+
+
+class ImageStore:
+    """The pictures below directory/images, their saliency maps, if there are any, below directory/saliency."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.written: set[str] = set()
+        self._seen: dict[tuple[str, bytes], tuple[str, tuple[int, int]]] = {}
+        (directory / IMAGES).mkdir()
+
+    def read(self, image: bytes | str, root: Path | None) -> StoredImage:
+        """The picture with its name and size. Raises UserError if it is none.
+
+        image: encoded picture, or the path of one that must stay inside root.
+        """
+        return self._read(IMAGES, _look_at_image, image, root, "image")
+
+    def read_saliency(self, saliency: bytes | str, root: Path | None) -> StoredImage:
+        """A saliency map likewise: see picture_files.decode_saliency."""
+        return self._read(SALIENCY, _look_at_saliency, saliency, root, "saliency map")
+
+    def _read(self, folder: str, look_at, source: bytes | str, root: Path | None, what: str) -> StoredImage:
+        content, shown = (
+            (source, what) if isinstance(source, bytes) else (_read_file(source, root, what), f"{what} {source}")
+        )
+        digest = hashlib.sha256(content).digest()
+        if (folder, digest) not in self._seen:
+            kind, size = look_at(content, shown)
+            self._seen[folder, digest] = f"{folder}/{digest.hex()}.{_SUFFIXES.get(kind, kind.lower())}", size
+        return StoredImage(*self._seen[folder, digest], content)
+
+    def write(self, image: StoredImage) -> None:
+        """Its bytes as they are, once."""
+        if image.name not in self.written:
+            path = self.directory / image.name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(image.content)
+            self.written.add(image.name)
+
+    def count(self, folder: str) -> int:
+        """Files written below IMAGES or SALIENCY."""
+        return sum(name.startswith(f"{folder}/") for name in self.written)
+
+
+def _look_at_image(content: bytes, shown: str) -> tuple[str, tuple[int, int]]:
+    decoded, kind = decode_image(content, shown)
+    return kind, decoded.size
+
+
+def _look_at_saliency(content: bytes, shown: str) -> tuple[str, tuple[int, int]]:
+    values, kind = decode_saliency(content, shown)
+    return kind, values.shape[::-1]
+
+
+def _read_file(name: str, root: Path | None, what: str) -> bytes:
+    if root is None:
+        raise UserError(f"{what} {name}: a path, not a picture: set data.image_root to the directory it is in")
+    return read_inside(root, name, what)

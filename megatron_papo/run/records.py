@@ -1,0 +1,151 @@
+"""The JSONL contracts between stages: Prompt (stage 1), Rollout (stage 4), Prediction (stage 7). One record per
+line."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_papo.errors import UserError
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Prompt(Record):
+    id: str
+    """Unique in its file."""
+    problem: str
+    answer: str
+    token_ids: list[int]
+    """The rendered chat prompt up to the start of the response, with exactly one image-pad token per image."""
+    num_tokens: int
+    """Length with every image-pad token expanded to its image's tokens."""
+    images: list[str]
+    """Paths relative to the directory of the file, one per image-pad token, in order: the native pictures, not
+    resized."""
+    saliency: list[str] = []
+    """Likewise, the saliency map of each image, for masked_image.strategy `semantic`; [] where the data has none."""
+    target: str | None = None
+    """The response that stage 2 teaches; None outside sft.jsonl."""
+    target_token_ids: list[int] | None = None
+    """Its tokens, ending with the end-of-turn token."""
+
+
+class Rewards(Record):
+    overall: float
+    accuracy: float
+    format: float
+    timed_out: bool = False
+    """The grader hit its time limit; accuracy is 0."""
+    overlong_penalty: float = 0.0
+    """The soft overlong punishment that `overall` includes; <= 0, and 0 in evaluation."""
+
+
+class Rollout(Record):
+    """One sampled response with all that training needs; the images are the prompt's, in the same data directory."""
+
+    prompt_id: str
+    iteration: int
+    epoch: int
+    """How often the data order has been round when this prompt was drawn, from 0; part of the masked image's seed."""
+    group: int
+    """Number of the prompt in this iteration's batch, from 0. group * group_size + sample is the record's line
+    number."""
+    sample: int
+    """Number of the response in its group, from 0."""
+    answer: str
+    prompt_token_ids: list[int]
+    """As in Prompt.token_ids: one image-pad token per image."""
+    prompt_num_tokens: int
+    """Length with images expanded, as counted by the server and equal to ours."""
+    images: list[str]
+    saliency: list[str] = []
+    """As in Prompt.saliency."""
+    response_token_ids: list[int]
+    """As the server sampled them, the end-of-turn token included when it came."""
+    rollout_log_probs: list[float]
+    """The server's log-prob of each response token, at `temperature`, before top_p, over the tokens it may sample. Same
+    length."""
+    text: str
+    """The response decoded without special tokens: what was graded."""
+    finish_reason: Literal["stop", "length"]
+    rewards: Rewards
+    temperature: float
+    top_p: float
+    sampling_seed: int
+    masked_image_seed: int
+    weight_version: str
+    """What the server said its weights were when it answered: the fingerprint of the Hugging Face checkpoint."""
+    staleness: int = 0
+    """How many iterations older those weights are than the ones that this rollout trains first; 0 unless
+    rollout.max_staleness is 1."""
+
+
+class Prediction(Record):
+    """One answer to a benchmark prompt."""
+
+    prompt_id: str
+    sample: int
+    image: Literal["original", "masked"]
+    answer: str
+    text: str
+    response_token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    rewards: Rewards
+    sampling_seed: int
+    masked_image_seed: int | None
+
+
+RecordType = TypeVar("RecordType", bound=Record)
+
+
+def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
+    """All records of a file. A truncated or foreign line is a UserError that names file and line; so is an empty
+    file."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}")
+    if lines and lines[-1] != b"":
+        raise UserError(f"{path}:{len(lines)}: the last line is not complete (truncated file): make the file again")
+    records = [_parse(line, record, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1)]
+    if not records:
+        raise UserError(f"{path}: holds no records: make the file again")
+    return records
+
+
+def _parse(line: bytes, record: type[RecordType], where: str) -> RecordType:
+    try:
+        return record.model_validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{where}: not a {record.__name__} record: {field + ': ' if field else ''}{problem['msg']}")
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> int:
+    """Writes one record per line; returns how many."""
+    count = 0
+    with open(path, "w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(record.model_dump_json() + "\n")
+            count += 1
+    return count
+
+
+def groups_of(rollouts: list[Rollout], group_size: int, where: Path) -> Iterator[list[Rollout]]:
+    """The rollouts of each prompt, in order. Raises UserError where a group is empty, incomplete or mixed."""
+    if len(rollouts) % group_size:
+        raise UserError(f"{where}: {len(rollouts)} rollouts are not whole groups of {group_size}: make the file again")
+    for start in range(0, len(rollouts), group_size):
+        group = rollouts[start : start + group_size]
+        number = start // group_size
+        expected = [(number, sample) for sample in range(group_size)]
+        if [(r.group, r.sample) for r in group] != expected or len({r.prompt_id for r in group}) != 1:
+            raise UserError(
+                f"{where}:{start + 1}: group {number} is empty, incomplete or out of order: make the file again"
+            )
+        yield group

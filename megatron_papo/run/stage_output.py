@@ -1,0 +1,303 @@
+"""Stage outputs: a directory that appears whole or not at all, with a manifest that says what made it from what.
+
+A stage works in `<output>.partial`; when it is finished every file is hashed and fsynced, manifest.json is written
+last, and one atomic rename publishes the directory. A killed stage leaves at most a `.partial`, which the next attempt
+removes.
+
+    fingerprint = sha256(stage, the configuration sections it reads, its arguments, its inputs' fingerprints)
+
+An output that carries the fingerprint already is done; one with another fingerprint is refused, never overwritten.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from megatron_papo.errors import UserError
+from megatron_papo.run.output_lock import OutputLock
+
+MANIFEST = "manifest.json"
+PRUNED = "pruned.json"
+"""In a checkpoint whose weights keep_checkpoints has deleted: what it was stays on record."""
+_RECORDED_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "pillow",
+    "numpy",
+    "mathruler",
+)
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_fingerprint(path: Path, known: dict[str, str] | None = None) -> str:
+    """Of a file or directory that no stage made: its relative names and contents. known: relative name -> sha256, where
+    it is known already."""
+    if path.is_file():
+        return file_hash(path)
+    known = known or {}
+    rows = [
+        (name, known.get(name) or file_hash(path / name))
+        for name in (str(file.relative_to(path)) for file in _files(path))
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict | None:
+    """The manifest of a published output; None where there is none. Raises UserError if it is unreadable."""
+    try:
+        return json.loads((directory / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / MANIFEST}: damaged manifest ({error}): remove {directory} and make it again")
+
+
+class Fingerprint(str):
+    """Of an input, remembering the directory it stands for, so that StageOutput can verify the files before the stage
+    uses them."""
+
+    path: Path
+
+    def __new__(cls, value: str, path: Path):
+        self = super().__new__(cls, value)
+        self.path = path
+        return self
+
+
+def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Fingerprint:
+    """The fingerprint of an input that one of the stages `made_by` must have published.
+
+    hint: the command that makes it, shown when it is missing or foreign. Only the manifest is read here: the files are
+    verified when a stage that is not done yet enters its StageOutput.
+    """
+    if not path.exists():
+        partial = " (only an unfinished .partial is there)" if _partial(path).exists() else ""
+        raise UserError(f"{path}: not there{partial}: make it with: {hint}")
+    manifest = read_manifest(path)
+    if manifest is None or manifest.get("stage") not in made_by:
+        found = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
+        raise UserError(f"{path}: {found}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
+    return Fingerprint(manifest["fingerprint"], path)
+
+
+def input_fingerprint(path: Path, hint: str) -> Fingerprint:
+    """Of an input that a stage made (its manifest's) or that comes from outside (the hash of its content)."""
+    if not path.exists():
+        raise UserError(f"{path}: not there: {hint}")
+    manifest = read_manifest(path) if path.is_dir() else None
+    return Fingerprint(content_fingerprint(path) if manifest is None else manifest["fingerprint"], path)
+
+
+def verify_files(directory: Path, known: dict[str, str] | None = None, only_sizes: tuple[str, ...] = ()) -> None:
+    """Compares every file of a published output with its manifest, by size and hash. Nothing to compare without a
+    manifest.
+
+    known: relative name -> sha256, of files that were hashed already. only_sizes: endings of names that are compared by
+    size alone.
+    """
+    manifest = read_manifest(directory) if directory.is_dir() else None
+    if manifest is None:
+        return
+    if (directory / PRUNED).exists():
+        raise UserError(
+            f"{directory}: its weights were deleted ({PRUNED} says when and why): raise keep_checkpoints, or make it"
+            " again"
+        )
+    known = known or {}
+    for name, entry in manifest["files"].items():
+        file = directory / name
+        again = f"damaged: remove {directory} and make it again with: {manifest['command']}"
+        if not file.is_file():
+            raise UserError(f"{file}: missing from the checkpoint or data directory, {again}")
+        same = file.stat().st_size == entry["bytes"]
+        if not same or not (name.endswith(only_sizes) or (known.get(name) or file_hash(file)) == entry["sha256"]):
+            raise UserError(f"{file}: differs from its manifest, {again}")
+
+
+class StageOutput:
+    """One stage's output directory.
+
+        out = StageOutput("stage4_rollout", output, config, sections=["seed", "rollout"], inputs={"prompts":
+        fingerprint}) if out.done:
+            return
+        with out:                                  # verifies the inputs' files, makes out.partial
+            ... write files below out.partial ...
+            out.counts["rollouts"] = n
+                                                   # leaving publishes; an exception removes out.partial
+
+    sections: dotted names of the configuration parts the stage reads, e.g. "model.dtype". inputs: name -> fingerprint.
+    arguments: anything else that decides the result (an iteration number).
+    """
+
+    def __init__(self, stage, output, config, sections, inputs, arguments=None):
+        self.stage, self.output = stage, Path(output)
+        self.partial = _partial(self.output)
+        self.counts: dict[str, int | float] = {}
+        self.hashes: dict[str, str] = {}
+        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when
+        they are published."""
+        self._recipe = {
+            "stage": stage,
+            "config": {name: _section(config, name) for name in sections},
+            "arguments": arguments or {},
+            "inputs": inputs,
+        }
+        self.fingerprint = self._hash_recipe()
+        self.done = self._is_done()
+        self.started = psutil.Process().create_time()
+        """What the manifest's seconds count from. A process that makes several outputs sets it to the moment at which
+        it could begin."""
+
+    def _hash_recipe(self) -> str:
+        return hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
+
+    def complete_input(self, name: str, fingerprint: str) -> None:
+        """Sets the fingerprint of an input that became known while the input was read."""
+        self._recipe["inputs"][name] = fingerprint
+        self.fingerprint = self._hash_recipe()
+
+    def _is_done(self) -> bool:
+        if not self.output.exists():
+            return False
+        manifest = read_manifest(self.output)
+        if manifest is None:
+            raise UserError(f"{self.output}: exists and is not an output of this pipeline: choose another --output")
+        if manifest["fingerprint"] != self.fingerprint:
+            changed = _differences(manifest["recipe"], self._recipe)
+            raise UserError(
+                f"{self.output}: made from something else ({changed}): remove it or choose another --output (or --name)"
+            )
+        return True
+
+    def announce_done(self) -> None:
+        print(f"{self.stage}: {self.output} is there already, made from the same inputs: nothing to do", flush=True)
+
+    def __enter__(self):
+        for fingerprint in self._recipe["inputs"].values():
+            if isinstance(fingerprint, Fingerprint):
+                verify_files(fingerprint.path)
+        self._lock = OutputLock(self.output)
+        try:
+            if self._is_done():  # another process made it in the meantime
+                raise UserError(f"{self.output}: was made by another process just now: nothing left to do")
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            self._lock.release()
+            raise UserError(f"{self.partial}: cannot create: {error.strerror}")
+        except UserError:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            if kind is None:
+                self._publish()
+        except OSError as refused:
+            kind = type(refused)
+            raise UserError(
+                f"{self.output}: cannot write: {refused.strerror}: nothing was left behind; free space or choose"
+                " another --output"
+            )
+        finally:
+            if kind is not None:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            self._lock.release()
+        return False
+
+    def _publish(self) -> None:
+        files = {}
+        for file in _files(self.partial):
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+            name = str(file.relative_to(self.partial))
+            files[name] = {"bytes": file.stat().st_size, "sha256": self.hashes.get(name) or file_hash(file)}
+        manifest = {
+            "stage": self.stage,
+            "fingerprint": self.fingerprint,
+            "recipe": self._recipe,
+            "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
+            "counts": self.counts,
+            "seconds": round(time.time() - self.started, 2),
+            "git_commit": git_commit(),
+            "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
+            "files": files,
+        }
+        path = self.partial / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1))
+        _fsync(path)
+        for directory in {file.parent for file in _files(self.partial)}:
+            _fsync(directory)
+        os.rename(self.partial, self.output)
+        _fsync(self.output.parent)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.rglob("*") if file.is_file())
+
+
+def _section(config, dotted: str):
+    value = config
+    for name in dotted.split("."):
+        value = getattr(value, name)
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> str:
+    """The dotted keys in which two recipes differ, at most five."""
+
+    def walk(a, b, name):
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [row for key in sorted(a.keys() | b.keys()) for row in walk(a.get(key), b.get(key), f"{name}.{key}")]
+        return [] if a == b else [name.lstrip(".")]
+
+    rows = walk(old, new, prefix)
+    return "differs in " + ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
+
+
+def _module_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name, *sys.argv[1:]] if spec else list(sys.argv)
+
+
+def git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,294 @@
+"""Start the unmodified SGLang server (PyPI wheel 0.5.21) on a CPU, without compiled kernels.
+
+    PYTHON_OF_SGLANG -P megatron_papo/sglang/cpu_launcher.py --model-path DIR --port 30000 [any flag of
+    sglang.launch_server]
+
+HTTP server, tokenizer manager, scheduler, radix cache, model code, sampler and weight loader are SGLang's own; only the
+compiled kernels are replaced by PyTorch's. Everything below is glue for things a CPU has not: the sgl_kernel package,
+triton, torchvision's CUDA library. It is applied when this file is the main module, in the launcher and again in the
+scheduler and detokenizer, because multiprocessing imports the main module in each child.
+
+Sampling is batch-invariant: a request with a seed gets the same tokens and the same log-prob bits whatever else the
+server is doing, so that a run killed and resumed ends in the same checkpoint. What that takes on a CPU stands in
+`enable_batch_invariance`.
+
+The flags in DEFAULTS and SWITCHES are added unless given; `--without=NAME` leaves a switch out, e.g.
+`--without=sleep-on-idle`. This file runs in SGLang's environment and imports nothing of megatron_papo.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import types
+
+ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",  # what SGLang's is_cpu() tests
+    "OMP_NUM_THREADS": "1",  # more threads cut elementwise loops at places that depend on the batch; slower, too, on"
+    "": "1",  # more threads cut elementwise loops at places that depend on the batch; slower, too, on tiny models
+    "TORCHDYNAMO_DISABLE": "1",  # no C++ compiler needed, no 20 s of torch.compile in the first request
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "SGLANG_VLM_CACHE_SIZE_MB": "0",  # cached ViT outputs survive a weight update (sgl-project/sglang#36468)
+    # Reserve max_new_tokens of every running request, so that none is ever retracted: its second prefill would round
+    # differently.
+    "SGLANG_INIT_NEW_TOKEN_RATIO": "1.0",
+    "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR": "1.0",
+}
+IS_MAIN = __name__ in ("__main__", "__mp_main__")
+if IS_MAIN:  # before torch and sglang are imported
+    for _name, _value in ENVIRONMENT.items():
+        os.environ.setdefault(_name, _value)
+
+import torch
+
+DEFAULTS = {
+    "--device": "cpu",
+    "--host": "127.0.0.1",
+    "--attention-backend": "torch_native",
+    "--dtype": "float32",
+    "--mem-fraction-static": "0.2",
+    "--max-total-tokens": "16384",
+    "--chunked-prefill-size": "-1",  # where a prompt is cut would depend on what else is in the batch
+}
+SWITCHES = (
+    "--disable-overlap-schedule",
+    "--sleep-on-idle",  # else the idle scheduler keeps a core busy
+    "--enable-deterministic-inference",  # without it SGLang ignores sampling_seed
+)
+TILE_ROWS = 32
+
+
+# --- sgl_kernel: names resolve, calls raise; the one kernel that seeded sampling needs is real
+# ---------------------------------
+def _missing(name):
+    def missing(*args, **kwargs):
+        raise NotImplementedError(f"sgl_kernel.{name}: compiled SGLang kernels are not available on this CPU")
+
+    missing.__name__ = name
+    return missing
+
+
+class _KernelModule(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _missing(name)
+
+
+_32_BITS = 0xFFFFFFFF
+
+
+def _multiply_32(a, constant):
+    """a * constant mod 2**32 for int64 tensors below 2**32, without overflow."""
+    return ((a * (constant & 0xFFFF)) + (((a * (constant >> 16)) & 0xFFFF) << 16)) & _32_BITS
+
+
+def _murmur_round(state, word):
+    word = _multiply_32(word, 0xCC9E2D51)
+    word = ((word << 15) | (word >> 17)) & _32_BITS
+    state = state ^ _multiply_32(word, 0x1B873593)
+    state = ((state << 13) | (state >> 19)) & _32_BITS
+    return (state * 5 + 0xE6546B64) & _32_BITS
+
+
+def murmur_hash32(seed, positions, columns):
+    """MurmurHash3 of (seed, position, column): uint64 [B], int [B], int [V] -> uint32 [B, V]. Bit-equal to SGLang's
+    Triton kernel."""
+    seed = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed.to(torch.int64)
+    state = _murmur_round(torch.zeros_like(seed), seed & _32_BITS)
+    state = _murmur_round(state, (seed >> 32) & _32_BITS)
+    state = _murmur_round(state, positions.to(torch.int64) & _32_BITS)
+    state = _murmur_round(state[:, None], (columns.to(torch.int64) & _32_BITS)[None, :]) ^ 16
+    state = _multiply_32(state ^ (state >> 16), 0x85EBCA6B)
+    state = _multiply_32(state ^ (state >> 13), 0xC2B2AE35)
+    return (state ^ (state >> 16)).to(torch.uint32)
+
+
+_libraries = []  # torch.library registrations end when the object dies
+
+
+def _install_sgl_kernel():
+    if importlib.util.find_spec("sgl_kernel"):
+        return
+    for name in ("sgl_kernel", "sgl_kernel.mamba"):
+        module = _KernelModule(name)
+        module.__path__ = []
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        sys.modules[name] = module
+    sys.modules["sgl_kernel"].__version__ = "0+none"
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
+    library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
+    _libraries.append(library)
+    # bound at import by models that the Qwen-VL processor module imports; never called
+    for name in (
+        "fused_sigmoid_mul_cpu",
+        "fused_qk_gemma_rmsnorm_cpu",
+        "fused_qk_gemma_rmsnorm_with_gate_cpu",
+        "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+        "fused_sigmoid_gating_delta_rule_update_cpu",
+        "fused_gdn_gating_cpu",
+    ):
+        setattr(torch.ops.sgl_kernel, name, _missing(name))
+
+
+# --- torchvision: the PyPI wheel's library needs CUDA; importing only needs these two operators to be declared
+# ------------------
+def _install_torchvision():
+    if torch.version.cuda:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _libraries.append(library)
+
+
+# --- triton: kernels are defined at import all over SGLang and never launched on a CPU
+# ------------------------------------------
+class _Anything(types.ModuleType):
+    """A module whose attributes exist, whose CamelCase attributes are classes, and which as a decorator returns the
+    function."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__path__ = []
+        self.__spec__ = importlib.machinery.ModuleSpec(name, _TritonFinder, is_package=True)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[0].isupper():
+            value = type(name, (), {"__init__": lambda self, *args, **kwargs: None})
+        else:
+            value = _submodule(f"{self.__name__}.{name}")
+        setattr(self, name, value)
+        return value
+
+    def __call__(self, *args, **kwargs):
+        decorates = len(args) == 1 and callable(args[0]) and not kwargs
+        return args[0] if decorates else (lambda function: function)
+
+
+class _TritonFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            return importlib.machinery.ModuleSpec(name, cls, is_package=True)
+        return None
+
+    @classmethod
+    def create_module(cls, spec):
+        return _Anything(spec.name)
+
+    @classmethod
+    def exec_module(cls, module):
+        pass
+
+
+def _submodule(name):
+    return sys.modules.setdefault(name, _Anything(name))
+
+
+def _install_triton():
+    if importlib.util.find_spec("triton"):
+        return
+    sys.meta_path.append(_TritonFinder)
+    triton = _submodule("triton")
+    triton.__version__ = "3.0.0"
+    triton.cdiv = lambda a, b: -(a // -b)
+    triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
+
+
+# --- batch invariance
+# -----------------------------------------------------------------------------------------------------------
+def tiled_mm(a, b):
+    """a @ b, [M, K], [K, N] -> [M, N], in which the bits of a row do not depend on M or on the other rows.
+
+    BLAS picks its kernel, hence its order of summation, by the sizes. Here it always sees one tile of TILE_ROWS rows.
+    """
+    rows, inner = a.shape
+    tiles = -(-rows // TILE_ROWS)
+    padded = a.new_zeros(tiles * TILE_ROWS, inner)
+    padded[:rows] = a
+    padded = padded.view(tiles, 1, TILE_ROWS, inner)
+    products = a.new_empty(tiles, TILE_ROWS, b.shape[1])
+    for tile in range(tiles):
+        torch.bmm(padded[tile], b[None], out=products[tile : tile + 1])
+    return products.view(tiles * TILE_ROWS, b.shape[1])[:rows]
+
+
+def _tiled_addmm(bias, a, b, *, beta=1, alpha=1):
+    return tiled_mm(a, b).mul_(alpha).add_(bias, alpha=beta)
+
+
+def enable_batch_invariance(model_runner=None):
+    """Makes the bits of a request's logits independent of the batch it is in; stands in for SGLang's batch-invariant
+    CUDA mode.
+
+    Matrix products go through fixed tiles. Attention needs nothing: torch_native attends one request at a time. The
+    rest is elementwise or reduces within a row. Pictures are encoded one by one (`_encode_one_by_one`), prompts are
+    never cut (--chunked-prefill-size -1), requests are never retracted (ENVIRONMENT).
+    """
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm", tiled_mm, "CPU")
+    library.impl("addmm", _tiled_addmm, "CPU")
+    _libraries.append(library)
+
+
+def _encode_one_by_one(get_image_feature, model, items):
+    """SGLang would encode the pictures of a batch as one sequence under one mask, whose length changes the rounding."""
+    return torch.cat([get_image_feature(model, [item]) for item in items])
+
+
+def _register_hooks():
+    """Through SGLang's own plugin interface: admit torch_native to deterministic inference, and make it so."""
+    from sglang.srt.arg_groups.choices import (
+        add_deterministic_attention_backend_choices,
+        add_radix_supported_deterministic_attention_backend_choices,
+    )
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    add_deterministic_attention_backend_choices(["torch_native"])
+    add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+    deterministic = "--enable-deterministic-inference" in _arguments(sys.argv[1:])
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode"
+    HookRegistry.register(runner, enable_batch_invariance if deterministic else lambda runner: None, HookType.REPLACE)
+    if deterministic:
+        encoder = "sglang.srt.models.qwen2_5_vl.Qwen2_5_VLForConditionalGeneration.get_image_feature"
+        HookRegistry.register(encoder, _encode_one_by_one, HookType.AROUND)
+
+
+def _arguments(given):
+    """The command line with DEFAULTS and SWITCHES added where it says nothing else."""
+    without = {"--" + argument.partition("=")[2] for argument in given if argument.startswith("--without=")}
+    arguments = [argument for argument in given if not argument.startswith("--without=")]
+    named = {argument.partition("=")[0] for argument in arguments}
+    for name, value in DEFAULTS.items():
+        if name not in named:
+            arguments += [name, value]
+    return arguments + [switch for switch in SWITCHES if switch not in named and switch not in without]
+
+
+def main():
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    load_plugins()
+    try:
+        run_server(prepare_server_args(_arguments(sys.argv[1:])))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if IS_MAIN:
+    _install_sgl_kernel()
+    _install_torchvision()
+    _install_triton()
+    _register_hooks()
+
+if __name__ == "__main__":
+    main()

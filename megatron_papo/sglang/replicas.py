@@ -1,0 +1,165 @@
+"""The servers of one batch of requests, which hold the same weights: who gets a request, who is lost, who takes its
+place.
+
+A server is lost when its process is gone or when it does not answer /health in time. Its requests under way are given
+up at once, so that the client can send them to another server; where it was started by this pipeline, it is started
+again meanwhile.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from megatron_papo.errors import UserError
+from megatron_papo.sglang.server import Server, log_tail, process_is_gone
+
+UNREACHABLE = "is not reachable"
+UNREACHABLE_PAUSES_SECONDS = (0.5, 1.0, 2.0)
+"""A connection that is refused may be the network's fault; where the process is known to be gone nobody waits."""
+
+
+class ServerLost(Exception):
+    """The server that a request was sent to will not answer it any more."""
+
+
+@dataclass(frozen=True)
+class HealthLimits:
+    """server.health_interval_seconds, server.health_timeout_seconds, server.max_restarts."""
+
+    interval_seconds: float = 10.0
+    timeout_seconds: float = 30.0
+    max_restarts: int = 3
+
+
+@dataclass(eq=False)
+class Replica:
+    server: Server
+    lost: asyncio.Future = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Done, with the reason, once the server is lost."""
+    under_way: int = 0
+    examination: asyncio.Task | None = None
+
+
+class Replicas:
+    """The servers of one batch, in one event loop. replace: kills a lost server and gives its successor, with the
+    batch's weights."""
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        http: httpx.AsyncClient,
+        limits: HealthLimits,
+        replace: Callable[[Server], Awaitable[Server]] | None,
+    ):
+        self.http, self.limits, self.replace = http, limits, replace
+        self.serving = [Replica(server) for server in servers]
+        self.replacing: set[asyncio.Task] = set()
+        self.lost = self.restarts = 0
+        self.incidents: list[str] = []
+        self._last_words = ""
+        self._homes: dict[Hashable, Replica] = {}
+        self._changed = asyncio.Event()
+
+    async def take(self, group: Hashable) -> Replica:
+        """The server of this group, the least busy one for a new group. Waits while all are being replaced; UserError
+        if none is left."""
+        while True:
+            home = self._homes.get(group)
+            if home is None or home.lost.done():
+                home = min(self.serving, key=lambda replica: replica.under_way, default=None)
+            if home is not None:
+                if group is not None:
+                    self._homes[group] = home
+                return home
+            if not self.replacing:
+                raise UserError(
+                    f"no SGLang server is left: {'; '.join(self.incidents)}: {self._advice()}{self._last_words}"
+                )
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def watch(self) -> None:
+        """Looks at every server from time to time, until cancelled."""
+        while True:
+            await asyncio.sleep(self.limits.interval_seconds)
+            await asyncio.gather(*(self.examine(replica) for replica in list(self.serving)))
+
+    async def examine(self, replica: Replica) -> bool:
+        """Whether the server is still of use. However many ask, it is looked at once at a time."""
+        if replica.lost.done():
+            return False
+        if replica.examination is None:
+            replica.examination = asyncio.create_task(self._examine(replica))
+        return await asyncio.shield(replica.examination)
+
+    async def finish(self) -> None:
+        """Waits for the servers that are being started: they cannot be left alone half-way."""
+        await asyncio.gather(*self.replacing)
+
+    def _advice(self) -> str:
+        if self.replace is None:
+            return "restart them, or give --server a directory to have them started"
+        return "run the stage again, which starts new ones (raise server.max_restarts to have that done sooner)"
+
+    async def _examine(self, replica: Replica) -> bool:
+        for pause in (*UNREACHABLE_PAUSES_SECONDS, None):
+            problem = await health_problem(replica.server, self.http, self.limits.timeout_seconds)
+            if pause is None or problem is None or UNREACHABLE not in problem:
+                break
+            await asyncio.sleep(pause)
+        replica.examination = None
+        if problem is not None:
+            self._lose(replica, problem)
+        return problem is None
+
+    def _lose(self, replica: Replica, problem: str) -> None:
+        self.serving.remove(replica)
+        self.lost += 1
+        replica.lost.set_result(problem)
+        again = (
+            self.replace is not None
+            and replica.server.directory is not None
+            and self.restarts < self.limits.max_restarts
+        )
+        what = f"{replica.server.url} {problem}"
+        self.incidents.append(what)
+        if replica.server.directory is not None:
+            self._last_words = (
+                f"; {replica.server.directory}/server.log ends:\n{log_tail(replica.server.directory, 10)}"
+            )
+        then = "starting it again" if again else "going on without it"
+        left = f"{len(self.serving)} left, {replica.under_way} requests are sent again"
+        print(f"SGLang server lost: {what}: {then}; {left}{self._last_words}", flush=True)
+        if again:
+            self.restarts += 1
+            task = asyncio.create_task(self._replace(replica))
+            self.replacing.add(task)
+            task.add_done_callback(self._replaced)
+        self._changed.set()
+
+    def _replaced(self, task: asyncio.Task) -> None:
+        self.replacing.discard(task)
+        self._changed.set()
+
+    async def _replace(self, replica: Replica) -> None:
+        try:
+            self.serving.append(Replica(await self.replace(replica.server)))
+        except UserError as error:
+            self.incidents.append(f"it could not be started again: {error}")
+
+
+async def health_problem(server: Server, http: httpx.AsyncClient, timeout: float) -> str | None:
+    """Why the server is of no use; None if it answers. /health makes a token unless others are being made, which takes
+    a second."""
+    if process_is_gone(server):
+        return "died"
+    try:
+        async with asyncio.timeout(timeout):
+            status = (await http.get(server.url + "/health", headers=server.headers, timeout=timeout)).status_code
+    except (httpx.TimeoutException, TimeoutError):
+        return "died" if process_is_gone(server) else f"did not answer /health within {timeout:g} s"
+    except httpx.TransportError as error:
+        return f"{UNREACHABLE} ({type(error).__name__})"
+    return None if status == 200 else f"is not healthy (HTTP {status})"

@@ -1,0 +1,351 @@
+"""configs/*.yaml against the paper's numbers, typed in here, and against the published models' sizes; every key is
+spelled out."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from megatron_papo.config import ParallelConfig, load_config
+from megatron_papo.errors import UserError
+from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from tests.helpers import ROOT, run_module
+from tests.model.test_hf_config import OFFICIAL_3B
+
+CONFIGS = ROOT / "configs"
+
+COMMON = {
+    "seed": 1,
+    "iterations": 202,  # 2 epochs of 38,870 problems: 2 * (38870 // 384)
+    "data.train": {"source": "PAPOGalaxy/PAPO_ViRL39K_train", "split": "train", "count": None},
+    "data.evaluation": {"source": "PAPOGalaxy/PAPO_MMK12_test", "split": "train", "count": None},
+    "data.sft": None,
+    "data.min_pixels": 200704,
+    "data.max_pixels": 1003520,
+    "data.max_prompt_tokens": 4096,
+    "data.prompt_template": "{problem}\n\nYou first think through the reasoning process as an internal monologue, enclosed within "
+    "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{{}}.",
+    "data.system_prompt": None,
+    "sft": None,
+    "model.dtype": "bfloat16",
+    "rollout.rollout_batch_size": 384,
+    "rollout.group_size": 5,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 0.99,
+    "rollout.max_response_tokens": 2048,
+    "reward.accuracy_weight": 0.9,
+    "reward.format_weight": 0.1,
+    "reward.zero_if_cut_off": False,
+    "reward.soft_overlong_buffer_tokens": None,
+    "masked_image.strategy": "random",
+    "masked_image.ratio": 0.6,
+    "masked_image.square_pixels": 14,
+    "masked_image.space": "native",
+    "objective.advantage": "grpo",
+    "objective.average": "micro_batch",
+    "objective.clip_ratio_low": 0.2,
+    "objective.clip_ratio_dual": 3.0,
+    "objective.ratio_level": "token",
+    "objective.importance_sampling_cap": None,
+    "objective.overlong_filtering": False,
+    "objective.kl_ref_estimator": "k3",
+    "objective.kl_prcp_estimator": "k3",
+    "objective.kl_prcp_clip": None,
+    "objective.kl_prcp_top_p": None,
+    "objective.kl_prcp_annealing": None,
+    "objective.masked_branch": "cached",
+    "objective.entropy_estimator": "sampled",
+    "objective.sft_coef": 0.0,
+    "optimizer.learning_rate": 1e-6,
+    "optimizer.warmup_steps": 0,
+    "optimizer.decay_steps": None,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.adam_beta1": 0.9,
+    "optimizer.adam_beta2": 0.999,
+    "optimizer.adam_epsilon": 1e-8,
+    "optimizer.clip_grad": 1.0,
+    "training.global_batch_size": 128,
+    "training.micro_batch_size": 4,
+    "evaluation.samples_per_prompt": 8,
+    "evaluation.temperature": 1.0,
+    "evaluation.top_p": 1.0,
+    "evaluation.top_k": 50,
+    "evaluation.max_response_tokens": 2048,
+    "evaluation.max_pixels": 589824,
+}
+"""What all published runs share: the paper, and the authors' training and evaluation code where the paper is silent."""
+
+DYNAMIC_SAMPLING = {"lowest_accuracy": 0.01, "highest_accuracy": 0.99, "generation_batch_size": 128, "max_rounds": 20}
+
+PRESETS = {
+    # name                  gamma  eta   beta  clip high, dynamic sampling
+    "grpo_3b":             (0,    0,    0.01, 0.30, None),
+    "grpo_7b":             (0,    0,    0.01, 0.30, None),
+    "papo_g_3b":           (0.02, 0,    0.01, 0.30, None),
+    "papo_g_7b":           (0.02, 0.05, 0.01, 0.30, None),
+    "papo_g_no_kl_ref_3b": (0.01, 0.03, 0,    0.30, None),
+    "papo_g_no_kl_ref_7b": (0.01, 0.03, 0,    0.30, None),
+    "dapo_3b":             (0,    0,    0,    0.28, DYNAMIC_SAMPLING),
+    "dapo_7b":             (0,    0,    0,    0.28, DYNAMIC_SAMPLING),
+    "papo_d_3b":           (0.01, 0.03, 0,    0.28, DYNAMIC_SAMPLING),
+    "papo_d_7b":           (0.01, 0.03, 0,    0.28, DYNAMIC_SAMPLING),
+    "papo_g_32b":          (0.02, 0.05, 0.01, 0.30, None),  # papo_g_7b's, not published at this size
+    "papo_g_72b":          (0.02, 0.05, 0.01, 0.30, None),
+}  # fmt: skip
+
+SIZES = {
+    #       hidden heads kv layers MLP    vocabulary vision MLP tied  parameters      TP PP DP
+    "3b":  (2048,  16,   2, 36,    11008, 151936,    3420,      True,  3_754_622_976, 2, 1, 2),
+    "7b":  (3584,  28,   4, 28,    18944, 152064,    3420,      False, 8_292_166_656, 4, 1, 1),
+    "32b": (5120,  40,   8, 64,    27648, 152064,    3456,      False, 33_452_718_336, 8, 2, 1),
+    "72b": (8192,  64,   8, 80,    29568, 152064,    3456,      False, 73_410_777_344, 8, 4, 1),
+}  # fmt: skip
+"""config.json of Qwen/Qwen2.5-VL-*-Instruct, their number of parameters (half of total_size in
+model.safetensors.index.json), and the layout of our presets."""
+
+GPU_GIGABYTES = 80
+FOR_ACTIVATIONS = 25
+"""What the comments in papo_g_32b.yaml and papo_g_72b.yaml count for activations and logits, rounded up."""
+
+
+def size_of(name: str) -> str:
+    return name.rsplit("_", 1)[1]
+
+
+def expected(name: str) -> dict:
+    gamma, eta, beta, clip_ratio_high, dynamic_sampling = PRESETS[name]
+    size = size_of(name)
+    tp, pp, dp = SIZES[size][-3:]
+    return COMMON | {
+        "model.path": f"Qwen2.5-VL-{size.upper()}-Instruct",
+        "objective.kl_prcp_coef": gamma,
+        "objective.entropy_coef": eta,
+        "objective.masked_image_entropy_coef": eta,
+        "objective.kl_ref_coef": beta,
+        "objective.clip_ratio_high": clip_ratio_high,
+        "rollout.dynamic_sampling": dynamic_sampling,
+        "parallel.tensor_model_parallel_size": tp,
+        "parallel.pipeline_model_parallel_size": pp,
+        "parallel.data_parallel_size": dp,
+    }
+
+
+def differences(path: Path, name: str) -> dict:
+    """{dotted key: value in the file} of what is not as expected of the preset `name`."""
+    config, found = load_config(path), {}
+    for key, value in expected(name).items():
+        actual = config
+        for part in key.split("."):
+            actual = getattr(actual, part)
+        actual = actual.model_dump() if isinstance(actual, BaseModel) else actual
+        if actual != value:
+            found[key] = actual
+    return found
+
+
+def changed(tmp_path, name: str, old: str, new: str) -> Path:
+    """A copy of the preset with one piece of its text replaced."""
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert text.count(old) == 1
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_every_file_is_the_demo_or_a_preset():
+    assert {path.name for path in CONFIGS.iterdir()} == {"demo.yaml"} | {f"{name}.yaml" for name in PRESETS}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_numbers_are_the_published_ones(name):
+    assert differences(CONFIGS / f"{name}.yaml", name) == {}
+
+
+@pytest.mark.parametrize(
+    "name, old, new, key, value",
+    [
+        ("papo_g_7b", "kl_prcp_coef: 0.02", "kl_prcp_coef: 0.01", "objective.kl_prcp_coef", 0.01),
+        ("papo_g_7b", "  entropy_coef: 0.05", "  entropy_coef: 0.03", "objective.entropy_coef", 0.03),
+        ("grpo_3b", "kl_ref_coef: 0.01", "kl_ref_coef: 0.0", "objective.kl_ref_coef", 0.0),
+        ("papo_d_3b", "clip_ratio_high: 0.28", "clip_ratio_high: 0.3", "objective.clip_ratio_high", 0.3),
+        ("papo_g_3b", "average: micro_batch", "average: token", "objective.average", "token"),
+        (
+            "dapo_7b",
+            "max_rounds: 20",
+            "max_rounds: 10",
+            "rollout.dynamic_sampling",
+            DYNAMIC_SAMPLING | {"max_rounds": 10},
+        ),
+        ("papo_g_72b", "enclosed within\\\n", "enclosed in\\\n", "data.prompt_template", None),
+    ],
+)
+def test_a_changed_number_is_noticed(tmp_path, name, old, new, key, value):
+    found = differences(changed(tmp_path, name, old, new), name)
+    assert list(found) == [key]
+    assert value is None or found[key] == value
+
+
+def keys(tree: dict, prefix: str = "") -> set[str]:
+    """Dotted names of all keys of a nested dict."""
+    found = set()
+    for key, value in tree.items():
+        found |= {prefix + key} | (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
+    return found
+
+
+def keys_left_to_defaults(path: Path) -> set[str]:
+    """What Config holds and the file does not say."""
+    return keys(load_config(path).model_dump()) - keys(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_key_is_spelled_out(name):
+    assert keys_left_to_defaults(CONFIGS / f"{name}.yaml") == set()
+
+
+@pytest.mark.parametrize(
+    "name, old, missing",
+    [
+        ("papo_g_3b", "  clip_grad: 1.0", {"optimizer.clip_grad"}),
+        ("papo_d_7b", "    max_rounds: 20", {"rollout.dynamic_sampling.max_rounds"}),
+        ("grpo_7b", "split: train, count: null}\n  sft", {"data.train.split", "data.train.count"}),
+    ],
+)
+def test_a_key_left_out_is_noticed(tmp_path, name, old, missing):
+    new = "}\n  sft" if "split" in old else " "
+    assert keys_left_to_defaults(changed(tmp_path, name, old, new)) == missing
+
+
+def official_tree(size: str) -> dict:
+    """config.json of Qwen/Qwen2.5-VL-<size>-Instruct as far as it decides on sizes."""
+    hidden, heads, groups, layers, mlp, vocabulary, vision_mlp, tied = SIZES[size][:8]
+    return OFFICIAL_3B | {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "num_hidden_layers": layers,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "vision_config": OFFICIAL_3B["vision_config"] | {"intermediate_size": vision_mlp, "out_hidden_size": hidden},
+    }
+
+
+@pytest.fixture
+def official(tmp_path):
+    """size -> the model's HFConfig."""
+
+    def read(size):
+        (tmp_path / "config.json").write_text(json.dumps(official_tree(size)))
+        return read_hf_config(tmp_path)
+
+    return read
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_layout_fits_the_model(official, name):
+    check_parallel_sizes(official(size_of(name)), load_config(CONFIGS / f"{name}.yaml").parallel)
+
+
+@pytest.mark.parametrize(
+    "size, tp, pp, complaint",
+    [
+        ("3b", 8, 1, "vision MLP width 3420"),
+        ("7b", 8, 1, "attention heads 28"),
+        ("32b", 8, 3, "64 text layers"),
+        ("72b", 8, 3, "80 text layers"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(official, size, tp, pp, complaint):
+    with pytest.raises(UserError, match=complaint):
+        check_parallel_sizes(
+            official(size), ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+        )
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    """size -> {name: number of elements} of transformers' own model, made without memory for its weights."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    def count(size):
+        tree = official_tree(size)
+        config = Qwen2_5_VLConfig(
+            text_config={
+                key: value for key, value in tree.items() if key not in ("vision_config", "model_type", "architectures")
+            },
+            vision_config=tree["vision_config"],
+            tie_word_embeddings=tree["tie_word_embeddings"],
+        )
+        with torch.device("meta"):
+            model = Qwen2_5_VLForConditionalGeneration(config)
+        return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+    return {size: count(size) for size in SIZES}
+
+
+def gigabytes_of_fullest_gpu(counts: dict[str, int], tp: int, pp: int, dp: int) -> float:
+    """Parameters in bf16 (2 bytes), gradients in fp32 (4), fp32 main parameters and AdamW moments sharded over
+    data-parallel ranks (12)."""
+    in_layers = sum(count for name, count in counts.items() if "language_model.layers" in name)
+    last = sum(count for name, count in counts.items() if "lm_head" in name or "language_model.norm" in name)
+    first = sum(counts.values()) - in_layers - last
+    ends = first + last if pp == 1 else max(first, last)
+    return (in_layers / pp + ends) / tp * (2 + 4 + 12 / dp) / 1e9
+
+
+def test_the_sizes_are_the_published_models(parameters):
+    assert {size: sum(counts.values()) for size, counts in parameters.items()} == {
+        size: row[8] for size, row in SIZES.items()
+    }
+
+
+def test_parameters_gradients_and_optimizer_fit_beside_the_activations(parameters):
+    rounded = {size: round(gigabytes_of_fullest_gpu(parameters[size], *SIZES[size][-3:])) for size in SIZES}
+    assert rounded == {"3b": 23, "7b": 37, "32b": 38, "72b": 44}  # as the comments in the files say
+    assert max(rounded.values()) + FOR_ACTIVATIONS < GPU_GIGABYTES
+    for size, tp, pp in [("7b", 1, 1), ("32b", 8, 1), ("72b", 8, 2)]:
+        assert gigabytes_of_fullest_gpu(parameters[size], tp, pp, 1) + FOR_ACTIVATIONS > GPU_GIGABYTES
+    # one more replica, as the two comments say
+    assert round(gigabytes_of_fullest_gpu(parameters["32b"], 8, 2, 2)) == 26
+    assert round(gigabytes_of_fullest_gpu(parameters["72b"], 8, 4, 2)) == 29
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_plan_of_a_preset(name):
+    done = run_module("tools.plan", "--config", CONFIGS / f"{name}.yaml")
+    assert done.returncode == 0, done.stderr
+    tp, pp, dp = SIZES[size_of(name)][-3:]
+    plan = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert plan == {
+        "BASE_MODEL": f"Qwen2.5-VL-{size_of(name).upper()}-Instruct",
+        "ITERATIONS": "202",
+        "SFT_PROCESSES": "0",
+        "TRAIN_PROCESSES": str(tp * pp * dp),
+        "ROLLBACK_ITERATIONS": "0",
+        "STAGES": "'1 2 3 4 5 6 7'",
+    }
+
+
+def test_run_all_shows_the_commands_of_a_preset():
+    name = "test-dry-run"
+    arguments = ["--config", "configs/papo_d_7b.yaml", "--name", name, "--dry-run", "--set", "iterations=2"]
+    done = subprocess.run(["bash", "run_all.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if " -m stages.stage" in line]
+    stages = [command.split("-m stages.stage", 1)[1][0] for command in commands]
+    assert stages == ["1", "3", "7", "4", "5", "6", "4", "5", "6", "7"]
+    first, second = (command for command in commands if "stage5_train" in command)
+    assert (
+        first.startswith("torchrun --standalone --nproc-per-node 4 ")
+        and "--config configs/papo_d_7b.yaml --set iterations=2 " in first
+    )
+    assert (
+        f"--megatron runs/{name}/reference " in first and f"--megatron runs/{name}/iterations/0001/megatron " in second
+    )
+    assert not (ROOT / "runs" / name).exists()

@@ -1,0 +1,81 @@
+"""Impossible parallel sizes are refused in one line before anything heavy is imported."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_papo.config import ParallelConfig
+from megatron_papo.distributed import process_groups
+from megatron_papo.errors import UserError
+from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from tests.model.test_hf_config import OFFICIAL_3B, OFFICIAL_7B
+
+
+@pytest.fixture
+def hf_3b(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_3B))
+    return read_hf_config(tmp_path)
+
+
+@pytest.fixture
+def hf_7b(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_7B))
+    return read_hf_config(tmp_path)
+
+
+def sizes(tp=1, pp=1):
+    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+
+
+def test_published_models_can_be_cut(hf_3b, hf_7b):
+    for tp, pp in ((1, 1), (2, 2), (4, 1), (2, 9), (1, 36)):
+        check_parallel_sizes(hf_3b, sizes(tp, pp))
+    for tp, pp in ((1, 1), (2, 2), (4, 7)):
+        check_parallel_sizes(hf_7b, sizes(tp, pp))
+
+
+@pytest.mark.parametrize(
+    "tp, pp, change, message",
+    [
+        (3, 1, {}, "text attention heads 16"),
+        (8, 1, {}, "vision MLP width 3420"),
+        (1, 5, {}, "36 text layers"),
+        (4, 1, {"text": {"intermediate_size": 11006}}, "text MLP width 11006"),
+        (2, 1, {"text": {"vocab_size": 151935}}, "vocabulary 151935"),
+        (4, 1, {"vision": {"num_heads": 10}}, "vision attention heads 10"),
+        (
+            2,
+            1,
+            {"text": {"num_kv_groups": 3, "num_heads": 18}},
+            "neither a divisor nor a multiple of the 3 key-value groups",
+        ),
+    ],
+)
+def test_impossible_sizes_name_the_number(hf_3b, tp, pp, change, message):
+    parts = {name: dataclasses.replace(getattr(hf_3b, name), **values) for name, values in change.items()}
+    with pytest.raises(UserError, match=message) as error:
+        check_parallel_sizes(dataclasses.replace(hf_3b, **parts), sizes(tp, pp))
+    assert "model_parallel_size" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_spread_tower_need_not_be_cut(hf_3b):
+    with pytest.raises(UserError, match="or parallel.vision_tower spread"):
+        check_parallel_sizes(hf_3b, sizes(8))
+    check_parallel_sizes(hf_3b, ParallelConfig(tensor_model_parallel_size=8, vision_tower="spread"))
+    with pytest.raises(UserError, match="text attention heads 16: choose a divisor$"):
+        check_parallel_sizes(hf_3b, ParallelConfig(tensor_model_parallel_size=3, vision_tower="spread"))
+
+
+def test_a_wrong_number_of_processes_is_refused_with_the_command(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes were started.* asks for 4 .*torchrun --nproc-per-node 4"):
+        process_groups.initialize(sizes(2, 2))
+
+
+def test_the_checks_need_no_torch():
+    program = "import sys, megatron_papo.distributed.process_groups, megatron_papo.model.hf_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
