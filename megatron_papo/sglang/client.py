@@ -67,6 +67,8 @@ class Traffic:
 class _Batch:
     """One call of SglangClient.sample."""
 
+    name: str
+    """Unique among all calls of all clients: a server refuses two requests of the same rid."""
     requests: Sequence[Request]
     sampling: Sampling
     weight_version: str
@@ -115,6 +117,7 @@ class SglangClient:
         # A server may still be busy with the requests of a client that was killed, and refuses a second one of the same
         # name.
         self._nonce = secrets.token_hex(4)
+        self._batches = 0
         self._weights: tuple[Path, str] | None = None
         self._ssl_context = httpx.create_ssl_context()
 
@@ -146,7 +149,9 @@ class SglangClient:
                 self._replace if self.restart else None,
             )
             none_yet = [None] * len(requests)
-            batch = _Batch(requests, sampling, weight_version, on_sample, enough, replicas, none_yet, sizes)
+            batch = _Batch(
+                self._batch_name(), requests, sampling, weight_version, on_sample, enough, replicas, none_yet, sizes
+            )
             waiting = iter(enumerate(requests))
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -168,6 +173,10 @@ class SglangClient:
             batch.traffic.servers_lost, batch.traffic.servers_restarted = replicas.lost, replicas.restarts
             self.traffic.add(batch.traffic)
         return batch.samples
+
+    def _batch_name(self) -> str:
+        self._batches += 1
+        return f"{self._nonce}-{self._batches}"
 
     async def _require_defaults(self, http: httpx.AsyncClient, server: Server, sampling: Sampling) -> None:
         """sglang-router passes on the sampling parameters it knows, and logit_bias is not among them: the servers must
@@ -192,7 +201,7 @@ class SglangClient:
                 images = await asyncio.to_thread(request.images)
                 body = build_request(request, images, batch.sampling, batch.weight_version)
                 self.running += 1
-                answer = await self._generate(batch, http, request, body)
+                answer = await self._generate(batch, http, index, body)
                 self.running -= 1
                 if batch.stopped.is_set():
                     batch.traffic.cancelled_running += 1
@@ -208,12 +217,13 @@ class SglangClient:
         finally:
             http.close()
 
-    async def _generate(self, batch: _Batch, http: HttpConnection, request: Request, body: dict) -> dict | None:
+    async def _generate(self, batch: _Batch, http: HttpConnection, index: int, body: dict) -> dict | None:
         """The answer of the first server that gives one; None where the batch has been stopped before."""
+        request = batch.requests[index]
         what, attempt, timeouts, pauses = f"prompt {request.prompt.id}", 0, 0, iter(RETRY_PAUSES_SECONDS)
         while not batch.stopped.is_set():
             replica = await batch.replicas.take(request.group)
-            rid = f"{self._nonce}-{request.name}-{attempt}"
+            rid = f"{batch.name}-{index}-{attempt}"
             batch.under_way[rid] = replica
             replica.under_way += 1
             try:
@@ -258,7 +268,7 @@ class SglangClient:
             return
         key = (request.group, replica)
         if key not in batch.prefixes:
-            rid = f"{self._nonce}-{request.name}-prefix-{len(batch.prefixes)}"
+            rid = f"{batch.name}-prefix-{len(batch.prefixes)}"
             batch.prefixes[key] = asyncio.create_task(
                 self._send_quietly(http, replica, {**prefix_request(body), "rid": rid})
             )

@@ -112,4 +112,4 @@ def request_for(prompt: Prompt, root: Path, seed: int, group: str | None = None)
     def load():
         return [to_data_uri(picture) for picture in load_images(root, prompt.images, MIN_PIXELS, MAX_PIXELS)]
 
-    return Request(prompt, seed, name=f"test-{prompt.id}-{seed}", images=load, group=group)
+    return Request(prompt, seed, images=load, group=group)
