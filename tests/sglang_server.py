@@ -1,4 +1,4 @@
-"""A real SGLang server for all tests of this directory, two checkpoints of the demo's sizes, and prompts with awkward
+"""A real SGLang server for all tests that need one, two checkpoints of the demo's sizes, and prompts with awkward
 pictures."""
 
 from dataclasses import dataclass
