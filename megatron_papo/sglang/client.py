@@ -24,7 +24,6 @@ from megatron_papo.sglang.requests import (
     Sampling,
     build_request,
     encode,
-    logit_bias,
     parse_answer,
     parse_probe,
     prefix_request,
@@ -88,8 +87,7 @@ class SglangClient:
     """Requests to servers that hold the same weights, at most `concurrency` under way at once, each with a finite
     timeout.
 
-    router: where /generate goes instead (sglang-router); control calls go to each of `servers` all the same. restart:
-    starts a lost server of this pipeline again (blocking); without it, lost servers are done without.
+    restart: starts a lost server of this pipeline again (blocking); without it, lost servers are done without.
     """
 
     def __init__(
@@ -98,7 +96,6 @@ class SglangClient:
         concurrency: int,
         timeout_seconds: float,
         *,
-        router: Server | None = None,
         restart: Callable[[Server], Server] | None = None,
         limits: HealthLimits = HealthLimits(),
         prefix_tokens: int = PREFIX_TOKENS,
@@ -106,7 +103,6 @@ class SglangClient:
         self.servers = list(servers)
         self.concurrency = concurrency
         self.timeout_seconds = timeout_seconds
-        self.router = router
         self.restart = restart
         self.limits = limits
         self.prefix_tokens = prefix_tokens
@@ -140,10 +136,8 @@ class SglangClient:
         for request in requests:
             sizes[request.group] = sizes.get(request.group, 0) + 1
         async with self._http() as control:
-            if self.router:
-                await asyncio.gather(*(self._require_defaults(control, server, sampling) for server in self.servers))
             replicas = Replicas(
-                [self.router] if self.router else self.servers,
+                self.servers,
                 control,
                 self.limits,
                 self._replace if self.restart else None,
@@ -177,21 +171,6 @@ class SglangClient:
     def _batch_name(self) -> str:
         self._batches += 1
         return f"{self._nonce}-{self._batches}"
-
-    async def _require_defaults(self, http: httpx.AsyncClient, server: Server, sampling: Sampling) -> None:
-        """sglang-router passes on the sampling parameters it knows, and logit_bias is not among them: the servers must
-        have it by default."""
-        info = await self._call(http, server, "GET", "/server_info", None, "server_info")
-        defaults = info.get("preferred_sampling_params") or {}
-        defaults = json.loads(defaults) if isinstance(defaults, str) else defaults
-        if not logit_bias(sampling.forbidden).items() <= (defaults.get("logit_bias") or {}).items():
-            raise UserError(
-                f"{server.url}: behind server.router, which drops logit_bias, it could sample vision tokens: start it"
-                " with"
-                ' --preferred-sampling-params "$(python -m tools.sglang_server sampling-defaults --model HF_DIR)", or'
-                " leave server.router"
-                " out: the stage shares requests among the servers by itself"
-            )
 
     async def _work(self, batch: _Batch, waiting) -> None:
         """Sends one request after the other."""
@@ -297,9 +276,8 @@ class SglangClient:
         itself."""
         await batch.stopped.wait()
         aborts = [
-            self._post(http, server, "/abort_request", {"rid": rid}, "abort", read=False)
+            self._post(http, replica.server, "/abort_request", {"rid": rid}, "abort", read=False)
             for rid, replica in list(batch.under_way.items())
-            for server in (self.servers if self.router else [replica.server])
         ]
         await asyncio.gather(*aborts, return_exceptions=True)
         await asyncio.wait(workers, timeout=ABORT_SECONDS)
