@@ -202,9 +202,6 @@ class ServerConfig(Section):
     max_total_tokens: int | None = Field(default=None, gt=0)
     """Size of the KV cache in tokens; null: what the memory fraction allows."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
-    router: str | None = None
-    """URL of an sglang-router in front of the servers that --server lists by their URLs: samples go through it, control
-    calls do not."""
     health_interval_seconds: float = Field(default=10.0, gt=0)
     """How often a server is asked for its health while it has requests."""
     health_timeout_seconds: float = Field(default=30.0, gt=0)

@@ -302,9 +302,7 @@ class Side:
 
         jobs = [(prompt, sample) for prompt in prompts for sample in range(SAMPLES_PER_PROMPT)]
         requests = [
-            Request(
-                prompt, seed, f"parity-{prompt.id}-{seed}-{top_p}", lambda prompt=prompt: pictures(prompt), prompt.id
-            )
+            Request(prompt, seed, lambda prompt=prompt: pictures(prompt), prompt.id)
             for seed, (prompt, _) in enumerate(jobs)
         ]
         settings = self.config.rollout
