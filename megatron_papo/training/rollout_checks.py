@@ -164,6 +164,14 @@ def parity_gate(
     return compare_with_server(sample, log_probs, limit, tokenizer.decode, "parity")
 
 
+def check_old_policy(rows: list[Row], old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:
+    """Return what the old policy's log-probs and entropies say about the server's log-probs and about the sampling.
+
+    Collective over all ranks.
+    """
+    return compare_with_server(rows, old["log_probs"], limit=None) | measure_sampling_bias(old, top_p)
+
+
 def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:
     """sampling_bias of the rollouts of all ranks; said aloud where top_p makes one. old: compute_log_probs of the old
     policy.
