@@ -1,9 +1,10 @@
 """Stage 5: one iteration of PAPO on the rollouts of stage 4, with tensor, pipeline and data parallelism.
 
     1. load the policy (and the reference, into host memory)
-    2. reference log-probs: one forward sweep                                    (not if kl_ref_coef is 0: it is then not even loaded)
-    3. old log-probs and masked-image log-probs: one sweep                       (no old ones where the iteration is one step: the ratio is 1)
-    4. for every global_batch_size prompts: forward and backward, all-reduce, clip, AdamW      (rollouts are used once, in order)
+    2. reference log-probs: one forward sweep                 (not if kl_ref_coef is 0: it is then not even loaded)
+    3. old log-probs and masked-image log-probs: one sweep    (no old ones where the iteration is one step: ratio 1)
+    4. for every global_batch_size prompts: forward and backward, all-reduce, clip, AdamW
+       (rollouts are used once, in order)
        after each step the hacking guard looks at its metrics; it may lower kl_prcp_coef, go back to a checkpoint, or
        stop
 
@@ -11,7 +12,8 @@ reads   --megatron   weights, optimizer and step of the iteration before (or sta
         --reference  stage 3's output, the frozen reference of KL_ref
         --rollouts   stage 4's output, --data stage 1's output (the images)
         --rollback   an earlier checkpoint that the guard may go back to (default: --megatron)
-writes  --output     Megatron checkpoint with optimizer state, metrics.jsonl (one line per optimizer step), guard.jsonl, tensorboard/
+writes  --output     Megatron checkpoint with optimizer state, metrics.jsonl (one line per optimizer step), guard.jsonl,
+                     tensorboard/
 run by  torchrun --nproc-per-node TP*PP*DP -m stages.stage5_train ...
 
 With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident): it waits for each iteration's
@@ -20,7 +22,6 @@ rollouts, trains with what it holds in memory, and writes both the Megatron chec
 
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,8 +167,14 @@ def export(run: RunDirectory, number: int) -> None:
 def prepare(inputs: TrainInputs, config: Config, config_file: Path, trusted: tuple[str, ...] = ()) -> StageOutput:
     """The output, after all the checks that need no process group. trusted: inputs whose files need not be verified
     again."""
-    stage3 = f"python -m stages.stage3_convert_to_megatron --config {config_file} --hf HF_CHECKPOINT --output {inputs.reference or 'REFERENCE'}"
-    stage4 = f"python -m stages.stage4_rollout --config {config_file} --iteration {inputs.iteration} ... --output {inputs.rollouts}"
+    reference = inputs.reference or "REFERENCE"
+    stage3 = (
+        f"python -m stages.stage3_convert_to_megatron --config {config_file} --hf HF_CHECKPOINT --output {reference}"
+    )
+    stage4 = (
+        f"python -m stages.stage4_rollout --config {config_file} --iteration {inputs.iteration} ..."
+        f" --output {inputs.rollouts}"
+    )
     stage1 = f"python -m stages.stage1_prepare_data --config {config_file} --output {inputs.data}"
     checkpoints = ("stage3_convert_to_megatron", "stage5_train")
     read = {
@@ -255,7 +262,7 @@ def train(inputs: TrainInputs, config: Config, policy: "Policy", rollouts: list[
         tqdm(total=rollouts_to_pass, unit="rollout", disable=not speaks, mininterval=1.0) as bar,
         MetricsLog(out.partial, inputs.iteration) if speaks else nullcontext() as log,
     ):
-        passes = Passes(config, policy.hf, steps, plan, collator, partial(advance, bar))
+        passes = Passes(config, policy.hf, steps, plan, collator, bar.update)
         fixed, checks = sweep_rollouts(inputs, policy, passes, bar)
         attempts = optimizer_steps(inputs, policy, passes, fixed, checks, log, bar)
 
@@ -270,10 +277,6 @@ def train(inputs: TrainInputs, config: Config, policy: "Policy", rollouts: list[
             "attempts": attempts,
             "guard_interventions": policy.state["guard"]["interventions"],
         }
-
-
-def advance(bar: tqdm, rollouts: int) -> None:
-    bar.update(rollouts)
 
 
 def sweep_rollouts(

@@ -9,14 +9,16 @@ same temperature. Passed: |difference| is below a limit on average and at most, 
 than samples of that distribution are (top_p below 1, top_k or min_p show there and nowhere else, because SGLang's
 log-probs are from before them).
 
---server    a running server (key: $SGLANG_API_KEY), which must hold the weights already: it is looked at, not changed, unless --load
-            is given; or a server directory. Without it a server is started for the check and stopped again.
---prompts   prompts.jsonl of stage 1, or lines {"problem": ..., "images": [paths from the file's directory]}. Default: twelve prompts
-            with pictures of odd sizes, two pictures, or none, made from the checkpoint's own tokenizer and chat
-            template.
---config    dtype, pixel limits, temperature, top_p and the server section (default: configs/demo.yaml, in the checkpoint's own dtype).
---controls  afterwards do four things wrong on purpose (pictures resized otherwise, text positions for pictures, weights of an update
-            ago, top_p 0.9): each must be noticed, else the check has no teeth and fails.
+--server    a running server (key: $SGLANG_API_KEY), which must hold the weights already: it is looked at, not changed,
+            unless --load is given; or a server directory. Without it a server is started for the check and stopped
+            again.
+--prompts   prompts.jsonl of stage 1, or lines {"problem": ..., "images": [paths from the file's directory]}. Default:
+            twelve prompts with pictures of odd sizes, two pictures, or none, made from the checkpoint's own tokenizer
+            and chat template.
+--config    dtype, pixel limits, temperature, top_p and the server section (default: configs/demo.yaml, in the
+            checkpoint's own dtype).
+--controls  afterwards do four things wrong on purpose (pictures resized otherwise, text positions for pictures, weights
+            of an update ago, top_p 0.9): each must be noticed, else the check has no teeth and fails.
 
 The last line is a JSON object: max_abs_difference, mean_abs_difference, tokens, passed, and more. Exit status 0 if
 passed, 1 if not, 2 if it could not be checked. One process: a model must fit one device.

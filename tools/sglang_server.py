@@ -3,7 +3,8 @@
     python -m tools.sglang_server start  --server DIR --config FILE --model HF_DIR [--set SECTION.KEY=VALUE]
     python -m tools.sglang_server status --server DIR      exit status 0 if all are healthy, 1 if not
     python -m tools.sglang_server stop   --server DIR
-    python -m tools.sglang_server sampling-defaults --model HF_DIR      JSON for --preferred-sampling-params of servers behind sglang-router
+    python -m tools.sglang_server sampling-defaults --model HF_DIR      JSON for --preferred-sampling-params of servers
+                                                                        behind sglang-router
 
 DIR holds server.json and server.log, for example runs/demo/server.
 """

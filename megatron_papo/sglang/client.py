@@ -425,5 +425,6 @@ def advice(server: Server) -> str:
     if server.directory is None:
         return "restart that server, or give --server a directory to have one started"
     tail = log_tail(server.directory, 10)
-    again = f"start it again with: python -m tools.sglang_server start --server {server.directory} --config FILE --model HF_DIR"
+    command = f"python -m tools.sglang_server start --server {server.directory} --config FILE --model HF_DIR"
+    again = f"start it again with: {command}"
     return f"{again} (the stages do so by themselves); {server.directory}/server.log ends:\n{tail}"

@@ -197,9 +197,11 @@ def step_accounting(
         tokens_naive       the same passes with a row per rollout, each twin a pass of its own
         patches_computed   patches through the vision tower, all passes
         patches_naive      with every picture once per rollout and pass
-        model_flops        see the module; of the work in the layout used, a prompt that is repeated because its group was cut included
+        model_flops        see the module; of the work in the layout used, a prompt that is repeated because its
+                           group was cut included
         tokens_per_second  prompt and response tokens of the rollouts, each rollout once whatever the passes, per second
-        mfu                model_flops / (seconds * ranks * peak of the device): only in bfloat16 on a device that PEAK_FLOPS knows
+        mfu                model_flops / (seconds * ranks * peak of the device): only in bfloat16 on a device that
+                           PEAK_FLOPS knows
     """
     rows, ranks = [row for step in steps for row in step], config.parallel.data_parallel_size
     by_step = [split_over_ranks(step, config.training.layout, ranks) for step in steps]

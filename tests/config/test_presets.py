@@ -27,8 +27,8 @@ COMMON = {
     "data.min_pixels": 200704,
     "data.max_pixels": 1003520,
     "data.max_prompt_tokens": 4096,
-    "data.prompt_template": "{problem}\n\nYou first think through the reasoning process as an internal monologue, enclosed within "
-    "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{{}}.",
+    "data.prompt_template": "{problem}\n\nYou first think through the reasoning process as an internal monologue, "
+    "enclosed within <think> </think> tags. Then, provide your final answer enclosed within \\boxed{{}}.",
     "data.system_prompt": None,
     "sft": None,
     "model.dtype": "bfloat16",

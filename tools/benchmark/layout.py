@@ -255,7 +255,10 @@ def measure(args, directory: Path) -> dict:
 
 
 def show(args, found: dict) -> None:
-    shape = f"groups of {args.group_size}, prompts of {args.prompt_tokens}, responses of {args.response_tokens} tokens, TP{args.tp} x PP{args.pp}"
+    shape = (
+        f"groups of {args.group_size}, prompts of {args.prompt_tokens}, responses of {args.response_tokens} tokens,"
+        f" TP{args.tp} x PP{args.pp}"
+    )
     print(
         f"ratio {found['ratio']:.2f} of {found['token_ratio']:.2f} that the token counts allow"
         f" ({found['ratio'] / found['token_ratio']:.0%}): {shape}"

@@ -6,7 +6,8 @@ The objective is everything after the logits: token_statistics and papo_loss, fr
 objectives:
 
     k3_cached             log-probs of the masked image cached, k3 estimator, sampled entropies (published)
-    exact_with_gradient   twins in the micro-batch, gradient through both, exact KL and entropies over the whole vocabulary
+    exact_with_gradient   twins in the micro-batch, gradient through both, exact KL and entropies over the whole
+                          vocabulary
 
 Demo: a micro-batch of configs/demo.yaml (64 rollouts, and their twins) in one process. `step` is papo_step, forward and
 backward, with the demo's model; `objective` is the same papo_step with the model's place taken by its logits. The
@@ -404,7 +405,7 @@ def show(report: dict) -> None:
     console.print(table)
     large = report["vocabulary_151936"]
     table = Table(
-        title=f"{large['tokens']} x {VOCABULARY} logits, width of {large['width']}; peak: multiples of the logits' bytes"
+        title=f"{large['tokens']} x {VOCABULARY} logits, width of {large['width']}; peak: times the logits' bytes"
     )
     for column in (
         "objective",
