@@ -233,8 +233,9 @@ def train(inputs: TrainInputs, config: Config, policy: "Policy", rollouts: list[
     """The algorithm of the module's docstring, and the checkpoint that it ends in."""
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.training.accounting import peak_memory
-    from megatron_papo.training.batching import Collator, make_rows, rollout_advantages
+    from megatron_papo.training.collator import Collator
     from megatron_papo.training.passes import Passes, PassPlan, split_into_steps
+    from megatron_papo.training.rows import make_rows, rollout_advantages
 
     group_size, estimator = config.rollout.group_size, config.objective.advantage
     advantages = rollout_advantages(rollouts, group_size, estimator, inputs.rollouts_file)

@@ -16,10 +16,12 @@ from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.training import accounting
-from megatron_papo.training.batching import Collator, Pictures, Row, split_over_ranks
+from megatron_papo.training.collator import Collator, Pictures
 from megatron_papo.training.forward_step import StepTotals, papo_step, sweep
+from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.optimizer import set_learning_rate
 from megatron_papo.training.policy import Policy
+from megatron_papo.training.rows import TrainingRollout
 
 PerRollout = dict[str, list[Tensor]]
 """Values by the names that papo_loss gives them: one fp32 [response_length] for each of this rank's rollouts, in order.
@@ -30,15 +32,15 @@ Empty lists before the last pipeline stage."""
 class StepRows:
     """The rollouts of one optimizer step."""
 
-    all: list[Row]
+    all: list[TrainingRollout]
     """Those of all data-parallel ranks, in the order of the file."""
-    own: list[Row]
+    own: list[TrainingRollout]
     """This rank's share."""
     place: slice
     """Where this rank's share lies among its rollouts of the whole iteration."""
 
 
-def split_into_steps(rows: Sequence[Row], config: Config, rank: int, ranks: int) -> list[StepRows]:
+def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int, ranks: int) -> list[StepRows]:
     """Cut an iteration's rollouts into optimizer steps, and each of them over the data-parallel ranks.
 
     Args:
@@ -51,7 +53,7 @@ def split_into_steps(rows: Sequence[Row], config: Config, rank: int, ranks: int)
     first = 0
     for start in range(0, len(rows), size):
         of_step = list(rows[start : start + size])
-        own = split_over_ranks(of_step, config.training.layout, ranks)[rank]
+        own = layout_of(config.training).split_over_ranks(of_step, ranks)[rank]
         steps.append(StepRows(of_step, own, slice(first, first + len(own))))
         first += len(own)
     return steps
@@ -121,12 +123,12 @@ class Passes:
     """Gets the number of rollouts that a pass has just gone over."""
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TrainingRollout]:
         """This rank's rollouts of the iteration."""
         return [row for step in self.steps for row in step.own]
 
     def sweep(
-        self, model: torch.nn.Module, rows: Sequence[Row], pictures: Sequence[Pictures]
+        self, model: torch.nn.Module, rows: Sequence[TrainingRollout], pictures: Sequence[Pictures]
     ) -> dict[Pictures, PerRollout]:
         """Return log_probs and entropy of the rows' responses with each kind of pictures, without gradient."""
         size = self.config.training.log_prob_micro_batch_size
@@ -215,7 +217,9 @@ class Passes:
         passes.append(accounting.update(self.config.objective, self.config.training))
         return self._account([step.all], passes, seconds)
 
-    def _account(self, steps: list[list[Row]], passes: Sequence[accounting.Pass], seconds: float) -> dict[str, float]:
+    def _account(
+        self, steps: list[list[TrainingRollout]], passes: Sequence[accounting.Pass], seconds: float
+    ) -> dict[str, float]:
         peak = accounting.peak_memory()
         if not collectives.is_reporting_rank():
             return peak
@@ -228,7 +232,7 @@ def masked_branch(swept: PerRollout) -> PerRollout:
     return {"masked_image_log_probs": swept["log_probs"], "masked_image_entropy": swept["entropy"]}
 
 
-def step_statistics(rows: Sequence[Row]) -> dict[str, float]:
+def step_statistics(rows: Sequence[TrainingRollout]) -> dict[str, float]:
     """Return means over the rollouts of one optimizer step: rewards, response length, how many were cut off."""
     size = len(rows)
     return {
