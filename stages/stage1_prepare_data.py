@@ -12,7 +12,8 @@ tokenizer.sha256, model/ (tiny model).
 
 from pathlib import Path
 
-from megatron_papo.config import Config, PromptSource, load_config
+from megatron_papo.config import Config, PromptSource
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import TOKENIZER_FILES, tokenizer_hash
 from megatron_papo.data.rows import data_files
 from megatron_papo.errors import UserError

@@ -13,7 +13,7 @@ import math
 import time
 from contextlib import nullcontext
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError

@@ -9,7 +9,7 @@ Writes: torch_dist files, hf/ (configuration, tokenizer, processor: what stage 6
 """
 
 from megatron_papo.checkpoint.conversion_output import to_megatron
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
 from megatron_papo.run.command_line import run, stage_parser
 

@@ -26,7 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.config import Config, load_config
+from megatron_papo.config import Config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import check_paths_given, run, stage_parser
 from megatron_papo.run.run_directory import Follower, RunDirectory

@@ -24,7 +24,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config

@@ -9,7 +9,7 @@ safetensors, flat config.json, tokenizer and processor files, README.md (how it 
 """
 
 from megatron_papo.checkpoint.conversion_output import to_hf
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.run.command_line import run, stage_parser
 from megatron_papo.run.stage_output import require_input
 

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.config import Config, load_config
+from megatron_papo.config import Config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run, stage_parser
 from megatron_papo.run.stage_output import StageOutput, input_fingerprint, require_input

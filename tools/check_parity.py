@@ -31,7 +31,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_papo.config import Config, ParallelConfig, load_config
+from megatron_papo.config import Config, ParallelConfig
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from megatron_papo.checkpoint.keep import keep_newest
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.run.command_line import run
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import forbidden_tokens
 from megatron_papo.run.command_line import run
 from megatron_papo.sglang import server as sglang_server

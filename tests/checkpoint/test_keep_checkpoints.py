@@ -6,7 +6,7 @@ import json
 import pytest
 
 from megatron_papo.checkpoint.keep import oldest_kept
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import require_input, verify_files
 from tests.helpers import DEMO_CONFIG, run_module

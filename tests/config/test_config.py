@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_papo.config import Config, DataConfig, load_config
+from megatron_papo.config import Config, DataConfig
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_papo.config import ParallelConfig, load_config
+from megatron_papo.config import ParallelConfig
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes

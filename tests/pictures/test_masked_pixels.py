@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.pictures import preprocess

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.pictures.preprocess import load_images, to_data_uri
 from megatron_papo.run.records import Prompt
 from megatron_papo.sglang import server as sglang_server

@@ -11,7 +11,7 @@ from collections import Counter
 import psutil
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import forbidden_tokens
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import replicas

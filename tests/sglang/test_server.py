@@ -10,7 +10,8 @@ import time
 import psutil
 import pytest
 
-from megatron_papo.config import ServerConfig, load_config
+from megatron_papo.config import ServerConfig
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import server as sglang_server
 from tests.helpers import DEMO_CONFIG, run_module

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import ChatFormat
 from megatron_papo.data.prompts import PromptMaker
 from megatron_papo.data.rows import SourceRow

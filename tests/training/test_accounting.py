@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.run.records import Rewards, Rollout, write_jsonl
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_papo.config import TrainingConfig, load_config
+from megatron_papo.config import TrainingConfig
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.training.batching import plan_micro_batches, split_over_ranks
 from tests.helpers import DEMO_CONFIG

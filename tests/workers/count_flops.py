@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.distributed import process_groups
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint import megatron_files
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model

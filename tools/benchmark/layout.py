@@ -125,7 +125,7 @@ def make_checkpoint(args, directory: Path) -> None:
 
 
 def load_layout(args, layout: str):
-    from megatron_papo.config import load_config
+    from megatron_papo.config_files import load_config
 
     whole_group = 2 * args.group_size * (args.prompt_tokens + 10 * args.response_tokens)
     budget = args.prompt_tokens + args.group_size * (

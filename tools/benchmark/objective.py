@@ -254,7 +254,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
 
 
 def demo_config(overrides: list[str]):
-    from megatron_papo.config import load_config
+    from megatron_papo.config_files import load_config
 
     one_process = [
         "tensor_model_parallel_size=1",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
 
