@@ -80,11 +80,13 @@ class Input:
     """None: nothing on disk (a data set by name)."""
     fingerprint: str
     verify: bool = True
-    """Compare the files with their manifest before the stage uses them. False: this process has done so, or made them."""
+    """Compare the files with their manifest before the stage uses them. False: this process has done so, or made
+    them."""
 
 
 def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Input:
-    """Return an input that one of the stages `made_by` must have published. Raises UserError if it is missing or foreign.
+    """Return an input that one of the stages `made_by` must have published. Raises UserError if it is missing or
+    foreign.
 
     Only the manifest is read here: the files are verified when a stage that is not done yet enters its StageOutput.
 
@@ -148,13 +150,13 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
 class StageOutput:
     """One stage's output directory.
 
-        out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
-        if out.done:
-            return
-        with out:                                  # verifies the inputs' files, makes out.partial
-            ... write files below out.partial ...
-            out.counts["rollouts"] = n
-                                                   # leaving publishes; an exception removes out.partial
+    out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
+    if out.done:
+        return
+    with out:                                  # verifies the inputs' files, makes out.partial
+        ... write files below out.partial ...
+        out.counts["rollouts"] = n
+                                               # leaving publishes; an exception removes out.partial
     """
 
     def __init__(
@@ -180,8 +182,8 @@ class StageOutput:
         self.partial = _partial(self.output)
         self.counts: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
-        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when they
-        are published."""
+        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when
+        they are published."""
         self.inputs = dict(inputs)
         self.started = psutil.Process().create_time() if started is None else started
         self._recipe: dict[str, Any] = {
@@ -319,7 +321,9 @@ def git_commit() -> str | None:
     """Return the commit of this code; None where git or the repository is missing: it describes a run, no more."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        result = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
