@@ -8,8 +8,8 @@ has its own seed; vision tokens are forbidden; prompt lengths as the server coun
 log-probs are the server's. A server that fails is started again and its requests are sent again. Grading: mathruler, in
 processes with a time limit; then the soft overlong punishment, if any.
 
-Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic sampling the
-        manifest of the iteration before.
+Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic
+        sampling the manifest of the iteration before.
 Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the
 order drawn.
 
@@ -22,7 +22,6 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof_if_converted
@@ -45,7 +44,10 @@ def main() -> None:
     )
     parser.add_argument("--server", metavar="DIR|URL", help=server_help)
     parser.add_argument("--iteration", type=int, metavar="N", help="number of the iteration, from 1")
-    previous_help = "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from iteration 2 on"
+    previous_help = (
+        "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from"
+        " iteration 2 on"
+    )
     parser.add_argument("--previous", type=Path, metavar="DIR", help=previous_help)
     arguments = parser.parse_args()
     needed = PATHS if arguments.follow is None else [name for name in PATHS if name != "server"]
@@ -160,48 +162,54 @@ def roll_out(
     out: StageOutput,
 ) -> None:
     from megatron_papo.data.chat import forbidden_tokens
+    from megatron_papo.rollout.counts import batch_counts, in_words
     from megatron_papo.rollout.data_order import prompts_at
     from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
-    from megatron_papo.rollout.sample_and_grade import (
+    from megatron_papo.rollout.groups import (
         Group,
-        client_with_weights,
+        complete_groups,
+        punish_overlong,
+        requests_of_round,
+        rollout_records,
+    )
+    from megatron_papo.rollout.pictures import Pictures, probe_of
+    from megatron_papo.rollout.sample_and_grade import (
+        Sampler,
+        load_weights,
         matching_tokenizer,
-        picture_loader,
-        probe_of,
+        open_client,
         sample_and_grade,
     )
     from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
     from megatron_papo.sglang.requests import Sampling
     from megatron_papo.sglang.server import release_memory
 
-    settings, dynamic = config.rollout, config.rollout.dynamic_sampling
-    size = settings.group_size
+    settings, dynamic, size = config.rollout, config.rollout.dynamic_sampling, config.rollout.group_size
     prompts = read_jsonl(data / "prompts.jsonl", Prompt)
     tokenizer = matching_tokenizer(hf, data)
     forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, -1, settings.max_response_tokens, forbidden)
-    pictures = picture_loader(data, config, config.data.max_pixels, kept=2 * settings.concurrency)
-    client, version = client_with_weights(where, hf, fingerprint, config, probe_of(prompts, pictures))
+    limits = config.data.min_pixels, config.data.max_pixels
+    pictures = Pictures(data, limits, config.masked_image, kept=2 * settings.concurrency)
+    client = open_client(
+        where, hf, config.server, config.model.dtype,
+        concurrency=settings.concurrency, timeout_seconds=settings.request_timeout_seconds,
+    )  # fmt: skip
+    version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))
+    sampler = Sampler(client, version, sampling, tokenizer, config.reward)
     count = settings.drawn_prompts if dynamic is None else settings.prompts_per_round
     wanted = settings.rollout_batch_size if settings.over_sampling else None
 
     def rounds() -> Iterator[list[Group]]:
         """Without end; each is sampled when it is asked for. Groups that were not finished are left out."""
         for number in itertools.count():
-            drawn = prompts_at(len(prompts), first_position + number * count, count, config.seed)
-            jobs = [
-                job
-                for place, (epoch, index) in enumerate(drawn)
-                for job in _jobs(config, iteration, epoch, prompts[index], place)
-            ]
+            places = prompts_at(len(prompts), first_position + number * count, count, config.seed)
+            drawn = [(epoch, prompts[index]) for epoch, index in places]
+            requests = requests_of_round(drawn, pictures, iteration=iteration, seed=config.seed, group_size=size)
             title = f"rollouts {iteration}" if dynamic is None else f"rollouts {iteration} round {number + 1}"
-            graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, title, wanted)
-            graded = [one and _punished(config, one) for one in graded]
-            starts = range(0, len(jobs), size)
-            groups = [
-                Group(epoch, jobs[at : at + size], graded[at : at + size]) for (epoch, _), at in zip(drawn, starts)
-            ]
-            yield [group for group in groups if None not in group.graded]
+            graded = sample_and_grade(sampler, requests, title, wanted)
+            groups = complete_groups(drawn, requests, graded, size)
+            yield [punish_overlong(group, settings.max_response_tokens, config.reward) for group in groups]
 
     started = time.monotonic()
     batch = one_round(next(rounds())) if dynamic is None else fill_batch(rounds(), settings.rollout_batch_size, dynamic)
@@ -209,113 +217,12 @@ def roll_out(
     if config.server.shares_gpus:  # before the output is published, which is what training waits for
         release_memory(client.servers)
 
-    write_jsonl(out.partial / "rollouts.jsonl", _records(config, iteration, batch.kept, staleness))
-    counts = _counts(batch, batch.rounds * count, client.traffic, seconds) | {
-        "next_position": first_position + batch.rounds * count
-    }
-    out.counts |= counts
-    print(f"iteration {iteration}: {_in_words(counts)}", flush=True)
-
-
-def _jobs(config: Config, iteration: int, epoch: int, prompt, group: int) -> list:
-    """The Jobs of one group; group: its number among those drawn."""
-    from megatron_papo.rollout.sample_and_grade import Job
-    from megatron_papo.seeds import derive_seed
-
-    seeds = [
-        derive_seed(config.seed, "sampling", iteration, epoch, prompt.id, sample)
-        for sample in range(config.rollout.group_size)
-    ]
-    return [Job(prompt, sample, seed, group=group) for sample, seed in enumerate(seeds)]
-
-
-def _punished(config: Config, result):
-    """The Graded with the soft overlong punishment in its reward."""
-    from megatron_papo.rollout.rewards import with_overlong_penalty
-
-    num_tokens = len(result.sample.token_ids)
-    return replace(
-        result,
-        rewards=with_overlong_penalty(result.rewards, num_tokens, config.rollout.max_response_tokens, config.reward),
-    )
-
-
-def _counts(batch, drawn: int, traffic, seconds: float) -> dict[str, float | int]:
-    """For the manifest: of the groups; of all sampled responses (_sampled) and of those in the file (_kept); of the
-    requests.
-
-    drawn: prompts that the data order gave; those of them that are not in batch.sampled were cancelled.
-    """
-    from megatron_papo.rollout.sample_and_grade import summary
-
-    counts = {
-        "prompts": len(batch.kept),
-        "rounds": batch.rounds,
-        "prompts_used": drawn,
-        "prompts_cancelled": drawn - len(batch.sampled),
-        "groups_all_right": batch.all_right,
-        "groups_all_wrong": batch.all_wrong,
-        "groups_surplus": batch.surplus,
-    }
-    for suffix, groups in (("sampled", batch.sampled), ("kept", batch.kept)):
-        part = summary([one for group in groups for one in group.graded])
-        counts |= {f"{name}_{suffix}": value for name, value in part.items()}
-    tokens = sum(len(one.sample.token_ids) for group in batch.sampled for one in group.graded)
-    counts |= {"response_tokens_sampled": tokens, "tokens_per_second": round(tokens / seconds, 1)}
-    return counts | {f"requests_{name}": value for name, value in vars(traffic).items()}
-
-
-def _in_words(counts: dict[str, float | int]) -> str:
-    return (
-        f"{counts['prompts']} groups kept of {counts['prompts_used']} prompts used in {counts['rounds']} round(s):"
-        f" {counts['groups_all_right']} all right, {counts['groups_all_wrong']} all wrong, {counts['groups_surplus']}"
-        " surplus;"
-        f" accuracy {counts['accuracy_sampled']:.3f} of all sampled, {counts['accuracy_kept']:.3f} of the kept;"
-        f" format {counts['format_sampled']:.3f} of all sampled, {counts['format_kept']:.3f} of the kept;"
-        f" cut off {counts['cut_off_share_sampled']:.3f}, {counts['tokens_per_second']:.0f} tokens/s{_troubles(counts)}"
-    )
-
-
-def _troubles(counts: dict[str, float | int]) -> str:
-    cancelled = counts["requests_cancelled_running"] + counts["requests_cancelled_waiting"]
-    words = ""
-    if cancelled:
-        words += f"; {counts['prompts_cancelled']} prompts not finished, {cancelled} requests cancelled"
-    if counts["requests_servers_lost"]:
-        words += f"; {counts['requests_servers_lost']} server(s) lost, {counts['requests_resent']} requests sent again"
-    return words
-
-
-def _records(config: Config, iteration: int, groups: list, staleness: int = 0) -> Iterator:
-    """The Rollouts of the kept groups, numbered from 0."""
-    from megatron_papo.run.records import Rollout
-    from megatron_papo.seeds import derive_seed
-
-    for number, group in enumerate(groups):
-        for job, result in zip(group.jobs, group.graded):
-            yield Rollout(
-                prompt_id=job.prompt.id,
-                iteration=iteration,
-                epoch=group.epoch,
-                group=number,
-                sample=job.sample,
-                answer=job.prompt.answer,
-                prompt_token_ids=job.prompt.token_ids,
-                prompt_num_tokens=job.prompt.num_tokens,
-                images=job.prompt.images,
-                saliency=job.prompt.saliency,
-                response_token_ids=result.sample.token_ids,
-                rollout_log_probs=result.sample.log_probs,
-                text=result.text,
-                finish_reason=result.sample.finish_reason,
-                rewards=result.rewards,
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                sampling_seed=job.seed,
-                masked_image_seed=derive_seed(config.seed, "masked_image", job.prompt.id, group.epoch),
-                weight_version=result.sample.weight_version,
-                staleness=staleness,
-            )
+    records = rollout_records(batch.kept, sampling, seed=config.seed, iteration=iteration, staleness=staleness)
+    write_jsonl(out.partial / "rollouts.jsonl", records)
+    drawn_prompts = batch.rounds * count
+    counts = batch_counts(batch, drawn_prompts, client.traffic, seconds)
+    out.counts |= counts | {"next_position": first_position + drawn_prompts}
+    print(f"iteration {iteration}: {in_words(counts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -53,98 +53,53 @@ def main() -> None:
 
 def evaluate(config: Config, data: Path, name: str, hf: Path, where: str, fingerprint: str, out: StageOutput) -> None:
     from megatron_papo.data.chat import forbidden_tokens
+    from megatron_papo.evaluation.predictions import evaluation_metrics, evaluation_requests, prediction, with_length
+    from megatron_papo.rollout.pictures import Pictures, probe_of
     from megatron_papo.rollout.sample_and_grade import (
-        Job,
-        client_with_weights,
+        Sampler,
+        load_weights,
         matching_tokenizer,
-        picture_loader,
-        probe_of,
-        sample_and_grade,
+        open_client,
+        sample_and_grade_all,
     )
     from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
-    from megatron_papo.seeds import derive_seed
     from megatron_papo.sglang.requests import Sampling
     from megatron_papo.sglang.server import release_memory
 
     settings = config.evaluation
-    max_pixels = settings.max_pixels or config.data.max_pixels
+    limits = config.data.min_pixels, settings.max_pixels or config.data.max_pixels
     prompts = read_jsonl(data / name, Prompt)
-    if max_pixels != config.data.max_pixels:
-        prompts = [_with_length(prompt, data, config.data.min_pixels, max_pixels) for prompt in prompts]
+    if limits[1] != config.data.max_pixels:
+        prompts = [with_length(prompt, data, limits) for prompt in prompts]
     tokenizer = matching_tokenizer(hf, data)
     forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, forbidden)
-
-    def jobs_of(masked: bool) -> list[Job]:
-        return [
-            Job(
-                prompt,
-                sample,
-                derive_seed(config.seed, "evaluation", prompt.id, sample),
-                derive_seed(config.seed, "evaluation_mask", prompt.id) if masked else None,
-                group=number + masked * len(prompts),
-            )
-            for number, prompt in enumerate(prompts)
-            for sample in range(settings.samples_per_prompt)
-        ]
-
-    jobs = jobs_of(masked=False) + (jobs_of(masked=True) if settings.masked_images else [])
-    pictures = picture_loader(data, config, max_pixels, kept=2 * config.rollout.concurrency)
-    client, version = client_with_weights(where, hf, fingerprint, config, probe_of(prompts, pictures))
-    graded = sample_and_grade(client, version, jobs, pictures, sampling, tokenizer, config, "evaluation")
+    pictures = Pictures(data, limits, config.masked_image, kept=2 * config.rollout.concurrency)
+    requests = [
+        request
+        for masked in ([False, True] if settings.masked_images else [False])
+        for request in evaluation_requests(
+            prompts, pictures, seed=config.seed, samples_per_prompt=settings.samples_per_prompt, masked=masked
+        )
+    ]
+    client = open_client(
+        where, hf, config.server, config.model.dtype,
+        concurrency=config.rollout.concurrency, timeout_seconds=config.rollout.request_timeout_seconds,
+    )  # fmt: skip
+    version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))
+    sampler = Sampler(client, version, sampling, tokenizer, config.reward)
+    responses = sample_and_grade_all(sampler, requests, "evaluation")
     if config.server.shares_gpus:
         release_memory(client.servers)
-    write_jsonl(out.partial / "predictions.jsonl", (_prediction(job, result) for job, result in zip(jobs, graded)))
-    metrics = _metrics(jobs, graded, len(prompts), settings.samples_per_prompt)
+    write_jsonl(out.partial / "predictions.jsonl", map(prediction, requests, responses))
+    metrics = evaluation_metrics(requests, responses, len(prompts), settings.samples_per_prompt)
     (out.partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     out.counts |= metrics
-    masked = f", on masked images {metrics['accuracy_masked']:.4f}" if settings.masked_images else ""
+    on_masked = f", on masked images {metrics['accuracy_masked']:.4f}" if settings.masked_images else ""
     print(
-        f"{hf}: avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {metrics['accuracy']:.4f}{masked}",
+        f"{hf}: avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {metrics['accuracy']:.4f}{on_masked}",
         flush=True,
     )
-
-
-def _with_length(prompt, data: Path, min_pixels: int, max_pixels: int):
-    """The prompt with num_tokens for other pixel limits than those it was made with."""
-    from megatron_papo.pictures.preprocess import grid_of, load_images, num_image_tokens
-
-    pictures = load_images(data, prompt.images, min_pixels, max_pixels)
-    image_tokens = sum(num_image_tokens(grid_of(picture)) for picture in pictures)
-    return prompt.model_copy(update={"num_tokens": len(prompt.token_ids) - len(pictures) + image_tokens})
-
-
-def _prediction(job, result):
-    from megatron_papo.run.records import Prediction
-
-    return Prediction(
-        prompt_id=job.prompt.id,
-        sample=job.sample,
-        image="original" if job.masked_image_seed is None else "masked",
-        answer=job.prompt.answer,
-        text=result.text,
-        response_token_ids=result.sample.token_ids,
-        finish_reason=result.sample.finish_reason,
-        rewards=result.rewards,
-        sampling_seed=job.seed,
-        masked_image_seed=job.masked_image_seed,
-    )
-
-
-def _metrics(jobs, graded, num_prompts: int, samples_per_prompt: int) -> dict[str, float | int]:
-    """Of the original images; the same with the suffix _masked of the masked ones, if there are any."""
-    from megatron_papo.evaluation.accuracy import average_at_k
-    from megatron_papo.rollout.sample_and_grade import summary
-
-    metrics = {"prompts": num_prompts, "samples_per_prompt": samples_per_prompt}
-    for suffix, masked in (("", False), ("_masked", True)):
-        chosen = [(job, one) for job, one in zip(jobs, graded) if (job.masked_image_seed is not None) == masked]
-        if not chosen:
-            continue
-        part = summary([one for _, one in chosen])
-        part["accuracy"] = average_at_k((job.prompt.id, one.rewards.accuracy) for job, one in chosen)
-        metrics |= {key + suffix: value for key, value in part.items()}
-    return metrics
 
 
 if __name__ == "__main__":

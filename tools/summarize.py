@@ -20,7 +20,8 @@ from megatron_papo.run.stage_output import MANIFEST, read_manifest, require_inpu
 def seconds_per_stage(directory: Path) -> dict[str, float]:
     """Summed over every output below the run directory, from process start to publication."""
     seconds: dict[str, float] = {}
-    for manifest in map(lambda path: read_manifest(path.parent), sorted(directory.rglob(MANIFEST))):
+    for path in sorted(directory.rglob(MANIFEST)):
+        manifest = read_manifest(path.parent)
         seconds[manifest["stage"]] = seconds.get(manifest["stage"], 0.0) + manifest["seconds"]
     return {stage: round(seconds[stage], 1) for stage in sorted(seconds)}
 

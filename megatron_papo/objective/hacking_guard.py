@@ -5,10 +5,10 @@ Maximising an unbounded KL can be gamed: the policy moves away from its masked-i
 nothing to do with the picture, and the reward is lost (arXiv 2507.06448, section 5.4). The published early signs, each
 compared with the run's own past, are
 
-    kl_prcp               its level, recent mean against the baseline                               > level_factor
-    kl_prcp_variance      over tokens; published about 8.4 times a healthy run's                     > variance_factor
-    clip_fraction_high    share of tokens whose ratio was clipped from above                         > clip_fraction_factor
-    entropy               of BOTH policies, with the picture and with the masked picture             > entropy_factor
+    kl_prcp               its level, recent mean against the baseline                            > level_factor
+    kl_prcp_variance      over tokens; published about 8.4 times a healthy run's                  > variance_factor
+    clip_fraction_high    share of tokens whose ratio was clipped from above                      > clip_fraction_factor
+    entropy               of BOTH policies, with the picture and with the masked picture          > entropy_factor
 
 baseline: the mean of the first warmup_steps, then an exponential mean over about BASELINE_STEPS steps that stands still
 while any sign is up. recent: an exponential mean over about RECENT_STEPS steps. The alarm is raised when signs_needed

@@ -105,7 +105,7 @@ def _load(directory: Path, model: ModelConfig, settings: dict, tied: bool) -> to
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         # While it is alive, from_pretrained shards every tensor over the ranks as it reads it.
-        partition_while_loading = HfDeepSpeedConfig(settings)
+        alive = HfDeepSpeedConfig(settings)  # noqa: F841 only has to exist
     if not process_groups.is_main_rank():
         transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(directory)

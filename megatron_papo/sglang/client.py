@@ -24,7 +24,6 @@ from megatron_papo.sglang.requests import (
     Sampling,
     build_request,
     encode,
-    logit_bias,
     parse_answer,
     parse_probe,
     prefix_request,
@@ -67,6 +66,8 @@ class Traffic:
 class _Batch:
     """One call of SglangClient.sample."""
 
+    name: str
+    """Unique among all calls of all clients: a server refuses two requests of the same rid."""
     requests: Sequence[Request]
     sampling: Sampling
     weight_version: str
@@ -86,8 +87,7 @@ class SglangClient:
     """Requests to servers that hold the same weights, at most `concurrency` under way at once, each with a finite
     timeout.
 
-    router: where /generate goes instead (sglang-router); control calls go to each of `servers` all the same. restart:
-    starts a lost server of this pipeline again (blocking); without it, lost servers are done without.
+    restart: starts a lost server of this pipeline again (blocking); without it, lost servers are done without.
     """
 
     def __init__(
@@ -96,7 +96,6 @@ class SglangClient:
         concurrency: int,
         timeout_seconds: float,
         *,
-        router: Server | None = None,
         restart: Callable[[Server], Server] | None = None,
         limits: HealthLimits = HealthLimits(),
         prefix_tokens: int = PREFIX_TOKENS,
@@ -104,7 +103,6 @@ class SglangClient:
         self.servers = list(servers)
         self.concurrency = concurrency
         self.timeout_seconds = timeout_seconds
-        self.router = router
         self.restart = restart
         self.limits = limits
         self.prefix_tokens = prefix_tokens
@@ -115,6 +113,7 @@ class SglangClient:
         # A server may still be busy with the requests of a client that was killed, and refuses a second one of the same
         # name.
         self._nonce = secrets.token_hex(4)
+        self._batches = 0
         self._weights: tuple[Path, str] | None = None
         self._ssl_context = httpx.create_ssl_context()
 
@@ -137,16 +136,16 @@ class SglangClient:
         for request in requests:
             sizes[request.group] = sizes.get(request.group, 0) + 1
         async with self._http() as control:
-            if self.router:
-                await asyncio.gather(*(self._require_defaults(control, server, sampling) for server in self.servers))
             replicas = Replicas(
-                [self.router] if self.router else self.servers,
+                self.servers,
                 control,
                 self.limits,
                 self._replace if self.restart else None,
             )
             none_yet = [None] * len(requests)
-            batch = _Batch(requests, sampling, weight_version, on_sample, enough, replicas, none_yet, sizes)
+            batch = _Batch(
+                self._batch_name(), requests, sampling, weight_version, on_sample, enough, replicas, none_yet, sizes
+            )
             waiting = iter(enumerate(requests))
             try:
                 async with asyncio.TaskGroup() as tasks:
@@ -169,20 +168,9 @@ class SglangClient:
             self.traffic.add(batch.traffic)
         return batch.samples
 
-    async def _require_defaults(self, http: httpx.AsyncClient, server: Server, sampling: Sampling) -> None:
-        """sglang-router passes on the sampling parameters it knows, and logit_bias is not among them: the servers must
-        have it by default."""
-        info = await self._call(http, server, "GET", "/server_info", None, "server_info")
-        defaults = info.get("preferred_sampling_params") or {}
-        defaults = json.loads(defaults) if isinstance(defaults, str) else defaults
-        if not logit_bias(sampling.forbidden).items() <= (defaults.get("logit_bias") or {}).items():
-            raise UserError(
-                f"{server.url}: behind server.router, which drops logit_bias, it could sample vision tokens: start it"
-                " with"
-                ' --preferred-sampling-params "$(python -m tools.sglang_server sampling-defaults --model HF_DIR)", or'
-                " leave server.router"
-                " out: the stage shares requests among the servers by itself"
-            )
+    def _batch_name(self) -> str:
+        self._batches += 1
+        return f"{self._nonce}-{self._batches}"
 
     async def _work(self, batch: _Batch, waiting) -> None:
         """Sends one request after the other."""
@@ -192,7 +180,7 @@ class SglangClient:
                 images = await asyncio.to_thread(request.images)
                 body = build_request(request, images, batch.sampling, batch.weight_version)
                 self.running += 1
-                answer = await self._generate(batch, http, request, body)
+                answer = await self._generate(batch, http, index, body)
                 self.running -= 1
                 if batch.stopped.is_set():
                     batch.traffic.cancelled_running += 1
@@ -208,12 +196,13 @@ class SglangClient:
         finally:
             http.close()
 
-    async def _generate(self, batch: _Batch, http: HttpConnection, request: Request, body: dict) -> dict | None:
+    async def _generate(self, batch: _Batch, http: HttpConnection, index: int, body: dict) -> dict | None:
         """The answer of the first server that gives one; None where the batch has been stopped before."""
+        request = batch.requests[index]
         what, attempt, timeouts, pauses = f"prompt {request.prompt.id}", 0, 0, iter(RETRY_PAUSES_SECONDS)
         while not batch.stopped.is_set():
             replica = await batch.replicas.take(request.group)
-            rid = f"{self._nonce}-{request.name}-{attempt}"
+            rid = f"{batch.name}-{index}-{attempt}"
             batch.under_way[rid] = replica
             replica.under_way += 1
             try:
@@ -258,7 +247,7 @@ class SglangClient:
             return
         key = (request.group, replica)
         if key not in batch.prefixes:
-            rid = f"{self._nonce}-{request.name}-prefix-{len(batch.prefixes)}"
+            rid = f"{batch.name}-prefix-{len(batch.prefixes)}"
             batch.prefixes[key] = asyncio.create_task(
                 self._send_quietly(http, replica, {**prefix_request(body), "rid": rid})
             )
@@ -287,9 +276,8 @@ class SglangClient:
         itself."""
         await batch.stopped.wait()
         aborts = [
-            self._post(http, server, "/abort_request", {"rid": rid}, "abort", read=False)
+            self._post(http, replica.server, "/abort_request", {"rid": rid}, "abort", read=False)
             for rid, replica in list(batch.under_way.items())
-            for server in (self.servers if self.router else [replica.server])
         ]
         await asyncio.gather(*aborts, return_exceptions=True)
         await asyncio.wait(workers, timeout=ABORT_SECONDS)
@@ -425,5 +413,6 @@ def advice(server: Server) -> str:
     if server.directory is None:
         return "restart that server, or give --server a directory to have one started"
     tail = log_tail(server.directory, 10)
-    again = f"start it again with: python -m tools.sglang_server start --server {server.directory} --config FILE --model HF_DIR"
+    command = f"python -m tools.sglang_server start --server {server.directory} --config FILE --model HF_DIR"
+    again = f"start it again with: {command}"
     return f"{again} (the stages do so by themselves); {server.directory}/server.log ends:\n{tail}"

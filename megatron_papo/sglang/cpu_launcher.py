@@ -25,8 +25,7 @@ import types
 
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",  # what SGLang's is_cpu() tests
-    "OMP_NUM_THREADS": "1",  # more threads cut elementwise loops at places that depend on the batch; slower, too, on"
-    "": "1",  # more threads cut elementwise loops at places that depend on the batch; slower, too, on tiny models
+    "OMP_NUM_THREADS": "1",  # more threads cut elementwise loops where the batch decides; slower, too, on tiny models
     "TORCHDYNAMO_DISABLE": "1",  # no C++ compiler needed, no 20 s of torch.compile in the first request
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -41,7 +40,7 @@ if IS_MAIN:  # before torch and sglang are imported
     for _name, _value in ENVIRONMENT.items():
         os.environ.setdefault(_name, _value)
 
-import torch
+import torch  # noqa: E402 after the environment that it reads
 
 DEFAULTS = {
     "--device": "cpu",

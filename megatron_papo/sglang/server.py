@@ -36,7 +36,7 @@ MEMORY_TIMEOUT_SECONDS = 300.0
 """For a server to give up its GPU memory, or to get it back: some gigabytes are copied."""
 LOG_LINES = 30
 NOT_OF_ONE_SERVER = {
-    "start_timeout_seconds", "replicas", "router", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
+    "start_timeout_seconds", "replicas", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
 }  # fmt: skip
 """Fields of ServerConfig that a running server need not have been started with."""
 

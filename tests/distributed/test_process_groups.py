@@ -77,5 +77,6 @@ def test_a_wrong_number_of_processes_is_refused_with_the_command(monkeypatch):
 
 
 def test_the_checks_need_no_torch():
-    program = "import sys, megatron_papo.distributed.process_groups, megatron_papo.model.hf_config; sys.exit('torch' in sys.modules)"
+    modules = "megatron_papo.distributed.process_groups, megatron_papo.model.hf_config"
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

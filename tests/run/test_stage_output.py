@@ -79,7 +79,8 @@ def test_an_error_leaves_nothing(tmp_path):
 
 def test_a_kill_leaves_only_a_partial_that_the_next_attempt_replaces(tmp_path):
     code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[2]); import test_stage_output as t; from pathlib import Path;"
+        "import os, signal, sys; sys.path.insert(0, sys.argv[2]); import test_stage_output as t;"
+        "from pathlib import Path;"
         "out = t.output(Path(sys.argv[1]));"
         "out.__enter__(); (out.partial / 'stale').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
     )

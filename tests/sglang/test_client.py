@@ -24,7 +24,7 @@ from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
 from megatron_papo.sglang.requests import Sampling, build_request, parse_answer
 from megatron_papo.sglang.server import Server
-from tests.sglang.conftest import processed, request_for
+from tests.sglang_server import processed, request_for
 
 TOLERANCE = 1e-4
 VOCABULARY = 448

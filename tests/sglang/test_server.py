@@ -40,7 +40,7 @@ def test_memory_is_given_up_and_taken_back(server, server_dir, client, checkpoin
     """On a CPU SGLang accepts the calls and has nothing to give; what holds is remembered, and the answers are the
     same."""
     from megatron_papo.sglang.requests import Sampling
-    from tests.sglang.conftest import request_for
+    from tests.sglang_server import request_for
 
     config = load_config(DEMO_CONFIG)
     requests, sampling = [request_for(prompts["plain"], pictures, 1)], Sampling(1.0, 1.0, -1, 12, ())

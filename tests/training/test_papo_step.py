@@ -262,7 +262,8 @@ def spread_cases() -> list[dict]:
             *(f"training.{x}" for x in training),
             *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
         ]
-        name = f"spread-tp{tp}{'pp2' * (pp > 1)}{'dp2' * (dp > 1)}{'sp' * sequence}-{'group-' * ('layout=group' in training)}{objective}"
+        sizes = f"tp{tp}{'pp2' * (pp > 1)}{'dp2' * (dp > 1)}{'sp' * sequence}"
+        name = f"spread-{sizes}-{'group-' * ('layout=group' in training)}{objective}"
         cases.append({"name": name, "objective": objective, "step": STEP, "overrides": overrides})
     return cases
 

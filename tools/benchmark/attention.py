@@ -6,8 +6,8 @@ and v.
 One attention layer, forward and backward, for one prompt and its responses (Prefix Grouper, arXiv 2506.05433):
 
     ours              model/group_attention.py, one kernel call for the prompt and one per response, no padding
-    prefix_grouper    PrefixGrouper.forward of the package (github.com/johncaged/PrefixGrouper): the prompt, then all responses as one
-                      batch, padded to the longest
+    prefix_grouper    PrefixGrouper.forward of the package (github.com/johncaged/PrefixGrouper): the prompt, then all
+                      responses as one batch, padded to the longest
     plain             torch's causal attention of one row per response, the prompt repeated, padded to the longest
 
 Responses have the spread of real ones (tools/benchmark/layout.py) and then, the best case of both that pad, all one
@@ -192,7 +192,8 @@ def differences(tensors: dict[str, list]) -> dict[str, float]:
 
 def show(found: dict) -> None:
     """Ratios first."""
-    lengths = f"G {found['group_size']}, responses of {min(found['response_tokens'])} to {max(found['response_tokens'])} tokens"
+    shortest, longest = min(found["response_tokens"]), max(found["response_tokens"])
+    lengths = f"G {found['group_size']}, responses of {shortest} to {longest} tokens"
     times = ", ".join(f"{other} {found[f'time_{other}_over_ours']:.2f}" for other in ("prefix_grouper", "plain"))
     memory = ", ".join(f"{other} {found[f'memory_{other}_over_ours']:.2f}" for other in ("prefix_grouper", "plain"))
     print(f"{lengths}: time over ours: {times}; peak memory over ours: {memory}")

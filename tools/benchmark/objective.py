@@ -6,7 +6,8 @@ The objective is everything after the logits: token_statistics and papo_loss, fr
 objectives:
 
     k3_cached             log-probs of the masked image cached, k3 estimator, sampled entropies (published)
-    exact_with_gradient   twins in the micro-batch, gradient through both, exact KL and entropies over the whole vocabulary
+    exact_with_gradient   twins in the micro-batch, gradient through both, exact KL and entropies over the whole
+                          vocabulary
 
 Demo: a micro-batch of configs/demo.yaml (64 rollouts, and their twins) in one process. `step` is papo_step, forward and
 backward, with the demo's model; `objective` is the same papo_step with the model's place taken by its logits. The
@@ -201,9 +202,10 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
     from megatron_papo.distributed import process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training.batching import Collator, make_rows, rollout_advantages
+    from megatron_papo.training.collator import Collator
     from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
     from megatron_papo.training.optimizer import build_optimizer
+    from megatron_papo.training.rows import make_rows, rollout_advantages
 
     config, hf, dtype = demo_config(overrides), read_hf_config(directory / "model"), torch.float32
     objective, size = config.objective, config.training.micro_batch_size
@@ -404,7 +406,7 @@ def show(report: dict) -> None:
     console.print(table)
     large = report["vocabulary_151936"]
     table = Table(
-        title=f"{large['tokens']} x {VOCABULARY} logits, width of {large['width']}; peak: multiples of the logits' bytes"
+        title=f"{large['tokens']} x {VOCABULARY} logits, width of {large['width']}; peak: times the logits' bytes"
     )
     for column in (
         "objective",

@@ -172,7 +172,8 @@ def show(args, found: dict) -> None:
             f" tokens differ by {row['max_abs_token_difference']:.1e} of {row['max_abs_token']:.1e},"
             f" gradient norms by {row['relative_gradient_norm_difference']:.1e} of themselves"
         )
-    shape = f"TP{args.tp}, pictures of {args.side} x {args.side} patches, {args.depth} layers of width {args.heads * HEAD_WIDTH}"
+    width = args.heads * HEAD_WIDTH
+    shape = f"TP{args.tp}, pictures of {args.side} x {args.side} patches, {args.depth} layers of width {width}"
     reductions = (f"{name} {found[f'seconds_finalize_{name}']:.4f} s" for name in TOWERS)
     print("reduction of the gradients, once a step:", ", ".join(reductions))
     print(

@@ -47,7 +47,10 @@ def parse() -> argparse.Namespace:
     command = commands.add_parser("verify", help="compare two checkpoints")
     for name in ("first", "second"):
         command.add_argument(name, type=Path, metavar="DIR", help="a checkpoint directory of either kind")
-    logits = "also compare logits on a seeded picture and prompt: Hugging Face by transformers, Megatron by this package; in float32"
+    logits = (
+        "also compare logits on a seeded picture and prompt: Hugging Face by transformers, Megatron by this package;"
+        " in float32"
+    )
     command.add_argument("--logits", action="store_true", help=logits)
     command = commands.add_parser("inspect", help="what a checkpoint holds")
     command.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint directory of either kind")

@@ -1,14 +1,15 @@
 """How much the group layout saves as groups, prompts and responses grow: measured, and what the token counts allow.
 
     python -m tools.plot.layout --output docs/performance.png
-    python -m tools.plot.layout --from docs/performance.json --output docs/performance.png    # draws again, measures nothing
+    python -m tools.plot.layout --from docs/performance.json --output docs/performance.png   # draws again, no measuring
 
 Runs tools.benchmark.layout (a whole training step in both layouts, in turns, best of --repeat, CPU seconds; the
 gradients must agree) at a base point, and with one of group size, prompt length and response length changed at a time;
 a few minutes on two cores. Each panel shows plain / group against one of the three:
 
     time, whole step            what a run gains
-    time, without the pictures  the vision tower sees each picture once in both layouts and its part, measured alone, is taken off
+    time, without the pictures  the vision tower sees each picture once in both layouts and its part, measured alone,
+                                is taken off
     tokens                      the count of real tokens: G (P + R) over P + G R
     tokens, with padding        what the plain layout computes: every row as long as the longest of its group
     peak memory                 of the step
