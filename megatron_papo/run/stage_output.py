@@ -30,7 +30,7 @@ from megatron_papo.run.output_lock import OutputLock
 
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"
-"""In a checkpoint whose weights keep_checkpoints has deleted: what it was stays on record."""
+"""In a checkpoint whose weights keep_checkpoints or keep_exports has deleted: what it was stays on record."""
 _RECORDED_PACKAGES = (
     "torch",
     "megatron-core",
@@ -131,11 +131,7 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
     manifest = read_manifest(directory) if directory.is_dir() else None
     if manifest is None:
         return
-    if (directory / PRUNED).exists():
-        raise UserError(
-            f"{directory}: its weights were deleted ({PRUNED} says when and why): raise keep_checkpoints, or make it"
-            " again"
-        )
+    require_weights(directory)
     known = known or {}
     for name, entry in manifest["files"].items():
         file = directory / name
@@ -145,6 +141,20 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
         same = file.stat().st_size == entry["bytes"]
         if not same or not (name.endswith(only_sizes) or (known.get(name) or file_hash(file)) == entry["sha256"]):
             raise UserError(f"{file}: differs from its manifest, {again}")
+
+
+def require_weights(directory: Path) -> None:
+    """Raises UserError, naming the key to raise, where the weights of a checkpoint or export were deleted."""
+    path = directory / PRUNED
+    if not path.exists():
+        return
+    try:
+        key = json.loads(path.read_text())["key"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r}): make {directory} again")
+    raise UserError(
+        f"{directory}: its weights were deleted ({PRUNED} says when and why): raise {key}, or make it again"
+    )
 
 
 class StageOutput:
