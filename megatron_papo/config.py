@@ -626,7 +626,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
+    def _data_fits(self) -> Self:
         if (self.sft is None) != (self.data.sft is None):
             raise ValueError("sft and data.sft go together: give both or set both to null")
         synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
@@ -634,6 +634,10 @@ class Config(Section):
             raise ValueError(
                 "model.path is null, which is only possible with the synthetic task: give a checkpoint directory"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit(self) -> Self:
         if self.rollout.rollout_batch_size % self.training.global_batch_size:
             raise ValueError(
                 f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
@@ -654,6 +658,10 @@ class Config(Section):
                 "rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the"
                 " same time"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if self.training.layout == "group":
             if self.training.max_tokens_per_micro_batch is None:
