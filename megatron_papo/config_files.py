@@ -32,6 +32,8 @@ class ResolvedConfig:
     config: Config
     sources: dict[str, str]
     """Dotted key, of a leaf or of a section that is null -> the file that sets it, or `--set KEY=VALUE`."""
+    base: str | None
+    """The first file that the configuration extends."""
 
     def source_of(self, key: str) -> str:
         """Return what sets a dotted key: a file, a `--set`, or `default`."""
@@ -51,12 +53,13 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedC
     path = Path(path)
     tree: dict = {}
     sources: dict[str, str] = {}
-    for file, layer in _layers(path):
+    layers = list(_layers(path))
+    for file, layer in layers:
         _merge(tree, sources, layer, str(file))
     for override in overrides:
         _apply(tree, sources, override)
     try:
-        return ResolvedConfig(Config.model_validate(tree), sources)
+        return ResolvedConfig(Config.model_validate(tree), sources, str(layers[0][0]) if len(layers) > 1 else None)
     except ValidationError as error:
         raise UserError("\n".join(_one_line(path, sources, problem) for problem in error.errors()))
 
