@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-CONFIG=configs/demo.yaml NAME= CHOSEN=all DRY_RUN=0 RESIDENT=0 OVERRIDES=()
+CONFIG=configs/demo.yaml NAME='' CHOSEN=all DRY_RUN=0 RESIDENT=0 OVERRIDES=()
 while (($#)); do
   case $1 in
     --config | --name | --set | --stages)

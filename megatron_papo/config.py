@@ -9,10 +9,11 @@ when, how fast and where something happens or how long it is kept, but no number
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -28,14 +29,20 @@ PLACE = Living("a place: what lies there is told apart by its content, so that t
 SPEED = Living("decides how fast, not what comes out")
 LIMIT = Living("ends a run that goes wrong, changes no number of one that goes well")
 EVALUATION = Living("an evaluation reads checkpoints and changes none")
+SERVER = Living("where and how the servers run; sampling settings and seeds are those of the requests")
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""The name of a file or directory; `~` is expanded."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
-    path: Annotated[str | None, PLACE]
+    path: Annotated[PathText | None, PLACE]
     """Hugging Face Qwen2.5-VL checkpoint directory to start from. null: the tiny model that stage 1 makes for the
     synthetic task."""
     dtype: Literal["float32", "bfloat16"]
@@ -46,7 +53,7 @@ class ModelConfig(Section):
 
 
 class PromptSource(Section):
-    source: Annotated[str, PLACE]
+    source: Annotated[PathText, PLACE]
     """`synthetic`, a .jsonl or .parquet file, a directory of them, or the name of a Hugging Face dataset."""
     split: str = "train"
     """Split of a Hugging Face dataset; ignored for files."""
@@ -88,7 +95,7 @@ class DataConfig(Section):
     saliency_key: str = "saliency"
     """Column with one saliency map per image, read where it is present; needed for `masked_image.strategy:
     semantic`."""
-    image_root: Annotated[str | None, PLACE] = None
+    image_root: Annotated[PathText | None, PLACE] = None
     """Directory that relative image paths start from and must stay inside. null: the directory of the data file."""
     prompt_template: str = (
         "{problem}\n\nYou first think through the reasoning process as an internal monologue, enclosed within "
@@ -179,7 +186,7 @@ class ServerConfig(Section):
     """The SGLang servers that a stage starts when it is not given any, and what is done when one fails. Not part of any
     fingerprint."""
 
-    python: str | None = None
+    python: PathText | None = None
     """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, lt=65536)
@@ -524,7 +531,7 @@ class Config(Section):
     data: DataConfig
     sft: SftConfig | None
     parallel: ParallelConfig
-    server: Annotated[ServerConfig, SPEED] = ServerConfig()
+    server: Annotated[ServerConfig, SERVER] = ServerConfig()
     rollout: RolloutConfig
     reward: RewardConfig = RewardConfig()
     masked_image: MaskedImageConfig = MaskedImageConfig()

@@ -1,6 +1,7 @@
 """Stage 3: convert a Hugging Face checkpoint to a Megatron checkpoint.
 
-    for each tensor in the order of the files:  read -> hash -> permute with the others of its layer -> append to the torch_dist file
+    for each tensor in the order of the files:  read -> hash -> permute with the others of its layer -> append to the
+                                                torch_dist file
     then read everything back from disk through the inverse permutation and compare hashes by tensor: proof.json
 
 Any tensor-parallel and pipeline-parallel layout can load the result. One process, no process groups, no accelerator.

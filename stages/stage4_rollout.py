@@ -8,8 +8,8 @@ has its own seed; vision tokens are forbidden; prompt lengths as the server coun
 log-probs are the server's. A server that fails is started again and its requests are sent again. Grading: mathruler, in
 processes with a time limit; then the soft overlong punishment, if any.
 
-Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic sampling the
-        manifest of the iteration before.
+Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic
+        sampling the manifest of the iteration before.
 Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the
 order drawn.
 
@@ -44,7 +44,10 @@ def main() -> None:
     )
     parser.add_argument("--server", metavar="DIR|URL", help=server_help)
     parser.add_argument("--iteration", type=int, metavar="N", help="number of the iteration, from 1")
-    previous_help = "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from iteration 2 on"
+    previous_help = (
+        "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from"
+        " iteration 2 on"
+    )
     parser.add_argument("--previous", type=Path, metavar="DIR", help=previous_help)
     arguments = parser.parse_args()
     needed = PATHS if arguments.follow is None else [name for name in PATHS if name != "server"]

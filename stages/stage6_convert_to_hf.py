@@ -1,6 +1,7 @@
 """Stage 6: convert a Megatron checkpoint back to a Hugging Face checkpoint.
 
-    for each tensor in the order of the files to write:  read from torch_dist -> check -> inverse permutation -> append to its file
+    for each tensor in the order of the files to write:  read from torch_dist -> check -> inverse permutation ->
+                                                         append to its file
     then read everything back from disk and compare hashes by tensor: proof.json
 
 Files, tensor names and their order are those of the checkpoint that training started from; untrained, the files are the

@@ -1,5 +1,6 @@
 """What all tests share: a small synthetic data set with its tiny model, made once through the command line."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
+from tests.markers import markers_of
 
 pytest_plugins = ["tests.sglang_server"]
 """The fixtures of the SGLang server, which is started once for tests/sglang, tests/rollout and tests/tools."""
@@ -19,15 +21,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def pytest_collection_modifyitems(items):
-    gpu_tests = [item for item in items if "gpu" in item.keywords]
-    if not gpu_tests:
-        return
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the markers of tests/markers.py; skip those of GPUs where there is none."""
+    for item in items:
+        place = item.nodeid.removeprefix("tests/")
+        for name in sorted(markers_of(place, set(getattr(item, "fixturenames", ())))):
+            item.add_marker(name)
+        if item.get_closest_marker("gpu") and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Tell whether torch sees a CUDA device; imports torch only where a test of GPUs was collected."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")

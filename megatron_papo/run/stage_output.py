@@ -17,8 +17,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -69,40 +72,51 @@ def read_manifest(directory: Path) -> dict | None:
         raise UserError(f"{directory / MANIFEST}: damaged manifest ({error}): remove {directory} and make it again")
 
 
-class Fingerprint(str):
-    """Of an input, remembering the directory it stands for, so that StageOutput can verify the files before the stage
-    uses them."""
+@dataclass(frozen=True)
+class Input:
+    """What an output is made from: where it is, and what tells it apart from another one."""
 
-    path: Path
+    path: Path | None
+    """None: nothing on disk (a data set by name)."""
+    fingerprint: str
+    verify: bool = True
+    """Compare the files with their manifest before the stage uses them. False: this process has done so, or made them."""
 
-    def __new__(cls, value: str, path: Path):
-        self = super().__new__(cls, value)
-        self.path = path
-        return self
 
+def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Input:
+    """Return an input that one of the stages `made_by` must have published. Raises UserError if it is missing or foreign.
 
-def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Fingerprint:
-    """The fingerprint of an input that one of the stages `made_by` must have published.
+    Only the manifest is read here: the files are verified when a stage that is not done yet enters its StageOutput.
 
-    hint: the command that makes it, shown when it is missing or foreign. Only the manifest is read here: the files are
-    verified when a stage that is not done yet enters its StageOutput.
+    Args:
+        path: Directory of the output.
+        made_by: Names of the stages that may have made it.
+        hint: The command that makes it, shown in the error.
     """
     if not path.exists():
         partial = " (only an unfinished .partial is there)" if _partial(path).exists() else ""
         raise UserError(f"{path}: not there{partial}: make it with: {hint}")
     manifest = read_manifest(path)
     if manifest is None or manifest.get("stage") not in made_by:
-        found = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
-        raise UserError(f"{path}: {found}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
-    return Fingerprint(manifest["fingerprint"], path)
+        maker = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
+        raise UserError(f"{path}: {maker}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
+    return Input(path, manifest["fingerprint"])
 
 
-def input_fingerprint(path: Path, hint: str) -> Fingerprint:
-    """Of an input that a stage made (its manifest's) or that comes from outside (the hash of its content)."""
+def input_made_or_from_outside(path: Path, hint: str, outside: Callable[[Path], str] = content_fingerprint) -> Input:
+    """Return an input that a stage made (told apart by its manifest) or that comes from outside (by its content).
+
+    Raises UserError if it is not there.
+
+    Args:
+        path: File or directory.
+        hint: What to do where it is missing.
+        outside: Returns the fingerprint of something that no stage made.
+    """
     if not path.exists():
         raise UserError(f"{path}: not there: {hint}")
     manifest = read_manifest(path) if path.is_dir() else None
-    return Fingerprint(content_fingerprint(path) if manifest is None else manifest["fingerprint"], path)
+    return Input(path, outside(path) if manifest is None else manifest["fingerprint"])
 
 
 def verify_files(directory: Path, known: dict[str, str] | None = None, only_sizes: tuple[str, ...] = ()) -> None:
@@ -134,36 +148,50 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
 class StageOutput:
     """One stage's output directory.
 
-        out = StageOutput("stage4_rollout", output, config, sections=["seed", "rollout"], inputs={"prompts":
-        fingerprint}) if out.done:
+        out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
+        if out.done:
             return
         with out:                                  # verifies the inputs' files, makes out.partial
             ... write files below out.partial ...
             out.counts["rollouts"] = n
                                                    # leaving publishes; an exception removes out.partial
-
-    sections: dotted names of the configuration parts the stage reads, e.g. "model.dtype". inputs: name -> fingerprint.
-    arguments: anything else that decides the result (an iteration number).
     """
 
-    def __init__(self, stage, output, config, sections, inputs, arguments=None):
+    def __init__(
+        self,
+        stage: str,
+        output: Path,
+        values: Mapping[str, object],
+        inputs: Mapping[str, Input],
+        arguments: Mapping[str, object] | None = None,
+        started: float | None = None,
+    ):
+        """Compare what is to be made with what is there. Raises UserError if that was made from something else.
+
+        Args:
+            stage: Its name, e.g. "stage4_rollout".
+            output: The directory to make.
+            values: The configuration keys that decide the result, with their values as plain data.
+            inputs: What it is made from, by name.
+            arguments: Anything else that decides the result (an iteration number).
+            started: time.time() from which the manifest's seconds count; None: the start of this process.
+        """
         self.stage, self.output = stage, Path(output)
         self.partial = _partial(self.output)
-        self.counts: dict[str, int | float] = {}
+        self.counts: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
-        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when
-        they are published."""
-        self._recipe = {
+        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when they
+        are published."""
+        self.inputs = dict(inputs)
+        self.started = psutil.Process().create_time() if started is None else started
+        self._recipe: dict[str, Any] = {
             "stage": stage,
-            "config": {name: _section(config, name) for name in sections},
-            "arguments": arguments or {},
-            "inputs": inputs,
+            "config": _nested(values),
+            "arguments": dict(arguments or {}),
+            "inputs": {name: made_from.fingerprint for name, made_from in inputs.items()},
         }
         self.fingerprint = self._hash_recipe()
         self.done = self._is_done()
-        self.started = psutil.Process().create_time()
-        """What the manifest's seconds count from. A process that makes several outputs sets it to the moment at which
-        it could begin."""
 
     def _hash_recipe(self) -> str:
         return hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
@@ -190,9 +218,8 @@ class StageOutput:
         print(f"{self.stage}: {self.output} is there already, made from the same inputs: nothing to do", flush=True)
 
     def __enter__(self):
-        for fingerprint in self._recipe["inputs"].values():
-            if isinstance(fingerprint, Fingerprint):
-                verify_files(fingerprint.path)
+        for path in {made_from.path for made_from in self.inputs.values() if made_from.verify and made_from.path}:
+            verify_files(path)
         self._lock = OutputLock(self.output)
         try:
             if self._is_done():  # another process made it in the meantime
@@ -234,6 +261,7 @@ class StageOutput:
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "recipe": self._recipe,
+            "inputs": {name: str(made_from.path) for name, made_from in self.inputs.items() if made_from.path},
             "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
             "counts": self.counts,
             "seconds": round(time.time() - self.started, 2),
@@ -258,11 +286,16 @@ def _files(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob("*") if file.is_file())
 
 
-def _section(config, dotted: str):
-    value = config
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value.model_dump() if hasattr(value, "model_dump") else value
+def _nested(values: Mapping[str, object]) -> dict[str, Any]:
+    """{"data.min_pixels": 3} -> {"data": {"min_pixels": 3}}."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return tree
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> str:
@@ -283,8 +316,12 @@ def _module_arguments() -> list[str]:
 
 
 def git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    """Return the commit of this code; None where git or the repository is missing: it describes a run, no more."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        result = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
     return result.stdout.strip() or None
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_papo.checkpoint import megatron_files
 from megatron_papo.config import Config
@@ -21,19 +23,33 @@ class Policy:
     def __init__(self, config: Config, hf: HFConfig):
         self.config, self.hf = config, hf
         self.dtype = getattr(torch, config.model.dtype)
-        self.model = self.optimizer = None
+        self._trained: tuple[DistributedDataParallel, MegatronOptimizer] | None = None
         self.state: dict = {"step": 0}
         """Plain data that is saved with the checkpoint: the optimizer step of the run, the hacking guard's state."""
         self.at: Path | None = None
         """The checkpoint whose weights, optimizer and state these are."""
         self._reference: list[torch.Tensor] | None = None
 
+    @property
+    def model(self) -> DistributedDataParallel:
+        """The network in its data-parallel wrapper; load() comes first."""
+        return self._held()[0]
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        return self._held()[1]
+
+    def _held(self) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+        if self._trained is None:
+            raise RuntimeError("no checkpoint is loaded")
+        return self._trained
+
     def load(self, checkpoint: Path) -> None:
         """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is
         forgotten."""
         self.forget()
         model = self._build(checkpoint)
-        self.model, self.optimizer = build_optimizer(model, self.config.optimizer, self.dtype)
+        self._trained = build_optimizer(model, self.config.optimizer, self.dtype)
         resumes = megatron_files.has_optimizer(checkpoint)
         self.state = megatron_files.load_optimizer(checkpoint, model, self.optimizer) if resumes else {"step": 0}
         self.at = checkpoint
@@ -45,7 +61,7 @@ class Policy:
 
     def forget(self) -> None:
         """Gives up the device's memory; the next load brings everything back."""
-        self.model = self.optimizer = self.at = None
+        self._trained = self.at = None
         gc.collect()  # hooks make cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -67,6 +83,8 @@ class Policy:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        if self._reference is None:
+            raise RuntimeError("no reference is loaded")
         for parameter, stored in zip(self.model.parameters(), self._reference, strict=True):
             own = parameter.detach().clone()
             parameter.copy_(stored)

@@ -19,7 +19,8 @@ from megatron_papo.pictures import preprocess
 from megatron_papo.run.records import Prompt, Rewards, Rollout, write_jsonl
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
-from megatron_papo.training.batching import Collator, make_rows
+from megatron_papo.training.collator import Collator
+from megatron_papo.training.rows import make_rows
 from tests.helpers import DEMO_CONFIG, run_module, settings
 
 SIZES = {

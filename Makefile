@@ -1,0 +1,33 @@
+# For those who change the code. Each target sets up what it needs first; CONTRIBUTING.md says when to run which.
+.DEFAULT_GOAL := help
+.PHONY: help setup quick checks format test nightly
+PYTHON_OF_VENV := .venv/bin/python
+SHELL_SCRIPTS := run_all.sh tests/run.sh tools/setup_environment.sh .ci/run stages/submit.slurm
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup:
+	@bash tools/setup_environment.sh --without-sglang
+
+quick: setup ## under a minute, without the SGLang server: objective, configuration, stage outputs, data
+	OMP_NUM_THREADS=1 $(PYTHON_OF_VENV) -m pytest -q -m quick $$($(PYTHON_OF_VENV) tests/markers.py quick)
+
+checks: setup ## style, types, spelling, shell scripts, imports between rooms, published numbers
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/codespell
+	.venv/bin/shellcheck $(SHELL_SCRIPTS)
+	$(PYTHON_OF_VENV) -m tools.publish_numbers --check
+
+format: setup ## writes what ruff can mend by itself
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+test: ## every test but the nightly ones, as CI runs them (about 20 minutes on two cores)
+	bash tests/run.sh
+
+nightly: ## what is too long for CI
+	bash tests/run.sh -m nightly

@@ -1,0 +1,94 @@
+"""Which test carries which marker, in one table; tests/conftest.py gives them out.
+
+    python tests/markers.py quick      print the paths below which a marker is given, for a command line
+
+`make quick` hands these paths to pytest, because importing every file of tests/ takes longer than the quick tests do.
+"""
+
+import sys
+
+MARKERS = {
+    "quick": [
+        "checkpoint/test_layouts.py",
+        "config",
+        "distributed/test_balance.py",
+        "evaluation",
+        "objective",
+        "pictures/test_masking.py",
+        "pictures/test_preprocess.py",
+        "rollout/test_data_order.py",
+        "rollout/test_dynamic_sampling.py",
+        "run",
+        "stages/test_stage1.py",
+        "test_documentation.py",
+        "test_markers.py",
+        "training/test_learning_rate.py",
+    ],
+    "server": [
+        "rollout/test_dapo_stages.py",
+        "rollout/test_stages.py",
+        "sglang/test_client.py",
+        "sglang/test_faults.py",
+        "sglang/test_server.py",
+        "stages/test_stage5.py",
+        "test_pipeline.py",
+        "test_resident.py",
+        "tools/test_benchmark_rollout.py",
+        "tools/test_check_parity.py",
+    ],
+    "torchrun": [
+        "model/test_log_probs.py",
+        "model/test_parity.py",
+        "rollout/test_dapo_stages.py",
+        "stages/test_stage2.py",
+        "stages/test_stage5.py",
+        "test_pipeline.py",
+        "test_resident.py",
+        "tools/test_benchmark_layout.py",
+        "tools/test_benchmark_vision.py",
+        "training/test_papo_step.py",
+    ],
+    "gpu": ["model/test_gpu.py"],
+    "nightly": [],
+}
+"""Marker -> places below tests/: a directory, a file, or FILE::FUNCTION."""
+
+EXCEPTIONS = {
+    "quick": [
+        "config/test_presets.py::test_run_all_shows_the_commands_of_a_preset",
+        "objective/test_golden.py::test_the_tool_passes_the_golden_file",
+        "objective/test_golden.py::test_the_tool_finds_a_damaged_number",
+        "objective/test_golden.py::test_the_tool_refuses_other_files",
+    ],
+}
+"""Places without a marker that a directory or file above them has: they start processes of their own."""
+
+FIXTURES = {"server": {"server", "small_run"}, "torchrun": {"small_run"}}
+"""Marker -> fixtures whose tests carry it, wherever they are."""
+
+SLOW_FIXTURES = {"demo_data", "tiny_hf", "small_run", "server"}
+"""Fixtures that take too long for a quick test."""
+
+
+def markers_of(place: str, fixtures: set[str]) -> set[str]:
+    """Return the markers of a test.
+
+    Args:
+        place: its id below tests/, e.g. "objective/test_golden.py::test_losses[case 1]"
+        fixtures: the names of all fixtures that it uses, directly or not
+    """
+    markers = {name for name, above in MARKERS.items() if is_below(place, above)}
+    markers -= {name for name, above in EXCEPTIONS.items() if is_below(place, above)}
+    markers |= {name for name, slow in FIXTURES.items() if slow & fixtures}
+    if fixtures & SLOW_FIXTURES or "nightly" in markers:
+        markers.discard("quick")
+    return markers
+
+
+def is_below(place: str, above: list[str]) -> bool:
+    """Tell whether `place` is one of `above` or lies below one: a file in a directory, a function in a file, a case."""
+    return any(place == other or place.startswith((f"{other}/", f"{other}::", f"{other}[")) for other in above)
+
+
+if __name__ == "__main__":
+    print(*(f"tests/{place}" for place in MARKERS[sys.argv[1]]))
