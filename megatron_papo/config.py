@@ -613,7 +613,8 @@ class Config(Section):
         """What needs the optimizer of every iteration on disk excludes checkpoint_every."""
         if self.checkpoint_every > 1 and self.hacking_guard.action == "rollback_and_lower_gamma":
             raise ValueError(
-                f"checkpoint_every {self.checkpoint_every} and hacking_guard.action rollback_and_lower_gamma exclude each"
+                f"checkpoint_every {self.checkpoint_every} and hacking_guard.action rollback_and_lower_gamma exclude"
+                " each"
                 " other: the guard goes back to checkpoints that would not be there"
             )
         if self.checkpoint_every > 1 and self.server.shares_gpus:

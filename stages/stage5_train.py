@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from megatron_papo.checkpoint.keep import WEIGHTS_ALONE, holds_weights_alone, tidy
 from megatron_papo.checkpoint.proof import require_proof
 from megatron_papo.config import Config
 from megatron_papo.distributed import collectives, process_groups
@@ -40,7 +41,7 @@ from megatron_papo.run.console import progress_bar
 from megatron_papo.run.follow import Follower
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import StageOutput, read_manifest, verify_files
+from megatron_papo.run.stage_output import StageOutput, verify_files
 from megatron_papo.training.guard import Guard
 from megatron_papo.training.inputs import TrainInputs
 from megatron_papo.training.metrics_log import MetricsLog
@@ -48,9 +49,6 @@ from megatron_papo.training.metrics_log import MetricsLog
 if TYPE_CHECKING:  # torch and megatron take seconds to import: wrong configurations are told before
     from megatron_papo.training.passes import Passes, PerRollout
     from megatron_papo.training.policy import Policy
-
-WEIGHTS_ALONE = "weights_alone"
-"""In the counts of a checkpoint without optimizer, which lies between two whole ones of a resident run."""
 
 
 def main() -> None:
@@ -106,7 +104,6 @@ def follow(tasks: list[Task], policy: "Policy") -> None:
 def export(run: RunDirectory, number: int) -> None:
     """Do stage 6's work in this process, and delete what the cadence does not keep."""
     from megatron_papo.checkpoint.conversion_output import to_hf
-    from megatron_papo.checkpoint.keep import tidy
 
     to_hf(run.trained(number), run.exported(number), {}, started=time.time())
     tidy(run, number)
@@ -154,7 +151,8 @@ def read_rollouts(inputs: TrainInputs, config: Config) -> list[Rollout]:
     oldest, allowed = max(rollout.staleness for rollout in rollouts), config.rollout.max_staleness
     if oldest > allowed:
         raise UserError(
-            f"{inputs.rollouts_file}: rollouts by weights {oldest} iteration(s) old, rollout.max_staleness is {allowed}:"
+            f"{inputs.rollouts_file}: rollouts by weights {oldest} iteration(s) old, rollout.max_staleness is"
+            f" {allowed}:"
             " sample them again, or raise it"
         )
     return rollouts
@@ -178,18 +176,14 @@ def catch_up(task: Task, policy: "Policy") -> None:
         earlier = Task.in_run(run, task.stage, replace(task.turn, iteration=number))
         inputs = inputs_of(earlier)
         if process_groups.is_main_rank():
-            print(f"stage 5: iteration {number} again, from its rollouts: its checkpoint holds weights alone", flush=True)
+            print(
+                f"stage 5: iteration {number} again, from its rollouts: its checkpoint holds weights alone", flush=True
+            )
         with collectives.first_process_speaks():
             verify_files(inputs.rollouts)
             rollouts = read_rollouts(inputs, earlier.config)
         train(inputs, policy, rollouts, None)
         policy.at = run.trained(number)
-
-
-def holds_weights_alone(checkpoint: Path) -> bool:
-    """Say whether a checkpoint is one between two whole ones."""
-    manifest = read_manifest(checkpoint)
-    return manifest is not None and bool(manifest["counts"].get(WEIGHTS_ALONE, False))
 
 
 def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOutput, is_whole: bool) -> None:

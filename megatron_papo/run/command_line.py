@@ -211,19 +211,17 @@ def _typed(path: Path) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
+def launcher(stage: Stage, config: Config) -> list[str]:
+    """Return what starts a stage: Python, or torchrun with its number of processes."""
+    if stage.processes is None:
+        return [python_command()]
+    processes = str(max(1, stage.processes(config)))
+    return [_typed(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", processes]
+
+
 def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str:
     """Return a stage's command line as it can be typed."""
-    start = [python_command(), "-m"]
-    if stage.processes is not None:
-        processes = str(max(1, stage.processes(config)))
-        start = [
-            _typed(Path(sys.executable).with_name("torchrun")),
-            "--standalone",
-            "--nproc-per-node",
-            processes,
-            "-m",
-        ]
-    return shlex.join([*start, f"stages.{stage.name}"]) + " " + " ".join(arguments)
+    return shlex.join([*launcher(stage, config), "-m", f"stages.{stage.name}"]) + " " + " ".join(arguments)
 
 
 def run(main: Callable[[], None]) -> None:
