@@ -11,7 +11,7 @@ setup:
 	@bash tools/setup_environment.sh --without-sglang
 
 quick: setup ## under a minute, without the SGLang server: objective, configuration, stage outputs, data
-	OMP_NUM_THREADS=1 $(PYTHON_OF_VENV) -m pytest -q -m quick $$($(PYTHON_OF_VENV) tests/markers.py quick)
+	OMP_NUM_THREADS=1 $(PYTHON_OF_VENV) -m pytest -q -m quick --durations=5 $$($(PYTHON_OF_VENV) tests/markers.py quick)
 
 checks: setup ## style, types, spelling, shell scripts, imports between rooms, published numbers
 	.venv/bin/ruff check .
