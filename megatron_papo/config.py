@@ -1,28 +1,51 @@
-"""The configuration of a run: strict, typed, one section per subject. YAML file + `--set section.key=value`.
+"""The configuration of a run: strict, typed, one section per subject. config_files.py reads it from YAML.
 
-Every field is required in the YAML unless it has a default here; an unknown key is an error that names the nearest
-known one. A stage's fingerprint covers only the sections the stage reads (see run/stage_output.py), so changing, say,
-`evaluation` never invalidates training. Units are part of the names or stand in the docstring under the field.
+Every field is required in the YAML unless it has a default here. Units are part of the names or stand in the docstring
+under the field.
+
+There are two kinds of keys. Frozen ones (all that are not marked) decide what a run computes: another value needs a run
+of another name. Living ones carry a `Living` mark with the reason why they may change while a run lives: they decide
+when, how fast and where something happens or how long it is kept, but no number of the training.
 """
 
-import difflib
 import math
-import re
-from pathlib import Path
-from typing import Literal
+import os
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
-from megatron_papo.errors import UserError
+
+@dataclass(frozen=True)
+class Living:
+    """Marks a key, or a section with all its keys, that may change while a run lives."""
+
+    reason: str
+
+
+LENGTH = Living("decides when the run ends, not what is computed until then")
+CADENCE = Living("decides how often and for how long, not what is computed")
+PLACE = Living("a place: what lies there is told apart by its content, so that the same files may move")
+SPEED = Living("decides how fast, not what comes out")
+LIMIT = Living("ends a run that goes wrong, changes no number of one that goes well")
+EVALUATION = Living("an evaluation reads checkpoints and changes none")
+SERVER = Living("where and how the servers run; sampling settings and seeds are those of the requests")
+
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""The name of a file or directory; `~` is expanded."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
-    path: str | None
+    """The model that is trained."""
+
+    path: Annotated[PathText | None, PLACE]
     """Hugging Face Qwen2.5-VL checkpoint directory to start from. null: the tiny model that stage 1 makes for the
     synthetic task."""
     dtype: Literal["float32", "bfloat16"]
@@ -33,7 +56,9 @@ class ModelConfig(Section):
 
 
 class PromptSource(Section):
-    source: str
+    """Where a set of prompts comes from."""
+
+    source: Annotated[PathText, PLACE]
     """`synthetic`, a .jsonl or .parquet file, a directory of them, or the name of a Hugging Face dataset."""
     split: str = "train"
     """Split of a Hugging Face dataset; ignored for files."""
@@ -46,13 +71,16 @@ class SyntheticTaskConfig(Section):
     noise."""
 
     grid: int = Field(default=4, ge=2)
+    """Cells along each side of the picture."""
     lowest: int = Field(default=1, ge=0)
+    """Smallest number of squares in a picture."""
     highest: int = Field(default=4, ge=1)
+    """Largest number of squares in a picture."""
     noise: float = Field(default=8.0, ge=0)
     """Standard deviation of the pixel noise, in grey levels (0..255)."""
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _fits(self) -> Self:
         if not self.lowest < self.highest <= self.grid**2:
             raise ValueError(
                 f"needs lowest < highest <= grid * grid, got {self.lowest}, {self.highest}, grid {self.grid}"
@@ -61,20 +89,26 @@ class SyntheticTaskConfig(Section):
 
 
 class DataConfig(Section):
+    """The prompts of training, cold start and evaluation, and how they are rendered."""
+
     train: PromptSource
     sft: PromptSource | None
     """Prompts with target responses for stage 2; null when there is no cold start."""
-    evaluation: PromptSource
+    evaluation: Annotated[PromptSource, EVALUATION]
+    """Benchmark prompts of stage 7: the evaluation set named `evaluation`."""
     synthetic: SyntheticTaskConfig = SyntheticTaskConfig()
     problem_key: str = "problem"
+    """Column with the text of the problem."""
     answer_key: str = "answer"
+    """Column with the right answer."""
     images_key: str = "images"
+    """Column with the picture or the list of pictures."""
     target_key: str = "target"
     """Column with the target response (sft only)."""
     saliency_key: str = "saliency"
     """Column with one saliency map per image, read where it is present; needed for `masked_image.strategy:
     semantic`."""
-    image_root: str | None = None
+    image_root: Annotated[PathText | None, PLACE] = None
     """Directory that relative image paths start from and must stay inside. null: the directory of the data file."""
     prompt_template: str = (
         "{problem}\n\nYou first think through the reasoning process as an internal monologue, enclosed within "
@@ -84,14 +118,20 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """null: whatever the chat template does by itself."""
     min_pixels: int = Field(gt=0)
+    """Least height * width of a resized image, see max_pixels."""
     max_pixels: int = Field(gt=0)
     """Images are resized, keeping their aspect, so that height * width lies between these two (multiples of 28 px each
     side)."""
     max_prompt_tokens: int = Field(gt=0)
     """Longer prompts (image tokens included) are dropped and counted."""
 
+    @property
+    def evaluation_sets(self) -> dict[str, PromptSource]:
+        """The evaluation sets by name. Today there is one; whoever reads them should be ready for several."""
+        return {"evaluation": self.evaluation}
+
     @model_validator(mode="after")
-    def _pixels_and_template(self):
+    def _pixels_and_template(self) -> Self:
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         try:
@@ -109,23 +149,32 @@ class SftConfig(Section):
     """Stage 2: supervised cold start on the Hugging Face model with DeepSpeed ZeRO."""
 
     zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed ZeRO: shard optimizer state (1), gradients too (2), parameters too (3)."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
     processes: int = Field(default=1, gt=0)
+    """Processes of torchrun, one per GPU."""
     steps: int = Field(gt=0)
+    """Optimizer steps."""
     global_batch_size: int = Field(gt=0)
     """Samples per optimizer step, over all processes."""
     micro_batch_size: int = Field(gt=0)
     """Samples per forward pass and process."""
     learning_rate: float = Field(gt=0)
+    """AdamW's, after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up; constant afterwards."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled, AdamW's."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
     clip_grad: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all parameters."""
 
     @model_validator(mode="after")
-    def _divides(self):
+    def _divides(self) -> Self:
         if self.global_batch_size % (self.micro_batch_size * self.processes):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size * processes"
@@ -135,9 +184,14 @@ class SftConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How stage 5 spreads the model over processes."""
+
     tensor_model_parallel_size: int = Field(default=1, gt=0)
+    """GPUs that share each layer."""
     pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Pipeline stages, each with its share of the layers; the vision tower is on the first."""
     data_parallel_size: int = Field(default=1, gt=0)
+    """Replicas of the model, each with its share of a step's rollouts. Stage 5 runs in TP * PP * DP processes."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence. Needs tensor_model_parallel_size > 1."""
     vision_tower: Literal["sharded", "spread"] = "sharded"
@@ -150,7 +204,7 @@ class ParallelConfig(Section):
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.data_parallel_size
 
     @model_validator(mode="after")
-    def _sequence_parallel(self):
+    def _sequence_parallel(self) -> Self:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
         return self
@@ -160,9 +214,10 @@ class ServerConfig(Section):
     """The SGLang servers that a stage starts when it is not given any, and what is done when one fails. Not part of any
     fingerprint."""
 
-    python: str | None = None
+    python: PathText | None = None
     """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
     host: str = "127.0.0.1"
+    """Address that the servers listen on."""
     port: int = Field(default=0, ge=0, lt=65536)
     """Of the first replica, the others count on from it. 0: any free ports."""
     replicas: int = Field(default=1, gt=0)
@@ -176,9 +231,7 @@ class ServerConfig(Section):
     max_total_tokens: int | None = Field(default=None, gt=0)
     """Size of the KV cache in tokens; null: what the memory fraction allows."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
-    router: str | None = None
-    """URL of an sglang-router in front of the servers that --server lists by their URLs: samples go through it, control
-    calls do not."""
+    """How long a server may take from its start until it answers."""
     health_interval_seconds: float = Field(default=10.0, gt=0)
     """How often a server is asked for its health while it has requests."""
     health_timeout_seconds: float = Field(default=30.0, gt=0)
@@ -200,15 +253,16 @@ class DynamicSamplingConfig(Section):
     batch is full."""
 
     lowest_accuracy: float = Field(default=0.01, ge=0, le=1)
+    """Lower limit of a group's mean accuracy, see highest_accuracy."""
     highest_accuracy: float = Field(default=0.99, ge=0, le=1)
     """A group is kept if its mean accuracy lies strictly between the two."""
     generation_batch_size: int | None = Field(default=None, gt=0)
     """Prompts per round of sampling; null: rollout_batch_size."""
-    max_rounds: int = Field(default=20, gt=0)
+    max_rounds: Annotated[int, LIMIT] = Field(default=20, gt=0)
     """If the batch is not full after so many rounds, the stage ends with an error."""
 
     @model_validator(mode="after")
-    def _ordered(self):
+    def _ordered(self) -> Self:
         if self.lowest_accuracy >= self.highest_accuracy:
             raise ValueError(
                 f"lowest_accuracy {self.lowest_accuracy} is not below highest_accuracy {self.highest_accuracy}"
@@ -217,18 +271,22 @@ class DynamicSamplingConfig(Section):
 
 
 class RolloutConfig(Section):
+    """Stage 4: what is sampled for an iteration."""
+
     rollout_batch_size: int = Field(gt=0)
     """Prompts per iteration."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     group_size: int = Field(gt=1)
     """Responses per prompt."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, and of the log-probs that are trained."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Below 1 the sampling policy is not the one whose log-probs are trained: the published runs used 0.99."""
     max_response_tokens: int = Field(gt=0)
-    concurrency: int = Field(default=64, gt=0)
+    """Longer responses are cut off."""
+    concurrency: Annotated[int, SPEED] = Field(default=64, gt=0)
     """Requests under way at once."""
-    request_timeout_seconds: float = Field(default=600.0, gt=0)
+    request_timeout_seconds: Annotated[float, LIMIT] = Field(default=600.0, gt=0)
     """For one response. After the second time-out on a server that is otherwise healthy the stage ends with an
     error."""
     over_sampling: float = Field(default=0.0, ge=0)
@@ -251,7 +309,7 @@ class RolloutConfig(Section):
         return self.rollout_batch_size if dynamic is None else dynamic.generation_batch_size or self.rollout_batch_size
 
     @model_validator(mode="after")
-    def _dynamic_sampling_can_end(self):
+    def _dynamic_sampling_can_end(self) -> Self:
         dynamic = self.dynamic_sampling
         if dynamic is None:
             return self
@@ -278,8 +336,12 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    """How a response is graded: accuracy_weight * accuracy + format_weight * format."""
+
     accuracy_weight: float = 0.9
+    """Weight of accuracy (1 for a right answer, 0 for a wrong one) in a response's reward."""
     format_weight: float = 0.1
+    """Weight of format (1 for <think> </think> and \\boxed{}, else 0) in a response's reward."""
     zero_if_cut_off: bool = False
     """Reward 0 for a response that reached max_response_tokens without ending."""
     soft_overlong_buffer_tokens: int | None = Field(default=None, gt=0)
@@ -289,7 +351,8 @@ class RewardConfig(Section):
     """How much it has fallen at max_response_tokens."""
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """For grading one response; past it the answer counts as wrong and is counted as timed out."""
-    workers: int = Field(default=2, gt=0)
+    workers: Annotated[int, SPEED] = Field(default=2, gt=0)
+    """Processes that grade."""
 
 
 class MaskedImageConfig(Section):
@@ -299,7 +362,9 @@ class MaskedImageConfig(Section):
     """random: each square is blackened with probability `ratio`. semantic: the `ratio` of the squares that matter most,
     by a saliency map per image (data.saliency_key). full: the whole picture is black."""
     ratio: float = Field(default=0.6, gt=0, le=1)
+    """Share of the squares that are blackened; unused by `full`."""
     square_pixels: int = Field(default=14, gt=0)
+    """Side of a square; with space `patch`, of the resized picture."""
     space: Literal["native", "patch"] = "native"
     """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT
     patches."""
@@ -318,12 +383,17 @@ class ObjectiveConfig(Section):
     """PAPO, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    """Of a rollout, r being its reward (objective/advantages.py). grpo: r minus the group's mean, over its standard
+    deviation. dr_grpo: r minus the mean alone. rloo: r minus the mean of the others. reinforce_plus_plus: r minus the
+    mean over all response tokens of the batch, over their standard deviation."""
     average: Literal["token", "sequence", "micro_batch"] = "token"
     """token: over all response tokens of the step. sequence: the mean over rollouts of their token means. micro_batch:
     token means of the micro-batches, then their mean, as in the authors' code; the only one whose result depends on
     micro_batch_size."""
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio pi / pi_old is clipped at 1 - this from below."""
     clip_ratio_high: float = Field(default=0.3, gt=0)
+    """The ratio pi / pi_old is clipped at 1 + this from above."""
     clip_ratio_dual: float = Field(default=3.0, gt=1)
     """Dual clip for negative advantages."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -338,6 +408,8 @@ class ObjectiveConfig(Section):
     kl_ref_coef: float = Field(default=0.01, ge=0)
     """beta. 0: the reference model is not loaded."""
     kl_ref_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
+    """Per-token estimate of KL(pi || pi_ref), d = log pi_ref - log pi. k1: -d. abs: |d|. k2: d^2 / 2. k3: exp(d) - d -
+    1."""
     kl_prcp_coef: float = Field(default=0.02, ge=0)
     """gamma. 0: GRPO; masked images are then computed only if masked_image_entropy_coef asks for them."""
     kl_prcp_estimator: Literal["k1", "abs", "k2", "k3", "exact"] = "k3"
@@ -378,7 +450,7 @@ class ObjectiveConfig(Section):
         return self.uses_masked_image and with_grad_or_logits
 
     @model_validator(mode="after")
-    def _branches(self):
+    def _branches(self) -> Self:
         if self.kl_prcp_estimator == "exact" and self.masked_branch == "cached":
             raise ValueError(
                 "kl_prcp_estimator exact needs the logits of both branches: set masked_branch to recompute or"
@@ -402,6 +474,7 @@ class HackingGuardConfig(Section):
     checkpoint). 0: to its start, and its rollouts are used again; else the rest of its rollouts, which another policy
     made, is left unused."""
     gamma_factor: float = Field(default=0.1, gt=0, lt=1)
+    """What lower_gamma multiplies kl_prcp_coef with."""
     lowest_gamma_scale: float = Field(default=0.01, gt=0, le=1)
     """Once kl_prcp_coef has been lowered to less than this share of its value, an alarm is only a warning."""
     warmup_steps: int = Field(default=8, gt=0)
@@ -430,21 +503,30 @@ class OptimizerConfig(Section):
     """AdamW. Linear warm-up, then constant (published), or a linear decay."""
 
     learning_rate: float = Field(gt=0)
+    """After the warm-up, before the decay."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up, counted over the whole run."""
     decay_steps: int | None = Field(default=None, gt=0)
     """Fall linearly from the first step on, towards 0 after so many steps of the whole run, but not below a tenth.
     null: constant."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled, AdamW's; none on biases and norm weights."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
     clip_grad: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all parameters."""
     distributed: bool | None = None
     """Shard optimizer state over data-parallel ranks (Megatron's DistributedOptimizer). null: on GPUs yes, on CPU
     no."""
 
 
 class TrainingConfig(Section):
+    """Stage 5: how an iteration's rollouts are cut into steps and micro-batches."""
+
     layout: Literal["plain", "group"] = "plain"
     """plain: a row per rollout. group: each prompt once, followed by its responses; the same numbers for fewer tokens,
     wherever prompts are long against responses."""
@@ -458,39 +540,65 @@ class TrainingConfig(Section):
     objective.average is micro_batch."""
     log_prob_micro_batch_size: int = Field(gt=0)
     """Rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
-    max_rollout_log_prob_difference: float | None = Field(default=None, gt=0)
+    max_rollout_log_prob_difference: Annotated[float | None, LIMIT] = Field(default=None, gt=0)
     """Stop before the first step if the mean |log-prob by SGLang - log-prob by Megatron|, over the tokens that the
     server may sample, exceeds this; null: only report it. Rounding alone gives about 1e-6 in float32."""
 
 
 class EvaluationConfig(Section):
+    """Stage 7: how the answers to benchmark prompts are sampled."""
+
     samples_per_prompt: int = Field(default=8, gt=0)
     """k of avg@k."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling in stage 7."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of sampling in stage 7. 1: no limit."""
     top_k: int = Field(default=-1, ge=-1)
     """-1: no limit. The authors' code uses 50."""
     max_response_tokens: int = Field(gt=0)
+    """Longer answers are cut off."""
     max_pixels: int | None = Field(default=None, gt=0)
     """null: data.max_pixels. The authors' code uses 589824."""
     masked_images: bool = False
     """Also answer every prompt with its images masked (masked_image section)."""
+    validation: str = "evaluation"
+    """Name of the evaluation set by whose accuracy keep_best chooses (stage 7's `accuracy`, on the original images).
+    Today there is one set, `evaluation`: data.evaluation. A set that chooses a checkpoint flatters it: the report says
+    so where the same set is reported."""
 
 
 class Config(Section):
+    """The whole configuration; each section below is one subject."""
+
     seed: int = Field(default=1, ge=0)
-    iterations: int = Field(gt=0)
-    """Rollout + train rounds of run_all.sh. Not part of any stage's fingerprint: raising it continues a finished
-    run."""
-    keep_checkpoints: int | None = Field(default=None, gt=0)
-    """Keep the Megatron checkpoints of only so many iterations, the newest, and of as many as
-    hacking_guard.rollback_iterations may need; null: all. Exported checkpoints, rollouts and metrics stay. Not part of
-    any stage's fingerprint."""
+    """Of everything drawn at random: the order of the prompts, sampling, masked images, the synthetic task, the cold
+    start."""
+    iterations: Annotated[int, LENGTH] = Field(gt=0)
+    """Rollout + train rounds of a run. Raising it continues a finished run."""
+    keep_checkpoints: Annotated[int | None, CADENCE] = Field(default=2, gt=0)
+    """Keep the Megatron checkpoints (with optimizer: about 14 bytes a parameter) of so many iterations, the newest, and
+    beyond them those that hacking_guard.rollback_iterations may need and those that keep_best holds. Of the others the
+    weights are deleted once the newest checkpoint and its export are complete; manifest and metrics stay. null: keep
+    all."""
+    keep_exports: Annotated[int | None, CADENCE] = Field(default=5, gt=0)
+    """Keep the exported Hugging Face checkpoints (about 2 bytes a parameter in bfloat16) of so many iterations, the
+    newest, and beyond them those that keep_best holds. null: keep all."""
+    evaluate_every: Annotated[int | None, CADENCE] = Field(default=None, gt=0)
+    """Evaluate the export of every so many iterations; in a resident run stage 4 does it, before it loads the next
+    weights. null: evaluate only before the first and after the last iteration, which happens in any case."""
+    keep_best: Annotated[int, CADENCE] = Field(default=0, ge=0)
+    """Hold export and checkpoint of so many iterations with the highest accuracy on evaluation.validation so far; what
+    it holds is not deleted. Needs evaluate_every. 0: hold none."""
+    checkpoint_every: Annotated[int, CADENCE] = Field(default=1, gt=0)
+    """Resident runs: stage 5 writes the Megatron checkpoint of every so many iterations, and of the last; a run that
+    was killed repeats at most that many iterations, from the rollouts on disk. Otherwise each iteration hands its
+    checkpoint to the next one's process, and all are written."""
     model: ModelConfig
     data: DataConfig
     sft: SftConfig | None
     parallel: ParallelConfig
-    server: ServerConfig = ServerConfig()
+    server: Annotated[ServerConfig, SERVER] = ServerConfig()
     rollout: RolloutConfig
     reward: RewardConfig = RewardConfig()
     masked_image: MaskedImageConfig = MaskedImageConfig()
@@ -498,10 +606,40 @@ class Config(Section):
     hacking_guard: HackingGuardConfig = HackingGuardConfig()
     optimizer: OptimizerConfig
     training: TrainingConfig
-    evaluation: EvaluationConfig
+    evaluation: Annotated[EvaluationConfig, EVALUATION]
 
     @model_validator(mode="after")
-    def _sections_agree(self):
+    def _whole_checkpoints(self) -> Self:
+        """What needs the optimizer of every iteration on disk excludes checkpoint_every."""
+        if self.checkpoint_every > 1 and self.hacking_guard.action == "rollback_and_lower_gamma":
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} and hacking_guard.action rollback_and_lower_gamma exclude"
+                " each"
+                " other: the guard goes back to checkpoints that would not be there"
+            )
+        if self.checkpoint_every > 1 and self.server.shares_gpus:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} and server.shares_gpus exclude each other: training gives up"
+                " the GPUs after each iteration, and loads its checkpoint again"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cadence(self) -> Self:
+        if self.keep_best and self.evaluate_every is None:
+            raise ValueError(
+                f"keep_best {self.keep_best} needs evaluate_every: the best are chosen by their evaluation"
+            )
+        names = sorted(self.data.evaluation_sets)
+        if self.evaluation.validation not in names:
+            raise ValueError(
+                f"evaluation.validation {self.evaluation.validation}: no evaluation set of that name: there is"
+                f" {', '.join(names)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_fits(self) -> Self:
         if (self.sft is None) != (self.data.sft is None):
             raise ValueError("sft and data.sft go together: give both or set both to null")
         synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
@@ -509,6 +647,10 @@ class Config(Section):
             raise ValueError(
                 "model.path is null, which is only possible with the synthetic task: give a checkpoint directory"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit(self) -> Self:
         if self.rollout.rollout_batch_size % self.training.global_batch_size:
             raise ValueError(
                 f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
@@ -529,6 +671,10 @@ class Config(Section):
                 "rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the"
                 " same time"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if self.training.layout == "group":
             if self.training.max_tokens_per_micro_batch is None:
@@ -550,84 +696,98 @@ class Config(Section):
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as a string; this loader reads it as the number that everybody means. A repeated key is an
-    error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        repeated = {str(key) for key in keys if keys.count(key) > 1}
-        if repeated:
-            raise UserError(f"{node.start_mark.name}: repeated key {', '.join(sorted(repeated))}: keep one")
-        return super().construct_mapping(node, deep)
+def section_type(field: FieldInfo) -> type[Section] | None:
+    """Return the type of the section that a field holds (or may hold, where it may be null); None for a leaf."""
+    options = getattr(field.annotation, "__args__", (field.annotation,))
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+def fields_along(key: str) -> list[FieldInfo]:
+    """Return the fields that a dotted key passes, its own the last. Raises KeyError for a key that there is not."""
+    section: type[Section] | None = Config
+    fields: list[FieldInfo] = []
+    for name in key.split("."):
+        if section is None or name not in section.model_fields:
+            raise KeyError(f"{key}: the configuration has no such key")
+        fields.append(section.model_fields[name])
+        section = section_type(fields[-1])
+    return fields
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Reads YAML, applies `section.key=value` overrides (values are YAML), validates. Raises UserError, one line per
-    mistake."""
-    path = Path(path)
-    try:
-        with open(path) as stream:
-            tree = yaml.load(stream, _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}")
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}")
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections at top level")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(_one_line(path, problem) for problem in error.errors()))
+def living_reason(key: str) -> str | None:
+    """Say why a dotted key may change while a run lives; None for a frozen key. A section's mark holds for its keys."""
+    marks = (mark for field in fields_along(key) for mark in field.metadata if isinstance(mark, Living))
+    return next((mark.reason for mark in marks), None)
 
 
-def _apply(tree: dict, override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override}: expected section.key=value")
-    *parents, last = name.strip().split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"--set {override}: {parent} is not a section")
-        tree = child
-    try:
-        tree[last] = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {text!r} is not a YAML value")
+def is_living(key: str) -> bool:
+    """Say whether a dotted key may change while a run lives; of a section, whether it may as a whole."""
+    return living_reason(key) is not None
 
 
-def _one_line(path: Path, problem: dict) -> str:
-    location = problem["loc"]
-    key = ".".join(str(part) for part in location) or "configuration"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-        return f"{path}: unknown key {key}: {hint}"
-    if problem["type"] == "missing":
-        return f"{path}: missing key {key}: add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    return f"{path}: {key}: {message}{shown}"
+def leaf_keys(section: type[Section] | None = None, prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys that are no sections, in the order of the schema."""
+    keys: list[str] = []
+    for name, field in (section or Config).model_fields.items():
+        below = section_type(field)
+        keys += [prefix + name] if below is None else leaf_keys(below, f"{prefix}{name}.")
+    return keys
 
 
-def _known_keys(location: tuple) -> list[str]:
-    section = Config
-    for name in location:
-        candidates = _section_types(section.model_fields[name].annotation)
-        section = candidates[0]
-    return list(section.model_fields)
+def value_of(config: Config, key: str) -> object:
+    """Return the value at a dotted key: a leaf's, a section, or None where a section on the way is null."""
+    fields_along(key)
+    value: object = config
+    for name in key.split("."):
+        if value is None:
+            return None
+        value = getattr(value, name)
+    return value
 
 
-def _section_types(annotation) -> list[type[Section]]:
-    options = getattr(annotation, "__args__", (annotation,))
-    return [option for option in options if isinstance(option, type) and issubclass(option, Section)]
+@dataclass(frozen=True)
+class Change:
+    """One leaf key in which two configurations differ. None also stands for: not there, because its section is null."""
+
+    key: str
+    old: object
+    new: object
+    living: bool
+
+
+def changes(old: Config, new: Config) -> list[Change]:
+    """Return what differs between two configurations, leaf by leaf, in the order of the schema.
+
+    Where a section is null on one side, its leaves are living only if the section as a whole is: that it appears or
+    goes is the change.
+    """
+    return _changes(old, new, "")
+
+
+def _changes(old: Section | None, new: Section | None, prefix: str) -> list[Change]:
+    there = old if old is not None else new
+    if there is None:
+        return []
+    found: list[Change] = []
+    for name, field in type(there).model_fields.items():
+        key = prefix + name
+        before, after = (None if side is None else getattr(side, name) for side in (old, new))
+        if section_type(field) is not None:
+            found += _changes(before, after, f"{key}.")
+        elif old is None or new is None:
+            found.append(Change(key, before, after, is_living(prefix.removesuffix("."))))
+        elif before != after:
+            found.append(Change(key, before, after, is_living(key)))
+    return found
+
+
+def default_of(key: str) -> object:
+    """Return the default of a dotted key; PydanticUndefined where a configuration file must give it."""
+    return fields_along(key)[-1].get_default(call_default_factory=True)
+
+
+def meaning_of(key: str) -> str:
+    """Return what a dotted key means, in one line: the docstring under its field, or its section's."""
+    field = fields_along(key)[-1]
+    section = section_type(field)
+    return " ".join((field.description or (section and section.__doc__) or "").split())

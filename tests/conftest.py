@@ -13,6 +13,9 @@ import pytest
 from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
 from tests.markers import markers_of
 
+pytest_plugins = ["tests.sglang_server"]
+"""The fixtures of the SGLang server, which is started once for tests/sglang, tests/rollout and tests/tools."""
+
 # Two threads per process are 20 times slower than one as soon as several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.run_directory import Follower, RunDirectory
 from megatron_papo.run.stage_output import read_manifest

@@ -135,7 +135,7 @@ def run_case(case: dict, **changes):
     process_groups.hush_known_warnings()
     from megatron_papo.model.log_probs import token_statistics
     from megatron_papo.objective.papo_loss import papo_loss
-    from megatron_papo.training.batching import pad_responses
+    from megatron_papo.training.collator import pad_responses
 
     process_groups.connect()
     over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)

@@ -28,14 +28,18 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_papo.config import Config, ParallelConfig, load_config
+from megatron_papo.config import Config, ParallelConfig
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 1.5)}
@@ -151,8 +155,7 @@ def check(arguments, config: Config, limits: tuple[float, float], work: Path) ->
         if arguments.controls:
             controls["resize"] = megatron.compare(wrong_pictures)
             controls["top_p"] = megatron.compare(cut_off)
-            with text_positions():
-                controls["position_ids"] = megatron.compare(sampled)
+            controls["position_ids"] = megatron.compare(sampled, text_positions)
             megatron.move_weights()
             controls["stale_weights"] = megatron.compare(sampled)
     return report(outcome, controls, limits, server)
@@ -301,9 +304,7 @@ class Side:
 
         jobs = [(prompt, sample) for prompt in prompts for sample in range(SAMPLES_PER_PROMPT)]
         requests = [
-            Request(
-                prompt, seed, f"parity-{prompt.id}-{seed}-{top_p}", lambda prompt=prompt: pictures(prompt), prompt.id
-            )
+            Request(prompt, seed, lambda prompt=prompt: pictures(prompt), prompt.id)
             for seed, (prompt, _) in enumerate(jobs)
         ]
         settings = self.config.rollout
@@ -359,15 +360,11 @@ class Megatron:
         from megatron_papo.checkpoint import megatron_files
         from megatron_papo.distributed import process_groups
         from megatron_papo.model.qwen2_5_vl import build_model
-        from megatron_papo.training.batching import Collator
 
         process_groups.initialize(ParallelConfig())
-        dtype = getattr(torch, self.config.model.dtype)
-        self.model = build_model(self.hf, dtype=dtype, sequence_parallel=False, recompute="none")
+        self.dtype = getattr(torch, self.config.model.dtype)
+        self.model = build_model(self.hf, dtype=self.dtype, sequence_parallel=False, recompute="none")
         megatron_files.load_weights(self.checkpoint, self.model)
-        self.collator = Collator(
-            self.config, self.hf, self.root, with_pixels=True, device=process_groups.device(), dtype=dtype
-        )
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -375,18 +372,30 @@ class Megatron:
 
         process_groups.shutdown()
 
-    def compare(self, rollouts: list) -> Outcome:
+    def compare(self, rollouts: list, rotary_positions: Callable | None = None) -> Outcome:
+        """Compare the rollouts' log-probs. rotary_positions: what the model gets as positions instead of its own."""
         import torch
 
+        from megatron_papo.distributed import process_groups
         from megatron_papo.objective.rollout_mismatch import sampling_bias_metrics, sampling_bias_sums
-        from megatron_papo.training.batching import make_rows
+        from megatron_papo.training.collator import Collator
         from megatron_papo.training.forward_step import compute_log_probs
         from megatron_papo.training.rollout_checks import only_allowed_tokens, worst_tokens
+        from megatron_papo.training.rows import make_rows
 
         rows = make_rows(rollouts, [0.0] * len(rollouts), self.root, self.config, self.hf, Path("rollouts"))
+        collator = Collator(
+            self.config,
+            self.hf,
+            self.root,
+            with_pixels=True,
+            device=process_groups.device(),
+            dtype=self.dtype,
+            rotary_positions=rotary_positions,
+        )
         with only_allowed_tokens(self.model, self.forbidden):
             ours = compute_log_probs(
-                self.model, self.collator, rows, ROLLOUTS_PER_BATCH, self.config.rollout.temperature, lambda count: None
+                self.model, collator, rows, ROLLOUTS_PER_BATCH, self.config.rollout.temperature, lambda count: None
             )
         log_probs = torch.cat([values.cpu() for values in ours["log_probs"]])
         entropy = torch.cat([values.cpu() for values in ours["entropy"]])
@@ -414,19 +423,11 @@ def nearest(native, size: tuple[int, int]):
     return native.resize(size, Image.Resampling.NEAREST) if native.size != size else ImageChops.offset(native, 7, 0)
 
 
-@contextmanager
-def text_positions() -> Iterator[None]:
-    """Within it image tokens have the positions of text."""
+def text_positions(token_ids: Sequence[int], grids: Sequence) -> "torch.Tensor":
+    """Return the rotary positions that the row would have if its image tokens were text."""
     import torch
 
-    from megatron_papo.training import batching
-
-    right = batching.mrope_position_ids
-    batching.mrope_position_ids = lambda ids, grids, image_token_id: torch.arange(len(ids)).expand(3, -1)
-    try:
-        yield
-    finally:
-        batching.mrope_position_ids = right
+    return torch.arange(len(token_ids)).expand(3, -1)
 
 
 if __name__ == "__main__":

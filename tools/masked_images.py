@@ -13,7 +13,8 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_papo.config import Config, load_config
+from megatron_papo.config import Config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.preprocess import load_images, load_masked_images
 from megatron_papo.run.command_line import run, stage_parser

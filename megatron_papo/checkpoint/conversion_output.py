@@ -13,12 +13,13 @@ from pathlib import Path
 # must be set before.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import (
+    Input,
     StageOutput,
     content_fingerprint,
-    input_fingerprint,
     read_manifest,
     verify_files,
 )
@@ -53,7 +54,7 @@ def to_megatron(source: Path, output: Path, options: dict, check=lambda hf: None
     with out, byte_progress("convert to Megatron and verify", checkpoint) as progress:
         written = hf_to_megatron(checkpoint, out.partial, progress, dtype)
         if read_manifest(source) is None:
-            out.complete_input("hf", content_fingerprint(source, written.source))
+            out.complete_input("hf", model_fingerprint(source, written.source))
         else:
             verify_files(source, written.source)
         out.hashes |= written.target
@@ -104,8 +105,9 @@ def _output(stage: str, output: Path, name: str, source: Path, hint: str, option
     elif name == "megatron":
         fingerprint = _fingerprint_without_hashing(source)
     else:
-        fingerprint = str(input_fingerprint(source, hint))
-    return StageOutput(stage, output, None, sections=[], inputs={name: fingerprint}, arguments=options)
+        fingerprint = model_fingerprint(source)
+    # The source is hashed while it is read.
+    return StageOutput(stage, output, {}, {name: Input(source, fingerprint, verify=False)}, options)
 
 
 def _fingerprint_without_hashing(source: Path) -> str:

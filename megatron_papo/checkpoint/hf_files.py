@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, open_for_reading, read_into, tensor_bytes
+from megatron_papo.checkpoint.model_files import INDEX, SINGLE, in_short, read_index, weight_files
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.checkpoint.proof import PROOF
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.run.stage_output import MANIFEST
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADERS = "safetensors_headers.json"
 """Beside the small files in a Megatron checkpoint: the header of each safetensors file, as it was."""
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -54,7 +54,7 @@ class HFCheckpoint:
     def __init__(self, directory: Path):
         self.directory = Path(directory)
         self.hf = read_hf_config(self.directory)
-        self.headers = {name: _read_header(self.directory / name) for name in _weight_files(self.directory)}
+        self.headers = {name: _read_header(self.directory / name) for name in weight_files(self.directory)}
         self.tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[str, int]] = {}
         """Official name -> file and the offset of its data there."""
@@ -87,7 +87,7 @@ class HFCheckpoint:
         index = self.directory / INDEX
         if not index.is_file():
             return
-        listed = {disk_name(name): file for name, file in _read_index(index).items()}
+        listed = {disk_name(name): file for name, file in read_index(index).items()}
         wrong = sorted(
             name
             for name in listed.keys() | self._places.keys()
@@ -145,40 +145,6 @@ class HFCheckpoint:
             self.file_hashes[file] = reader.sha256
 
 
-def _weight_files(directory: Path) -> list[str]:
-    if (directory / INDEX).is_file():
-        files = sorted(set(_read_index(directory / INDEX).values()))
-        missing = [file for file in files if Path(file).name != file or not (directory / file).is_file()]
-        if missing:
-            raise UserError(
-                f"{directory}: {', '.join(missing)} named in {INDEX} is not there: copy the checkpoint again"
-            )
-        return files
-    if (directory / SINGLE).is_file():
-        return [SINGLE]
-    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
-    if pickled:
-        raise UserError(
-            f"{directory}: only pickled weights ({pickled[0]}), which can run code: save the model as safetensors"
-        )
-    raise UserError(f"{directory}: no {SINGLE} and no {INDEX}: give the directory of a Hugging Face checkpoint")
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        index = {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged index ({_short(error)}): copy the checkpoint again")
-    if not index:
-        raise UserError(f"{path}: names no tensor: copy the checkpoint again")
-    return index
-
-
-def _short(error: Exception) -> str:
-    """On one line, without the data that some exceptions quote."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
 def _read_header(path: Path) -> str:
     """The JSON text that begins a safetensors file, checked against the file's size."""
     try:
@@ -189,7 +155,7 @@ def _read_header(path: Path) -> str:
             text = stream.read(length).decode()
         end = _check_entries(header_entries(text))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({_short(error)}): copy the checkpoint again")
+        raise UserError(f"{path}: not a complete safetensors file ({in_short(error)}): copy the checkpoint again")
     if path.stat().st_size != 8 + length + end:
         raise UserError(
             f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again"

@@ -21,8 +21,8 @@ def differences(first, second, progress=lambda count: None) -> Iterator[str]:
         largest, count, hashes = _compare(name, info, first, second, progress)
         what = f"{_kind(info)} against {_kind(other)}" if info.dtype != other.dtype else "values differ"
         if info.dtype != other.dtype or count:
-            total = torch.Size(info.shape).numel()
-            yield f"{name}: {what}, {count} of {total} values, at most by {largest:.3g}, xxh3 {hashes[0]} {hashes[1]}"
+            extent = f"{count} of {torch.Size(info.shape).numel()} values, at most by {largest:.3g}"
+            yield f"{name}: {what}, {extent}, xxh3 {hashes[0]} {hashes[1]}"
 
 
 def _in_reading_order(first, second) -> list[str]:

@@ -8,10 +8,15 @@ used where there is one.
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_papo.config import DataConfig, PromptSource
 from megatron_papo.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 SUFFIXES = (".jsonl", ".parquet")
 _PARQUET_BATCH = 32
@@ -19,22 +24,32 @@ _PARQUET_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Row:
-    where: str
+class RowPictures:
+    """The pictures of a row and the saliency maps that go with them."""
+
+    place: str
     """`file:row`, rows counted from 1, for messages."""
-    id: str
-    problem: str
-    answer: str
     images: list[bytes | str]
     """Encoded pictures, or paths below `image_root`."""
     image_root: Path | None
-    target: str | None
+    """None: a path is an error."""
     saliency: list[bytes | str] | None = None
     """A saliency map per picture: files likewise; None where the row has none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceRow(RowPictures):
+    """A row as the data set has it, columns named as this package names them."""
+
+    id: str
+    problem: str
+    answer: str
+    target: str | None
+
+
 def data_files(source: str) -> list[Path]:
-    """The files that a source stands for, sorted; [] if it is the name of a Hugging Face data set. Raises UserError."""
+    """Return the files that a source stands for, sorted; [] if it is the name of a Hugging Face data set. Raises
+    UserError."""
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
@@ -50,29 +65,52 @@ def data_files(source: str) -> list[Path]:
     return []
 
 
-def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[Row]:
-    """The rows of a source in order, at most source.count of them. Raises UserError naming file and row at the first
-    bad one."""
-    rows = _rows(source, config, with_target)
-    for _, row in zip(range(source.count), rows) if source.count else enumerate(rows):
-        yield row
+def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[SourceRow]:
+    """Return the rows of a source in order, at most source.count of them. Raises UserError naming file and row at the
+    first bad one."""
+    columns = [config.problem_key, config.answer_key, config.images_key, config.saliency_key, "id"]
+    if with_target:
+        columns.append(config.target_key)
+    rows = (
+        _parse(row, table, number, config, with_target)
+        for table in _tables(source, config, columns)
+        for number, row in enumerate(table.rows, 1)
+    )
+    return islice(rows, source.count)
 
 
-def _rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[Row]:
+def read_pictures(source: PromptSource, config: DataConfig) -> Iterator[RowPictures]:
+    """Return the pictures of the rows of read_rows, without a look at the other columns."""
+    rows = (
+        _parse_pictures(row, f"{table.name}:{number}", table.image_root, config)
+        for table in _tables(source, config, [config.images_key, config.saliency_key])
+        for number, row in enumerate(table.rows, 1)
+    )
+    return islice(rows, source.count)
+
+
+@dataclass(frozen=True)
+class _Table:
+    name: str
+    """For messages."""
+    stem: str
+    """What the ids of its rows begin with, where they have none of their own."""
+    image_root: Path | None
+    rows: Iterable[dict]
+
+
+def _tables(source: PromptSource, config: DataConfig, columns: list[str]) -> Iterator[_Table]:
+    """Return the files of a source one after the other, or the Hugging Face data set."""
     files = data_files(source.source)
-    columns = [config.problem_key, config.answer_key, config.images_key, config.saliency_key, "id"] + with_target * [
-        config.target_key
-    ]
     base = Path(source.source)
+    root = Path(config.image_root) if config.image_root else None
     for file in files:
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
-        table = _jsonl(file) if file.suffix == ".jsonl" else _parquet(file, columns)
-        root = Path(config.image_root) if config.image_root else file.parent
-        yield from _parse_table(table, str(file), stem, root, config, with_target)
+        rows = _jsonl(file) if file.suffix == ".jsonl" else _parquet(file, columns)
+        yield _Table(str(file), stem, root or file.parent, rows)
     if not files:
-        root = Path(config.image_root) if config.image_root else None
-        table = _hugging_face(source, config.images_key, config.saliency_key)
-        yield from _parse_table(table, f"{source.source} ({source.split})", source.split, root, config, with_target)
+        table = undecoded(_hugging_face(source), config.images_key, config.saliency_key)
+        yield _Table(f"{source.source} ({source.split})", source.split, root, table)
 
 
 def _jsonl(file: Path) -> Iterator[dict]:
@@ -102,11 +140,17 @@ def _parquet(file: Path, columns: list[str]) -> Iterator[dict]:
         )
 
 
-def _hugging_face(source: PromptSource, *picture_keys: str) -> Iterable[dict]:
+def hugging_face_fingerprint(source: PromptSource) -> str:
+    """Return how the datasets library tells this data set and split from others: by name, configuration, version and
+    the commit that was downloaded. Raises UserError where it cannot be loaded."""
+    return _hugging_face(source)._fingerprint
+
+
+def _hugging_face(source: PromptSource) -> "datasets.Dataset":
     import datasets
 
     try:
-        table = datasets.load_dataset(source.source, split=source.split)
+        return datasets.load_dataset(source.source, split=source.split)
     # Whatever is wrong (no network, no such name, no such split), datasets raises one of a dozen types.
     except Exception as error:
         raise UserError(
@@ -114,11 +158,10 @@ def _hugging_face(source: PromptSource, *picture_keys: str) -> Iterable[dict]:
             f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check name, split and network, or give"
             " a directory"
         )
-    return undecoded(table, *picture_keys)
 
 
-def undecoded(table, *picture_keys: str) -> Iterable[dict]:
-    """A datasets.Dataset whose pictures, in the columns of these names, come as the bytes they were stored as."""
+def undecoded(table: "datasets.Dataset", *picture_keys: str) -> "datasets.Dataset":
+    """Return a table whose pictures, in the columns of these names, come as the bytes they were stored as."""
     import datasets
 
     for key in picture_keys:
@@ -130,55 +173,55 @@ def undecoded(table, *picture_keys: str) -> Iterable[dict]:
     return table
 
 
-def _parse_table(
-    table: Iterable[dict], where: str, stem: str, root: Path | None, config: DataConfig, with_target: bool
-) -> Iterator[Row]:
-    for number, row in enumerate(table, 1):
-        yield _parse(row, f"{where}:{number}", f"{stem}-{number}", root, config, with_target)
-
-
-def _parse(row: dict, where: str, default_id: str, root: Path | None, config: DataConfig, with_target: bool) -> Row:
+def _parse(row: dict, table: _Table, number: int, config: DataConfig, with_target: bool) -> SourceRow:
+    place = f"{table.name}:{number}"
     identity = row.get("id")
-    return Row(
-        where=where,
-        id=default_id if identity is None else str(identity),
-        problem=_text(row, config.problem_key, "problem_key", where),
-        answer=_text(row, config.answer_key, "answer_key", where),
-        images=_images(row.get(config.images_key), f"{where}: {config.images_key}") or [],
-        image_root=root,
-        target=_text(row, config.target_key, "target_key", where) if with_target else None,
-        saliency=_images(row.get(config.saliency_key), f"{where}: {config.saliency_key}"),
+    return SourceRow(
+        id=f"{table.stem}-{number}" if identity is None else str(identity),
+        problem=_text(row, config.problem_key, "problem_key", place),
+        answer=_text(row, config.answer_key, "answer_key", place),
+        target=_text(row, config.target_key, "target_key", place) if with_target else None,
+        **vars(_parse_pictures(row, place, table.image_root, config)),
     )
 
 
-def _text(row: dict, column: str, key: str, where: str) -> str:
+def _parse_pictures(row: dict, place: str, root: Path | None, config: DataConfig) -> RowPictures:
+    return RowPictures(
+        place=place,
+        images=_pictures(row.get(config.images_key), f"{place}: {config.images_key}") or [],
+        image_root=root,
+        saliency=_pictures(row.get(config.saliency_key), f"{place}: {config.saliency_key}"),
+    )
+
+
+def _text(row: dict, column: str, key: str, place: str) -> str:
     if column not in row:
-        raise UserError(f"{where}: no column {column} (there are: {', '.join(map(str, row))}): set data.{key}")
+        raise UserError(f"{place}: no column {column} (there are: {', '.join(map(str, row))}): set data.{key}")
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {column} is {value!r}, expected a text: correct or drop the row")
+        raise UserError(f"{place}: {column} is {value!r}, expected a text: correct or drop the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {column} is not valid Unicode (position {error.start}): correct or drop the row")
+        raise UserError(f"{place}: {column} is not valid Unicode (position {error.start}): correct or drop the row")
     return value
 
 
-def _images(value, where: str) -> list[bytes | str] | None:
-    """A list, one picture, or nothing at all: None."""
+def _pictures(value: object, place: str) -> list[bytes | str] | None:
+    """Return the pictures of a column, a list of them or a single one; None where there is nothing at all."""
     if value is None:
         return None
     items = value if isinstance(value, list) else [value]
-    return [_image(item, f"{where}[{index}]") for index, item in enumerate(items)]
+    return [_picture(item, f"{place}[{index}]") for index, item in enumerate(items)]
 
 
-def _image(item, where: str) -> bytes | str:
+def _picture(item: object, place: str) -> bytes | str:
     if isinstance(item, dict):
         item = item.get("bytes") or item.get("path")
     if not isinstance(item, (bytes, str)) or not item:
         raise UserError(
-            f"{where}: expected a path, bytes or {{bytes, path}}, got {str(item)[:60]!r}: correct or drop the row"
+            f"{place}: expected a path, bytes or {{bytes, path}}, got {str(item)[:60]!r}: correct or drop the row"
         )
     return item

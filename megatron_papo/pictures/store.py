@@ -20,6 +20,11 @@ class StoredImage:
     """(width, height) of the native picture, upright, or of the map."""
     content: bytes
 
+    @property
+    def sha256(self) -> str:
+        """Of the content, in hex: what its name says."""
+        return Path(self.name).stem
+
 
 class ImageStore:
     """The pictures below directory/images, their saliency maps, if there are any, below directory/saliency."""
@@ -43,7 +48,7 @@ class ImageStore:
 
     def _read(self, folder: str, look_at, source: bytes | str, root: Path | None, what: str) -> StoredImage:
         content, shown = (
-            (source, what) if isinstance(source, bytes) else (_read_file(source, root, what), f"{what} {source}")
+            (source, what) if isinstance(source, bytes) else (read_named(source, root, what), f"{what} {source}")
         )
         digest = hashlib.sha256(content).digest()
         if (folder, digest) not in self._seen:
@@ -74,7 +79,14 @@ def _look_at_saliency(content: bytes, shown: str) -> tuple[str, tuple[int, int]]
     return kind, values.shape[::-1]
 
 
-def _read_file(name: str, root: Path | None, what: str) -> bytes:
+def read_named(name: str, root: Path | None, what: str = "image") -> bytes:
+    """Return the content of a picture that a row names by path. Raises UserError if it is missing or outside root.
+
+    Args:
+        name: path from root on.
+        root: directory that it must stay inside; None: paths are not allowed.
+        what: to call it in messages.
+    """
     if root is None:
         raise UserError(f"{what} {name}: a path, not a picture: set data.image_root to the directory it is in")
     return read_inside(root, name, what)

@@ -7,28 +7,20 @@ when it is asked: nothing here knows of servers or files.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 from megatron_papo.config import DynamicSamplingConfig
 from megatron_papo.errors import UserError
-
-
-class HasAccuracy(Protocol):
-    accuracy: float
-    """Mean over the group's responses, 0..1; neither format nor length counts."""
-
-
-Group = TypeVar("Group", bound=HasAccuracy)
+from megatron_papo.rollout.groups import Group
 
 
 @dataclass(frozen=True)
-class Batch(Generic[Group]):
+class Batch:
     """The groups of an iteration. sampled = all right + all wrong + kept + surplus where there is dynamic sampling."""
 
     kept: list[Group]
-    """To be trained on, in the order drawn."""
+    """Groups to train on, in the order drawn."""
     sampled: list[Group]
-    """All of them, in the order drawn."""
+    """All groups, in the order drawn."""
     rounds: int
     all_right: int
     """How many reach highest_accuracy (without dynamic sampling: 1)."""
@@ -38,21 +30,22 @@ class Batch(Generic[Group]):
     """How many in between the last round gave that the batch had no place for; they are dropped."""
 
 
-def one_round(groups: Sequence[Group]) -> Batch[Group]:
-    """The batch without dynamic sampling: every group is kept."""
+def one_round(groups: Sequence[Group]) -> Batch:
+    """Return the batch without dynamic sampling: every group is kept."""
     accuracies = [group.accuracy for group in groups]
     return Batch(list(groups), list(groups), 1, accuracies.count(1.0), accuracies.count(0.0), surplus=0)
 
 
-def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: DynamicSamplingConfig) -> Batch[Group]:
-    """Takes rounds until `wanted` groups have an accuracy strictly between the limits, and keeps the first `wanted` of
+def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: DynamicSamplingConfig) -> Batch:
+    """Take rounds until `wanted` groups have an accuracy strictly between the limits, and keep the first `wanted` of
     those.
 
-    Takes no round more than it needs. Raises UserError if the batch is not full after settings.max_rounds. Differs:
+    No round is taken that is not needed. Raises UserError if the batch is not full after settings.max_rounds. Differs:
     where no group of a round qualifies, the authors' code (ray_trainer.py, _make_batch_data) keeps all groups of the
     round.
     """
-    between, sampled = [], []
+    between: list[Group] = []
+    sampled: list[Group] = []
     all_right = all_wrong = 0
     for number in range(1, settings.max_rounds + 1):
         for group in next(rounds):
@@ -67,10 +60,9 @@ def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: Dynamic
             return Batch(between[:wanted], sampled, number, all_right, all_wrong, len(between) - wanted)
     raise UserError(
         f"rollout.dynamic_sampling: after max_rounds = {settings.max_rounds} rounds, {len(sampled)} prompts gave"
-        f" {len(between)} of the"
-        f" {wanted} groups wanted: {all_right} were all right, {all_wrong} all wrong: {_advice(all_right, all_wrong)},"
-        " lower"
-        " rollout.rollout_batch_size, or raise rollout.group_size or rollout.dynamic_sampling.max_rounds"
+        f" {len(between)} of the {wanted} groups wanted: {all_right} were all right, {all_wrong} all wrong:"
+        f" {_advice(all_right, all_wrong)}, lower rollout.rollout_batch_size, or raise rollout.group_size or"
+        " rollout.dynamic_sampling.max_rounds"
     )
 
 

@@ -62,6 +62,10 @@ def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, co
     return rewards.model_copy(update={"overall": rewards.overall + penalty, "overlong_penalty": penalty})
 
 
+Submitted = tuple[float, bool, Future]
+"""A response under way: its format score, whether it was cut off, and its grade when it comes."""
+
+
 class Grader:
     """Grades responses in `config.workers` processes; submit as they come, collect at the end.
 
@@ -86,13 +90,13 @@ class Grader:
         self._pool.stop() if kind else self._pool.close()
         self._pool.join()
 
-    def submit(self, text: str, answer: str, cut_off: bool) -> tuple[float, bool, Future]:
+    def submit(self, text: str, answer: str, cut_off: bool) -> Submitted:
         """Starts grading one decoded response; `cut_off` says that it ended for lack of tokens."""
         text = strip_tag_spaces(text)
         future = self._pool.schedule(grading.is_correct, args=[text, answer], timeout=self.config.time_limit_seconds)
         return format_reward(text), cut_off, future
 
-    def result(self, submitted: tuple[float, bool, Future]) -> Rewards:
+    def result(self, submitted: Submitted) -> Rewards:
         """Waits for one."""
         format_score, cut_off, future = submitted
         timed_out = False

@@ -17,8 +17,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,7 +30,7 @@ from megatron_papo.run.output_lock import OutputLock
 
 MANIFEST = "manifest.json"
 PRUNED = "pruned.json"
-"""In a checkpoint whose weights keep_checkpoints has deleted: what it was stays on record."""
+"""In a checkpoint whose weights keep_checkpoints or keep_exports has deleted: what it was stays on record."""
 _RECORDED_PACKAGES = (
     "torch",
     "megatron-core",
@@ -69,40 +72,53 @@ def read_manifest(directory: Path) -> dict | None:
         raise UserError(f"{directory / MANIFEST}: damaged manifest ({error}): remove {directory} and make it again")
 
 
-class Fingerprint(str):
-    """Of an input, remembering the directory it stands for, so that StageOutput can verify the files before the stage
-    uses them."""
+@dataclass(frozen=True)
+class Input:
+    """What an output is made from: where it is, and what tells it apart from another one."""
 
-    path: Path
+    path: Path | None
+    """None: nothing on disk (a data set by name)."""
+    fingerprint: str
+    verify: bool = True
+    """Compare the files with their manifest before the stage uses them. False: this process has done so, or made
+    them."""
 
-    def __new__(cls, value: str, path: Path):
-        self = super().__new__(cls, value)
-        self.path = path
-        return self
 
+def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Input:
+    """Return an input that one of the stages `made_by` must have published. Raises UserError if it is missing or
+    foreign.
 
-def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Fingerprint:
-    """The fingerprint of an input that one of the stages `made_by` must have published.
+    Only the manifest is read here: the files are verified when a stage that is not done yet enters its StageOutput.
 
-    hint: the command that makes it, shown when it is missing or foreign. Only the manifest is read here: the files are
-    verified when a stage that is not done yet enters its StageOutput.
+    Args:
+        path: Directory of the output.
+        made_by: Names of the stages that may have made it.
+        hint: The command that makes it, shown in the error.
     """
     if not path.exists():
-        partial = " (only an unfinished .partial is there)" if _partial(path).exists() else ""
+        partial = " (only an unfinished .partial is there)" if partial_of(path).exists() else ""
         raise UserError(f"{path}: not there{partial}: make it with: {hint}")
     manifest = read_manifest(path)
     if manifest is None or manifest.get("stage") not in made_by:
-        found = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
-        raise UserError(f"{path}: {found}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
-    return Fingerprint(manifest["fingerprint"], path)
+        maker = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
+        raise UserError(f"{path}: {maker}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
+    return Input(path, manifest["fingerprint"])
 
 
-def input_fingerprint(path: Path, hint: str) -> Fingerprint:
-    """Of an input that a stage made (its manifest's) or that comes from outside (the hash of its content)."""
+def input_made_or_from_outside(path: Path, hint: str, outside: Callable[[Path], str] = content_fingerprint) -> Input:
+    """Return an input that a stage made (told apart by its manifest) or that comes from outside (by its content).
+
+    Raises UserError if it is not there.
+
+    Args:
+        path: File or directory.
+        hint: What to do where it is missing.
+        outside: Returns the fingerprint of something that no stage made.
+    """
     if not path.exists():
         raise UserError(f"{path}: not there: {hint}")
     manifest = read_manifest(path) if path.is_dir() else None
-    return Fingerprint(content_fingerprint(path) if manifest is None else manifest["fingerprint"], path)
+    return Input(path, outside(path) if manifest is None else manifest["fingerprint"])
 
 
 def verify_files(directory: Path, known: dict[str, str] | None = None, only_sizes: tuple[str, ...] = ()) -> None:
@@ -115,11 +131,7 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
     manifest = read_manifest(directory) if directory.is_dir() else None
     if manifest is None:
         return
-    if (directory / PRUNED).exists():
-        raise UserError(
-            f"{directory}: its weights were deleted ({PRUNED} says when and why): raise keep_checkpoints, or make it"
-            " again"
-        )
+    require_weights(directory)
     known = known or {}
     for name, entry in manifest["files"].items():
         file = directory / name
@@ -131,39 +143,67 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
             raise UserError(f"{file}: differs from its manifest, {again}")
 
 
+def require_weights(directory: Path) -> None:
+    """Raises UserError, naming the key to raise, where the weights of a checkpoint or export were deleted."""
+    path = directory / PRUNED
+    if not path.exists():
+        return
+    try:
+        key = json.loads(path.read_text())["key"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r}): make {directory} again")
+    raise UserError(
+        f"{directory}: its weights were deleted ({PRUNED} says when and why): raise {key}, or make it again"
+    )
+
+
 class StageOutput:
     """One stage's output directory.
 
-        out = StageOutput("stage4_rollout", output, config, sections=["seed", "rollout"], inputs={"prompts":
-        fingerprint}) if out.done:
-            return
-        with out:                                  # verifies the inputs' files, makes out.partial
-            ... write files below out.partial ...
-            out.counts["rollouts"] = n
-                                                   # leaving publishes; an exception removes out.partial
-
-    sections: dotted names of the configuration parts the stage reads, e.g. "model.dtype". inputs: name -> fingerprint.
-    arguments: anything else that decides the result (an iteration number).
+    out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
+    if out.done:
+        return
+    with out:                                  # verifies the inputs' files, makes out.partial
+        ... write files below out.partial ...
+        out.counts["rollouts"] = n
+                                               # leaving publishes; an exception removes out.partial
     """
 
-    def __init__(self, stage, output, config, sections, inputs, arguments=None):
+    def __init__(
+        self,
+        stage: str,
+        output: Path,
+        values: Mapping[str, object],
+        inputs: Mapping[str, Input],
+        arguments: Mapping[str, object] | None = None,
+        started: float | None = None,
+    ):
+        """Compare what is to be made with what is there. Raises UserError if that was made from something else.
+
+        Args:
+            stage: Its name, e.g. "stage4_rollout".
+            output: The directory to make.
+            values: The configuration keys that decide the result, with their values as plain data.
+            inputs: What it is made from, by name.
+            arguments: Anything else that decides the result (an iteration number).
+            started: time.time() from which the manifest's seconds count; None: the start of this process.
+        """
         self.stage, self.output = stage, Path(output)
-        self.partial = _partial(self.output)
-        self.counts: dict[str, int | float] = {}
+        self.partial = partial_of(self.output)
+        self.counts: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
         """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when
         they are published."""
-        self._recipe = {
+        self.inputs = dict(inputs)
+        self.started = psutil.Process().create_time() if started is None else started
+        self._recipe: dict[str, Any] = {
             "stage": stage,
-            "config": {name: _section(config, name) for name in sections},
-            "arguments": arguments or {},
-            "inputs": inputs,
+            "config": nested(values),
+            "arguments": dict(arguments or {}),
+            "inputs": {name: made_from.fingerprint for name, made_from in inputs.items()},
         }
         self.fingerprint = self._hash_recipe()
         self.done = self._is_done()
-        self.started = psutil.Process().create_time()
-        """What the manifest's seconds count from. A process that makes several outputs sets it to the moment at which
-        it could begin."""
 
     def _hash_recipe(self) -> str:
         return hashlib.sha256(json.dumps(self._recipe, sort_keys=True).encode()).hexdigest()
@@ -180,7 +220,7 @@ class StageOutput:
         if manifest is None:
             raise UserError(f"{self.output}: exists and is not an output of this pipeline: choose another --output")
         if manifest["fingerprint"] != self.fingerprint:
-            changed = _differences(manifest["recipe"], self._recipe)
+            changed = differences(manifest["recipe"], self._recipe)
             raise UserError(
                 f"{self.output}: made from something else ({changed}): remove it or choose another --output (or --name)"
             )
@@ -190,9 +230,8 @@ class StageOutput:
         print(f"{self.stage}: {self.output} is there already, made from the same inputs: nothing to do", flush=True)
 
     def __enter__(self):
-        for fingerprint in self._recipe["inputs"].values():
-            if isinstance(fingerprint, Fingerprint):
-                verify_files(fingerprint.path)
+        for path in {made_from.path for made_from in self.inputs.values() if made_from.verify and made_from.path}:
+            verify_files(path)
         self._lock = OutputLock(self.output)
         try:
             if self._is_done():  # another process made it in the meantime
@@ -234,6 +273,7 @@ class StageOutput:
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "recipe": self._recipe,
+            "inputs": {name: str(made_from.path) for name, made_from in self.inputs.items() if made_from.path},
             "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
             "counts": self.counts,
             "seconds": round(time.time() - self.started, 2),
@@ -250,7 +290,7 @@ class StageOutput:
         _fsync(self.output.parent)
 
 
-def _partial(output: Path) -> Path:
+def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
@@ -258,14 +298,19 @@ def _files(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob("*") if file.is_file())
 
 
-def _section(config, dotted: str):
-    value = config
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value.model_dump() if hasattr(value, "model_dump") else value
+def nested(values: Mapping[str, object]) -> dict[str, Any]:
+    """{"data.min_pixels": 3} -> {"data": {"min_pixels": 3}}."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, leaf = key.split(".")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[leaf] = value
+    return tree
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> str:
+def differences(old: dict, new: dict, prefix: str = "") -> str:
     """The dotted keys in which two recipes differ, at most five."""
 
     def walk(a, b, name):
@@ -283,8 +328,14 @@ def _module_arguments() -> list[str]:
 
 
 def git_commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    """Return the commit of this code; None where git or the repository is missing: it describes a run, no more."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        result = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
     return result.stdout.strip() or None
 
 

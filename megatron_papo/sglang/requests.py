@@ -7,9 +7,10 @@ no forbidden token. Token ids and log-probs are the server's; nothing is ever to
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from megatron_papo.errors import UserError
 from megatron_papo.run.records import Prompt
@@ -33,17 +34,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to be sampled."""
+    """One response to be sampled, and where it belongs."""
 
     prompt: Prompt
     seed: int
-    name: str
-    """Unique among the requests under way."""
     images: Callable[[], Sequence[str]]
     """Gives the resized pictures as data URIs; called when the request is sent."""
-    group: str | None = None
+    group: Hashable | None = None
     """Requests of one group have the same prompt and pictures: they go to one server, which computes those once. None:
     of no group."""
+    sample: int = 0
+    """Number of the response among those to its prompt, from 0; the server is not told."""
+    masked_image_seed: int | None = None
+    """The seed that `images` masks with; None: the pictures are not masked. The server is not told."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Sample:
     token_ids: list[int]
     log_probs: list[float]
     """At the temperature, before top_p and top_k."""
-    finish_reason: str
+    finish_reason: Literal["stop", "length"]
     weight_version: str
 
 

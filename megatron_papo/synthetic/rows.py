@@ -4,20 +4,22 @@ import io
 from collections.abc import Iterator
 
 from megatron_papo.config import SyntheticTaskConfig
-from megatron_papo.data.rows import Row
+from megatron_papo.data.rows import SourceRow
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.counting_task import PROBLEM, GridCountTask
 
 
-def synthetic_rows(config: SyntheticTaskConfig, seed: int, name: str, count: int, with_target: bool) -> Iterator[Row]:
+def synthetic_rows(
+    config: SyntheticTaskConfig, seed: int, name: str, count: int, with_target: bool
+) -> Iterator[SourceRow]:
     """`count` rows of the set `name`; sets of different names are drawn from different seeds."""
     task = GridCountTask(config)
     for index in range(count):
         sample = task.render(derive_seed(seed, "synthetic", name, index))
         png = io.BytesIO()
         sample.image.save(png, "PNG")
-        yield Row(
-            where=f"synthetic {name}:{index + 1}",
+        yield SourceRow(
+            place=f"synthetic {name}:{index + 1}",
             id=f"{name}-{index + 1}",
             problem=PROBLEM,
             answer=sample.answer,

@@ -20,17 +20,18 @@ h
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 
 from megatron_papo.config import Config, ObjectiveConfig, TrainingConfig
 from megatron_papo.distributed import collectives
 from megatron_papo.model.hf_config import HFConfig, TextConfig, VisionConfig
-from megatron_papo.training.batching import Pictures, Row, plan_micro_batches, split_over_ranks
+from megatron_papo.training.collator import Kind, Pictures, kinds_of
+from megatron_papo.training.layouts import layout_of
+from megatron_papo.training.rows import Grid, TrainingRollout
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
@@ -72,7 +73,7 @@ def decoder_flops(text: TextConfig, tokens: int, pairs: int, responses: int) -> 
 
 
 @lru_cache(maxsize=1 << 16)
-def vision_flops(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
+def vision_flops(vision: VisionConfig, grid: Grid) -> int:
     """Of one forward pass of one picture of (1, rows, columns) patches."""
     width, merge = vision.hidden_size, vision.spatial_merge_size
     patches = grid[0] * grid[1] * grid[2]
@@ -83,7 +84,7 @@ def vision_flops(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
     return patches * per_patch + pairs * 4 * width + patches // merge**2 * 2 * cell * (cell + vision.out_hidden_size)
 
 
-def window_pairs(vision: VisionConfig, grid: tuple[int, int, int]) -> int:
+def window_pairs(vision: VisionConfig, grid: Grid) -> int:
     """(query, key) pairs of the patches of one picture in its windows, which are smaller at the right and lower
     edge."""
     side = vision.window_size // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
@@ -98,7 +99,7 @@ class Pass:
     pictures: Pictures
     """As Collator.plan and Collator.collate take it."""
     micro_batch_size: int
-    with_gradient: tuple[Pictures, ...] = ()
+    with_gradient: tuple[Kind, ...] = ()
     """original, masked: the rows whose forward pass is followed by a backward pass that anybody wants."""
 
 
@@ -111,10 +112,12 @@ def sweeps(pictures: Sequence[Pictures], training: TrainingConfig) -> list[Pass]
 def update(objective: ObjectiveConfig, training: TrainingConfig) -> Pass:
     """The forward and backward pass of an optimizer step. Twins that ride for their logits alone count as a forward
     pass."""
+    size = training.micro_batch_size
     if not objective.masked_rows_ride:
-        return Pass("original", training.micro_batch_size, ("original",))
-    with_gradient = ("original", "masked") if objective.masked_branch == "recompute_with_grad" else ("original",)
-    return Pass("both", training.micro_batch_size, with_gradient)
+        return Pass("original", size, ("original",))
+    if objective.masked_branch == "recompute_with_grad":
+        return Pass("both", size, ("original", "masked"))
+    return Pass("both", size, ("original",))
 
 
 @dataclass
@@ -130,57 +133,42 @@ class Work:
     model_flops: int = 0
 
 
-def work_of(rows: Sequence[Row], each: Pass, config: Config, hf: HFConfig) -> Work:
-    """Of one pass over the rows of one data-parallel rank, by the micro-batches that training.batching makes of
-    them."""
-    training, parallel, work = config.training, config.parallel, Work()
+def work_of(rows: Sequence[TrainingRollout], one_pass: Pass, config: Config, hf: HFConfig) -> Work:
+    """Return the counts of one pass over the rollouts of one data-parallel rank, by the micro-batches that the layout
+    makes of them."""
+    parallel, layout, work = config.parallel, layout_of(config.training), Work()
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    kinds = _kinds(each)
-    for part in plan_micro_batches(rows, training, each.micro_batch_size, len(kinds)):
-        lengths = list(_prompt_and_responses(part, training.layout))
-        tokens = [prompt + sum(responses) for prompt, responses in lengths]
-        in_rows = [sum(tokens)] if training.layout == "group" else tokens
+    kinds = kinds_of(one_pass.pictures)
+    for part in layout.plan(rows, one_pass.micro_batch_size, len(kinds)):
+        in_rows = layout.row_lengths(part)
+        tokens = sum(in_rows)
         positions = len(in_rows) * -(-max(in_rows) // multiple) * multiple
-        pairs = sum(attention_pairs(prompt, responses) for prompt, responses in lengths)
-        decoder = decoder_flops(hf.text, sum(tokens), pairs, sum(row.response_length for row in part))
+        pairs = sum(attention_pairs(prompt, responses) for prompt, responses in layout.lengths(part))
+        decoder = decoder_flops(hf.text, tokens, pairs, sum(row.response_length for row in part))
         for kind in kinds:
             grids = _distinct_pictures(part, kind)
             forward = decoder + sum(vision_flops(hf.vision, grid) for grid in grids)
-            work.tokens += sum(tokens)
-            work.padding += positions - sum(tokens)
+            work.tokens += tokens
+            work.padding += positions - tokens
             work.patches += _patches(grids)
-            work.model_flops += forward * (1 + BACKWARD if kind in each.with_gradient else 1)
+            work.model_flops += forward * (1 + BACKWARD if kind in one_pass.with_gradient else 1)
     return work
 
 
-def _kinds(each: Pass) -> tuple[Pictures, ...]:
-    return ("original", "masked") if each.pictures == "both" else (each.pictures,)
-
-
-def _prompt_and_responses(part: Sequence[Row], layout: str) -> Iterator[tuple[int, list[int]]]:
-    """Lengths of each prompt of a micro-batch and of the responses that share it."""
-    if layout == "plain":
-        yield from ((len(row.prompt_token_ids), [row.response_length]) for row in part)
-        return
-    for _, group in groupby(part, key=lambda row: row.rollout.group):
-        rows = list(group)
-        yield len(rows[0].prompt_token_ids), [row.response_length for row in rows]
-
-
-def _distinct_pictures(part: Sequence[Row], kind: Pictures) -> list[tuple[int, int, int]]:
+def _distinct_pictures(part: Sequence[TrainingRollout], kind: Kind) -> list[Grid]:
     """Grids of what Collator sends through the vision tower for a micro-batch."""
-    found = {
+    distinct = {
         (*row.rollout.images, row.rollout.masked_image_seed if kind == "masked" else None): row.grids for row in part
     }
-    return [grid for grids in found.values() for grid in grids]
+    return [grid for grids in distinct.values() for grid in grids]
 
 
-def _patches(grids: Iterable[tuple[int, int, int]]) -> int:
+def _patches(grids: Iterable[Grid]) -> int:
     return sum(time * rows * columns for time, rows, columns in grids)
 
 
 def step_accounting(
-    steps: Sequence[Sequence[Row]],
+    steps: Sequence[Sequence[TrainingRollout]],
     config: Config,
     hf: HFConfig,
     passes: Sequence[Pass],
@@ -204,11 +192,12 @@ def step_accounting(
                            PEAK_FLOPS knows
     """
     rows, ranks = [row for step in steps for row in step], config.parallel.data_parallel_size
-    by_step = [split_over_ranks(step, config.training.layout, ranks) for step in steps]
+    layout = layout_of(config.training)
+    by_step = [layout.split_over_ranks(step, ranks) for step in steps]
     shares = [[row for split in by_step for row in split[rank]] for rank in range(ranks)]
-    works = [work_of(share, each, config, hf) for each in passes for share in shares]
+    works = [work_of(share, one_pass, config, hf) for one_pass in passes for share in shares]
     rollout_tokens = sum(len(row.prompt_token_ids) + row.response_length for row in rows)
-    branches = sum(len(_kinds(each)) for each in passes)
+    branches = sum(len(kinds_of(one_pass.pictures)) for one_pass in passes)
     flops = sum(work.model_flops for work in works)
     metrics = {
         "tokens_computed": sum(work.tokens for work in works),

@@ -14,7 +14,8 @@ from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import TokenStatistics
 from megatron_papo.model.qwen2_5_vl import Responses
 from megatron_papo.objective.papo_loss import annealed_kl_prcp_coef, papo_loss
-from megatron_papo.training.batching import Collator, MicroBatch, Pictures, Row, pad_responses
+from megatron_papo.training.collator import Collator, MicroBatch, Pictures, pad_responses
+from megatron_papo.training.rows import TrainingRollout
 
 LOSS_OPTIONS = (
     "clip_ratio_low",
@@ -42,7 +43,7 @@ class StepTotals:
     correct_tokens: int
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "StepTotals":
+    def of(cls, rows: Sequence[TrainingRollout]) -> "StepTotals":
         counted = [row for row in rows if row.counts]
         correct = sum(row.response_length for row in counted if row.is_correct)
         return cls(sum(row.response_length for row in counted), len(counted), correct)
@@ -124,7 +125,7 @@ def _run(
 def sweep(
     model,
     collator: Collator,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRollout],
     micro_batch_size: int,
     temperature: float,
     progress: Callable[[int], None],
@@ -161,7 +162,7 @@ def sweep(
 def compute_log_probs(
     model,
     collator: Collator,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRollout],
     micro_batch_size: int,
     temperature: float,
     progress: Callable[[int], None],
@@ -174,7 +175,7 @@ def compute_log_probs(
 def papo_step(
     model,
     collator: Collator,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRollout],
     cached: dict[str, list[Tensor]],
     micro_batch_size: int,
     temperature: float,

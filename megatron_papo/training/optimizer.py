@@ -2,8 +2,8 @@
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 
 from megatron_papo.config import OptimizerConfig
 
@@ -22,7 +22,9 @@ def uses_distributed_optimizer(config: OptimizerConfig) -> bool:
     return torch.cuda.is_available() if config.distributed is None else config.distributed
 
 
-def build_optimizer(model, config: OptimizerConfig, dtype: torch.dtype):
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, dtype: torch.dtype
+) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """-> (model wrapped in DistributedDataParallel, Megatron optimizer).
 
     AdamW with decoupled weight decay, none on biases and norm weights (Megatron's rule). bfloat16 models get fp32 main
@@ -57,6 +59,6 @@ def build_optimizer(model, config: OptimizerConfig, dtype: torch.dtype):
     return wrapped, optimizer
 
 
-def set_learning_rate(optimizer, value: float) -> None:
+def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = value

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_papo.checkpoint import megatron_files
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config import Config
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.qwen2_5_vl import build_model
@@ -21,31 +24,55 @@ class Policy:
     def __init__(self, config: Config, hf: HFConfig):
         self.config, self.hf = config, hf
         self.dtype = getattr(torch, config.model.dtype)
-        self.model = self.optimizer = None
+        self._trained: tuple[DistributedDataParallel, MegatronOptimizer] | None = None
         self.state: dict = {"step": 0}
         """Plain data that is saved with the checkpoint: the optimizer step of the run, the hacking guard's state."""
         self.at: Path | None = None
         """The checkpoint whose weights, optimizer and state these are."""
         self._reference: list[torch.Tensor] | None = None
 
+    @property
+    def model(self) -> DistributedDataParallel:
+        """The network in its data-parallel wrapper; load() comes first."""
+        return self._held()[0]
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        return self._held()[1]
+
+    def _held(self) -> tuple[DistributedDataParallel, MegatronOptimizer]:
+        if self._trained is None:
+            raise RuntimeError("no checkpoint is loaded")
+        return self._trained
+
     def load(self, checkpoint: Path) -> None:
         """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is
         forgotten."""
         self.forget()
-        model = self._build(checkpoint)
-        self.model, self.optimizer = build_optimizer(model, self.config.optimizer, self.dtype)
-        resumes = megatron_files.has_optimizer(checkpoint)
-        self.state = megatron_files.load_optimizer(checkpoint, model, self.optimizer) if resumes else {"step": 0}
+        stored = TorchDistCheckpoint(checkpoint)
+        model = self._build(stored)
+        self._trained = build_optimizer(model, self.config.optimizer, self.dtype)
+        resumes = megatron_files.has_optimizer(stored)
+        self.state = megatron_files.load_optimizer(stored, model, self.optimizer) if resumes else {"step": 0}
         self.at = checkpoint
 
-    def save(self, directory: Path, published: Path) -> None:
-        """Writes a checkpoint; published: the name it is going to have."""
-        megatron_files.save(directory, self.model.module, self.optimizer, self.state)
+    def save(self, directory: Path, published: Path, with_optimizer: bool = True) -> dict[str, str]:
+        """Write a checkpoint; return the sha256 of the files that the ranks wrote, by name.
+
+        Args:
+            directory: Where to.
+            published: The name it is going to have.
+            with_optimizer: Optimizer and state, too: it can be resumed from.
+        """
+        hashes = megatron_files.save(
+            directory, self.model.module, self.optimizer if with_optimizer else None, self.state
+        )
         self.at = published
+        return hashes
 
     def forget(self) -> None:
         """Gives up the device's memory; the next load brings everything back."""
-        self.model = self.optimizer = self.at = None
+        self._trained = self.at = None
         gc.collect()  # hooks make cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -54,7 +81,9 @@ class Policy:
         """Into host memory (pinned on GPU machines), unless it is there already: the reference never changes."""
         if self._reference is None:
             with torch.no_grad():
-                self._reference = [_on_host(parameter) for parameter in self._build(checkpoint).parameters()]
+                self._reference = [
+                    _on_host(parameter) for parameter in self._build(TorchDistCheckpoint(checkpoint)).parameters()
+                ]
             gc.collect()
 
     @contextmanager
@@ -67,12 +96,14 @@ class Policy:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        if self._reference is None:
+            raise RuntimeError("no reference is loaded")
         for parameter, stored in zip(self.model.parameters(), self._reference, strict=True):
             own = parameter.detach().clone()
             parameter.copy_(stored)
             stored.copy_(own)
 
-    def _build(self, checkpoint: Path) -> torch.nn.Module:
+    def _build(self, stored: TorchDistCheckpoint) -> torch.nn.Module:
         parallel, recompute = self.config.parallel, self.config.model.recompute
         model = build_model(
             self.hf,
@@ -81,7 +112,7 @@ class Policy:
             recompute=recompute,
             vision_tower=parallel.vision_tower,
         )
-        megatron_files.load_weights(checkpoint, model)
+        megatron_files.load_weights(stored, model)
         return model
 
 

@@ -25,7 +25,7 @@ from megatron_papo.objective.rollout_mismatch import (
     sampling_bias_metrics,
     sampling_bias_sums,
 )
-from megatron_papo.training.batching import Row
+from megatron_papo.training.rows import TrainingRollout
 
 WORST_SHOWN = 5
 CONTEXT_TOKENS = 6
@@ -66,7 +66,7 @@ class _WithoutLogits(TorchFunctionMode):
         return result
 
 
-def parity_sample(rows: Sequence[Row], count: int = PARITY_ROLLOUTS) -> list[Row]:
+def parity_sample(rows: Sequence[TrainingRollout], count: int = PARITY_ROLLOUTS) -> list[TrainingRollout]:
     """This rank's share of `count` rollouts, evenly spread over rows; at least one where there are any."""
     mine = min(len(rows), max(1, count // process_groups.dp_group().size()))
     return [rows[i * len(rows) // mine] for i in range(mine)]
@@ -76,7 +76,7 @@ def parity_sample(rows: Sequence[Row], count: int = PARITY_ROLLOUTS) -> list[Row
 class TokenDifference:
     """One response token, as both sides saw it."""
 
-    row: Row
+    row: TrainingRollout
     position: int
     """In the response, from 0."""
     by_megatron: float
@@ -98,7 +98,9 @@ class TokenDifference:
         return f"{where}: {self.size:.3g} (SGLang {self.by_server:.4f}, Megatron {self.by_megatron:.4f}) in {shown}"
 
 
-def worst_tokens(rows: Sequence[Row], log_probs: Sequence[Tensor], count: int = WORST_SHOWN) -> list[TokenDifference]:
+def worst_tokens(
+    rows: Sequence[TrainingRollout], log_probs: Sequence[Tensor], count: int = WORST_SHOWN
+) -> list[TokenDifference]:
     """The largest differences first. log_probs: one [response_length] per row."""
     found = [
         TokenDifference(row, position, ours, theirs)
@@ -109,7 +111,7 @@ def worst_tokens(rows: Sequence[Row], log_probs: Sequence[Tensor], count: int = 
 
 
 def compare_with_server(
-    rows: list[Row],
+    rows: list[TrainingRollout],
     old_log_probs: list[Tensor],
     limit: float | None,
     decode: Callable[[list[int]], str] | None = None,
@@ -143,8 +145,8 @@ def compare_with_server(
 
 def parity_gate(
     model: torch.nn.Module,
-    sweep: Callable[[torch.nn.Module, list[Row]], dict[str, list[Tensor]]],
-    rows: Sequence[Row],
+    sweep: Callable[[torch.nn.Module, list[TrainingRollout]], dict[str, list[Tensor]]],
+    rows: Sequence[TrainingRollout],
     hf_files: Path,
     limit: float | None,
 ) -> dict[str, float]:
@@ -162,6 +164,14 @@ def parity_gate(
     with only_allowed_tokens(model, forbidden_tokens(hf_files, tokenizer.get_vocab(with_added_tokens=True))):
         log_probs = sweep(model, sample)["log_probs"]
     return compare_with_server(sample, log_probs, limit, tokenizer.decode, "parity")
+
+
+def check_old_policy(rows: list[TrainingRollout], old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:
+    """Return what the old policy's log-probs and entropies say about the server's log-probs and about the sampling.
+
+    Collective over all ranks.
+    """
+    return compare_with_server(rows, old["log_probs"], limit=None) | measure_sampling_bias(old, top_p)
 
 
 def measure_sampling_bias(old: dict[str, list[Tensor]], top_p: float) -> dict[str, float]:

@@ -1,7 +1,9 @@
-"""configs/*.yaml against the paper's numbers, typed in here, and against the published models' sizes; every key is
-spelled out."""
+"""configs/*.yaml against the paper's numbers, typed in here, and against the published models' sizes; published.yaml
+spells out every key."""
 
 import json
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from megatron_papo.config import ParallelConfig, load_config
+from megatron_papo.config import ParallelConfig, leaf_keys
+from megatron_papo.config_files import load_config
+from megatron_papo.config_notes import bytes_on_disk
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
@@ -21,6 +25,12 @@ CONFIGS = ROOT / "configs"
 COMMON = {
     "seed": 1,
     "iterations": 202,  # 2 epochs of 38,870 problems: 2 * (38870 // 384)
+    # ours, and what the comments on disk count with
+    "keep_checkpoints": 2,
+    "keep_exports": 5,
+    "evaluate_every": 20,
+    "keep_best": 1,
+    "checkpoint_every": 10,
     "data.train": {"source": "PAPOGalaxy/PAPO_ViRL39K_train", "split": "train", "count": None},
     "data.evaluation": {"source": "PAPOGalaxy/PAPO_MMK12_test", "split": "train", "count": None},
     "data.sft": None,
@@ -104,12 +114,13 @@ SIZES = {
     "32b": (5120,  40,   8, 64,    27648, 152064,    3456,      False, 33_452_718_336, 8, 2, 1),
     "72b": (8192,  64,   8, 80,    29568, 152064,    3456,      False, 73_410_777_344, 8, 4, 1),
 }  # fmt: skip
+PARTS = ["grpo", "dapo", "papo_g_no_kl_ref", "3b_8x80gb", "7b_8x80gb", "32b_24x80gb", "72b_40x80gb"]
 """config.json of Qwen/Qwen2.5-VL-*-Instruct, their number of parameters (half of total_size in
 model.safetensors.index.json), and the layout of our presets."""
 
 GPU_GIGABYTES = 80
 FOR_ACTIVATIONS = 25
-"""What the comments in papo_g_32b.yaml and papo_g_72b.yaml count for activations and logits, rounded up."""
+"""What the comments in 32b_24x80gb.yaml and 72b_40x80gb.yaml count for activations and logits, rounded up."""
 
 
 def size_of(name: str) -> str:
@@ -148,16 +159,24 @@ def differences(path: Path, name: str) -> dict:
 
 
 def changed(tmp_path, name: str, old: str, new: str) -> Path:
-    """A copy of the preset with one piece of its text replaced."""
-    text = (CONFIGS / f"{name}.yaml").read_text()
+    """A copy of configs/ in which one piece of the text of one file is replaced; returns that file."""
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    path = tmp_path / "configs" / f"{name}.yaml"
+    text = path.read_text()
     assert text.count(old) == 1
-    path = tmp_path / f"{name}.yaml"
     path.write_text(text.replace(old, new))
     return path
 
 
-def test_every_file_is_the_demo_or_a_preset():
-    assert {path.name for path in CONFIGS.iterdir()} == {"demo.yaml"} | {f"{name}.yaml" for name in PRESETS}
+def test_every_file_is_the_demo_a_preset_or_a_part_of_one():
+    known = ["demo", "published", *PARTS, *PRESETS]
+    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in known)
+
+
+def test_every_preset_starts_from_the_published_file_and_every_part_is_used():
+    extended = {name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["extends"] for name in PRESETS}
+    assert {names[0] for names in extended.values()} == {"published.yaml"}
+    assert {name for names in extended.values() for name in names[1:]} == {f"{name}.yaml" for name in PARTS}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -166,58 +185,96 @@ def test_numbers_are_the_published_ones(name):
 
 
 @pytest.mark.parametrize(
-    "name, old, new, key, value",
+    "name, file, old, new, key, value",
     [
-        ("papo_g_7b", "kl_prcp_coef: 0.02", "kl_prcp_coef: 0.01", "objective.kl_prcp_coef", 0.01),
-        ("papo_g_7b", "  entropy_coef: 0.05", "  entropy_coef: 0.03", "objective.entropy_coef", 0.03),
-        ("grpo_3b", "kl_ref_coef: 0.01", "kl_ref_coef: 0.0", "objective.kl_ref_coef", 0.0),
-        ("papo_d_3b", "clip_ratio_high: 0.28", "clip_ratio_high: 0.3", "objective.clip_ratio_high", 0.3),
-        ("papo_g_3b", "average: micro_batch", "average: token", "objective.average", "token"),
-        (
-            "dapo_7b",
-            "max_rounds: 20",
-            "max_rounds: 10",
-            "rollout.dynamic_sampling",
-            DYNAMIC_SAMPLING | {"max_rounds": 10},
-        ),
-        ("papo_g_72b", "enclosed within\\\n", "enclosed in\\\n", "data.prompt_template", None),
+        ("papo_g_7b", "published", "kl_prcp_coef: 0.02", "kl_prcp_coef: 0.01", "objective.kl_prcp_coef", 0.01),
+        ("papo_g_7b", "papo_g_7b", "  entropy_coef: 0.05", "  entropy_coef: 0.03", "objective.entropy_coef", 0.03),
+        ("grpo_3b", "published", "kl_ref_coef: 0.01", "kl_ref_coef: 0.0", "objective.kl_ref_coef", 0.0),
+        ("grpo_3b", "grpo", "kl_prcp_coef: 0.0", "kl_prcp_coef: 0.01", "objective.kl_prcp_coef", 0.01),
+        ("papo_d_3b", "dapo", "clip_ratio_high: 0.28", "clip_ratio_high: 0.3", "objective.clip_ratio_high", 0.3),
+        ("papo_g_3b", "published", "average: micro_batch", "average: token", "objective.average", "token"),
+        ("papo_g_32b", "32b_24x80gb", "pipeline_model_parallel_size: 2", "pipeline_model_parallel_size: 4",
+         "parallel.pipeline_model_parallel_size", 4),
+        ("dapo_7b", "dapo", "max_rounds: 20", "max_rounds: 10",
+         "rollout.dynamic_sampling", DYNAMIC_SAMPLING | {"max_rounds": 10}),
+        ("papo_g_72b", "published", "enclosed within\\\n", "enclosed in\\\n", "data.prompt_template", None),
     ],
-)
-def test_a_changed_number_is_noticed(tmp_path, name, old, new, key, value):
-    found = differences(changed(tmp_path, name, old, new), name)
+)  # fmt: skip
+def test_a_changed_number_is_noticed(tmp_path, name, file, old, new, key, value):
+    found = differences(changed(tmp_path, file, old, new).with_name(f"{name}.yaml"), name)
     assert list(found) == [key]
     assert value is None or found[key] == value
 
 
-def keys(tree: dict, prefix: str = "") -> set[str]:
-    """Dotted names of all keys of a nested dict."""
-    found = set()
+def keys(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Dotted names of all leaves of a nested dict, with their values."""
+    found = {}
     for key, value in tree.items():
-        found |= {prefix + key} | (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
+        found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 
 def keys_left_to_defaults(path: Path) -> set[str]:
-    """What Config holds and the file does not say."""
-    return keys(load_config(path).model_dump()) - keys(yaml.safe_load(path.read_text()))
+    """What the schema holds and the file does not say; of a section that the file sets to null nothing is missing."""
+    said = keys(yaml.safe_load(path.read_text()))
+    null = tuple(f"{key}." for key, value in said.items() if value is None)
+    return {key for key in leaf_keys() if key not in said and not key.startswith(null)}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_key_is_spelled_out(name):
-    assert keys_left_to_defaults(CONFIGS / f"{name}.yaml") == set()
+def test_every_key_is_spelled_out():
+    assert keys_left_to_defaults(CONFIGS / "published.yaml") == set()
 
 
 @pytest.mark.parametrize(
-    "name, old, missing",
+    "old, new, missing",
     [
-        ("papo_g_3b", "  clip_grad: 1.0", {"optimizer.clip_grad"}),
-        ("papo_d_7b", "    max_rounds: 20", {"rollout.dynamic_sampling.max_rounds"}),
-        ("grpo_7b", "split: train, count: null}\n  sft", {"data.train.split", "data.train.count"}),
+        ("  clip_grad: 1.0", "", {"optimizer.clip_grad"}),
+        ("keep_best: 1 ", "", {"keep_best"}),
+        ("split: train, count: null}\n  sft", "}\n  sft", {"data.train.split", "data.train.count"}),
     ],
 )
-def test_a_key_left_out_is_noticed(tmp_path, name, old, missing):
-    new = "}\n  sft" if "split" in old else " "
-    assert keys_left_to_defaults(changed(tmp_path, name, old, new)) == missing
+def test_a_key_left_out_is_noticed(tmp_path, old, new, missing):
+    assert keys_left_to_defaults(changed(tmp_path, "published", old, new)) == missing
+
+
+def test_dynamic_sampling_is_spelled_out_where_it_is_on():
+    said = yaml.safe_load((CONFIGS / "dapo.yaml").read_text())["rollout"]["dynamic_sampling"]
+    assert said.keys() == DYNAMIC_SAMPLING.keys()
+
+
+def stated_disk(name: str) -> tuple[str, str, str]:
+    """What the comment in a size's file says: a checkpoint, an export, the whole run at most."""
+    text = " ".join(line.removeprefix("# ") for line in (CONFIGS / f"{name}.yaml").read_text().splitlines())
+    found = re.search(
+        r"parameters x 14 bytes = (\d+) GB, an export x 2 bytes = ([\d.]+) GB.* at most ([\d.]+ [GT]B)\.", text
+    )
+    return found.groups()
+
+
+@pytest.mark.parametrize(
+    "name, part, whole",
+    [
+        ("papo_g_3b", "3b_8x80gb", "270 GB"),
+        ("papo_g_7b", "7b_8x80gb", "597 GB"),
+        ("papo_g_32b", "32b_24x80gb", "2.4 TB"),
+        ("papo_g_72b", "72b_40x80gb", "5.3 TB"),
+    ],
+)
+def test_the_disk_that_a_run_takes_is_stated(name, part, whole):
+    """By hand: 2 newest checkpoints, a best, one being written; 5 newest exports, a best, one being written, the
+    reference."""
+    parameters = SIZES[size_of(name)][8]
+    checkpoint, export, stated = stated_disk(part)
+    assert checkpoint == f"{parameters * 14 / 1e9:.0f}"
+    assert export in (f"{parameters * 2 / 1e9:.1f}", f"{parameters * 2 / 1e9:.0f}")
+    by_hand = parameters * (4 * 14 + 8 * 2)
+    row = f"| {size_of(name).upper()} | {parameters / 1e9:.2f} G | {checkpoint} GB | {export} GB | {stated} |"
+    assert row in (ROOT / "docs" / "configuration.md").read_text()
+    unit = 1e12 if stated.endswith("TB") else 1e9
+    assert stated == whole == f"{by_hand / unit:.{1 if unit == 1e12 else 0}f} {whole[-2:]}"
+    assert bytes_on_disk(load_config(CONFIGS / f"{name}.yaml"), parameters) == by_hand
+    more = load_config(CONFIGS / f"{name}.yaml", ["keep_exports=6"])
+    assert bytes_on_disk(more, parameters) == by_hand + 2 * parameters
 
 
 def official_tree(size: str) -> dict:

@@ -17,7 +17,7 @@ from megatron_papo.objective.papo_loss import (
     papo_loss,
     top_share,
 )
-from megatron_papo.training.batching import pad_responses
+from megatron_papo.training.collator import pad_responses
 from tests.objective.naive import naive_papo_loss, naive_token, number_of
 
 LENGTHS, VOCABULARY = [5, 1, 0, 7, 3, 4], 13

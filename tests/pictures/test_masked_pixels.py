@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.pictures import preprocess
 from megatron_papo.run.records import Prompt, Rewards, Rollout, write_jsonl
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
-from megatron_papo.training.batching import Collator, make_rows
+from megatron_papo.training.collator import Collator
+from megatron_papo.training.rows import make_rows
 from tests.helpers import DEMO_CONFIG, run_module, settings
 
 SIZES = {
@@ -200,17 +201,18 @@ def test_foundreach_the_pixels(work):
 @pytest.mark.parametrize("strategy", ["random", "semantic"])
 def test_evaluation_shows_the_server_the_same_masks(work, strategy):
     """Stage 7's data URIs of a masked prompt, decoded, are what the Collator makes of the same seed and maps."""
-    from megatron_papo.rollout.sample_and_grade import Job, picture_loader
+    from megatron_papo.rollout.pictures import Pictures
 
     record, overrides = rollout(work, "fourth"), masking(strategy, "native")
     prompt = Prompt(
         id="fourth", problem="?", answer="1", token_ids=record.prompt_token_ids, num_tokens=record.prompt_num_tokens,
         images=record.images, saliency=record.saliency,
     )  # fmt: skip
-    load = picture_loader(work, load_config(DEMO_CONFIG, [*LIMITS, *overrides]), 802816, kept=2)
+    config = load_config(DEMO_CONFIG, [*LIMITS, *overrides])
+    loader = Pictures(work, (config.data.min_pixels, 802816), config.masked_image, kept=2)
 
     def shown(seed, **changes):
-        uris = load(Job(prompt.model_copy(update=changes), 0, 0, seed))
+        uris = loader.of(prompt.model_copy(update=changes), seed)()
         pictures = [Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) for uri in uris]
         return np.concatenate([preprocess.to_patches(picture) for picture in pictures])
 
@@ -233,18 +235,17 @@ def test_semantic_without_maps_stops_before_training(work):
 def test_every_prompt_epoch_and_run_has_its_seed():
     """The records of stage 4: one seed per (run seed, prompt, epoch), whatever the iteration and the place in the
     batch."""
-    from megatron_papo.rollout.sample_and_grade import Graded, Group, Job
-    from megatron_papo.sglang.requests import Sample
-    from stages.stage4_rollout import _records
+    from megatron_papo.rollout.groups import Graded, Group, rollout_records
+    from megatron_papo.sglang.requests import Request, Sample, Sampling
 
     def seeds(run_seed: int, prompt_id: str, epoch: int, iteration: int = 1) -> set[int]:
         prompt = Prompt(
             id=prompt_id, problem="?", answer="1", token_ids=[1], num_tokens=1, images=[], saliency=["a.npy"]
         )
         graded = Graded(Sample([2], [-1.0], "stop", "w"), "text", Rewards(overall=1.0, accuracy=1.0, format=1.0))
-        group = Group(epoch, [Job(prompt, number, number) for number in range(3)], [graded] * 3)
-        config = load_config(DEMO_CONFIG, [f"seed={run_seed}"])
-        records = list(_records(config, iteration, [group]))
+        group = Group(epoch, [Request(prompt, number, list, sample=number) for number in range(3)], [graded] * 3)
+        sampling = Sampling(1.0, 1.0, -1, 8, ())
+        records = list(rollout_records([group], sampling, seed=run_seed, iteration=iteration, staleness=0))
         assert all(record.saliency == ["a.npy"] for record in records)
         return {record.masked_image_seed for record in records}
 

@@ -1,6 +1,5 @@
 """The refill logic of dynamic sampling, without a server: groups are numbers of right responses out of GROUP_SIZE."""
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 import pytest
@@ -10,25 +9,29 @@ from hypothesis import strategies as st
 from megatron_papo.config import DynamicSamplingConfig
 from megatron_papo.errors import UserError
 from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
+from megatron_papo.rollout.groups import Graded, Group
+from megatron_papo.run.records import Rewards
+from megatron_papo.sglang.requests import Sample
 
 GROUP_SIZE = 5
 
 
-@dataclass(frozen=True)
-class Group:
-    number: int
-    """In the order drawn."""
-    right: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / GROUP_SIZE
+def graded(accuracy):
+    rewards = Rewards(overall=accuracy, accuracy=accuracy, format=0.0)
+    return Graded(Sample([1], [-1.0], "stop", "v"), "", rewards)
 
 
 def numbered(rounds):
-    """Lists of how many are right -> lists of Groups."""
+    """Lists of how many are right -> lists of Groups; the epoch serves as the number in the order drawn."""
     counter = iter(range(10**6))
-    return [[Group(next(counter), right) for right in one] for one in rounds]
+    return [
+        [Group(next(counter), [], [graded(1.0)] * right + [graded(0.0)] * (GROUP_SIZE - right)) for right in one]
+        for one in rounds
+    ]
+
+
+def right(group):
+    return sum(response.rewards.accuracy == 1.0 for response in group.graded)
 
 
 class Rounds:
@@ -48,11 +51,11 @@ class Rounds:
 def test_by_hand():
     rounds = Rounds(numbered([[0, 5, 2], [5, 5, 0], [1, 4, 3], [1, 1, 1]]))
     batch = fill_batch(rounds, 3, DynamicSamplingConfig())
-    assert [group.number for group in batch.kept] == [2, 6, 7]
+    assert [group.epoch for group in batch.kept] == [2, 6, 7]
     assert (batch.rounds, len(batch.sampled), batch.all_right, batch.all_wrong, batch.surplus) == (3, 9, 3, 2, 1)
     assert rounds.asked == 3
     # the round without a mixed group adds nothing; the authors' code would have kept its three
-    assert not {3, 4, 5} & {group.number for group in batch.kept}
+    assert not {3, 4, 5} & {group.epoch for group in batch.kept}
 
 
 def test_limits_are_strict():
@@ -64,7 +67,7 @@ def test_limits_are_strict():
     ):
         limits = DynamicSamplingConfig(lowest_accuracy=lowest, highest_accuracy=highest)
         batch = fill_batch(iter(numbered([[0, 1, 2, 3, 4, 5]])), len(kept), limits)
-        assert [group.right for group in batch.kept] == kept
+        assert [right(group) for group in batch.kept] == kept
         assert batch.all_wrong == min(kept) and batch.all_right == 5 - max(kept)
 
 
@@ -78,7 +81,7 @@ def test_any_rounds(rounds, wanted, max_rounds):
     limits = DynamicSamplingConfig(max_rounds=max_rounds)
 
     def mixed(group):
-        return Fraction(1, 100) < Fraction(group.right, GROUP_SIZE) < Fraction(99, 100)
+        return Fraction(1, 100) < Fraction(right(group), GROUP_SIZE) < Fraction(99, 100)
 
     prefixes = [[group for one in groups[:n] for group in one] for n in range(1, min(max_rounds, len(groups)) + 1)]
     enough = [prefix for prefix in prefixes if sum(map(mixed, prefix)) >= wanted]
@@ -92,8 +95,8 @@ def test_any_rounds(rounds, wanted, max_rounds):
     used = enough[0]
     assert batch.sampled == used and asked.asked == batch.rounds == prefixes.index(used) + 1
     assert batch.kept == [group for group in used if mixed(group)][:wanted]
-    assert batch.all_right == sum(group.right == GROUP_SIZE for group in used)
-    assert batch.all_wrong == sum(group.right == 0 for group in used)
+    assert batch.all_right == sum(right(group) == GROUP_SIZE for group in used)
+    assert batch.all_wrong == sum(right(group) == 0 for group in used)
     assert len(used) == batch.all_right + batch.all_wrong + wanted + batch.surplus
 
 

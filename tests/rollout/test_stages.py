@@ -137,19 +137,6 @@ def test_replicas_given_by_their_urls_give_the_same_bytes(server, rollouts, comm
     assert (output / "rollouts.jsonl").read_bytes() == (rollouts / "rollouts.jsonl").read_bytes()
 
 
-def test_a_router_needs_servers_by_their_urls(common, tmp_path):
-    result = stage(
-        "stages.stage4_rollout",
-        *common,
-        "--iteration",
-        1,
-        "--output",
-        tmp_path / "x",
-        overrides=["server.router=http://127.0.0.1:9"],
-    )
-    refused(result, tmp_path / "x", "server.router", "--server")
-
-
 def test_evaluation(common, demo_data, tmp_path):
     output = tmp_path / "evaluation"
     result = stage("stages.stage7_evaluate", *common, "--output", output)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import StageOutput, input_fingerprint, read_manifest, require_input
 

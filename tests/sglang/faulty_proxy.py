@@ -7,19 +7,17 @@ import threading
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from megatron_papo.sglang.server import Server
+from megatron_papo.sglang.server_record import Server
 
 
 class Proxy:
     """fault: None; "hangs": no answer any more; "dies": connections are cut and new ones refused; "lies": weights are
-    not passed on, but said to be loaded; "router": knows no control calls and drops what it does not know from
-    requests, like sglang-router 0.3.2; "503": /generate fails for a while.
+    not passed on, but said to be loaded; "503": /generate fails for a while.
     """
 
     def __init__(self, server: Server, fault: str | None = None, after: int = 0):
         self.target, self.fault, self.after = server, fault, after
         self.generated = 0
-        self.paths: list[str] = []
         self.claimed: str | None = None
         self.released = threading.Event()
         self.lock = threading.Lock()
@@ -53,7 +51,6 @@ def proxy_to(server: Server, fault: str | None = None, after: int = 0):
 
         def handle_with(self, body: bytes):
             with proxy.lock:
-                proxy.paths.append(self.path)
                 proxy.generated += self.path == "/generate"
             if proxy.fault == "hangs" and proxy.is_faulty():
                 proxy.released.wait(60)
@@ -62,13 +59,6 @@ def proxy_to(server: Server, fault: str | None = None, after: int = 0):
             if proxy.fault == "dies" and proxy.is_faulty():
                 self.close_connection = True
                 return
-            if proxy.fault == "router" and self.path not in ("/generate", "/health"):
-                return self.answer(404, b"{}")
-            if proxy.fault == "router" and body:
-                request = json.loads(body)
-                del request["sampling_params"]["logit_bias"]
-                request.pop("mm_hashes", None)
-                body = json.dumps(request).encode()
             if proxy.fault == "503" and self.path == "/generate" and proxy.after < proxy.generated <= proxy.after + 3:
                 return self.answer(503, b"busy")
             if proxy.fault == "lies" and self.path == "/update_weights_from_disk":

@@ -11,7 +11,7 @@ from collections import Counter
 import psutil
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import forbidden_tokens
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import replicas
@@ -20,8 +20,8 @@ from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
 from megatron_papo.sglang.requests import Sampling
 from tests.helpers import DEMO_CONFIG, run_module
-from tests.sglang.conftest import request_for
 from tests.sglang.faulty_proxy import proxy_to
+from tests.sglang_server import request_for
 
 IMPATIENT = HealthLimits(interval_seconds=0.5, timeout_seconds=3.0, max_restarts=1)
 
@@ -125,38 +125,6 @@ def test_groups_stay_on_one_server_and_servers_share_the_groups(server, client, 
         SglangClient([a, b], 12, 60).sample(requests, sampling, "first")
     assert first.generated + second.generated == 48 and min(first.generated, second.generated) >= 12
     assert first.generated % 4 == second.generated % 4 == 0
-
-
-@pytest.fixture(scope="module")
-def server_with_defaults(tmp_path_factory, checkpoints):
-    """As one behind sglang-router must be started, by the flag that the error names."""
-    defaults = run_module("tools.sglang_server", "sampling-defaults", "--model", checkpoints.first).stdout.strip()
-    directory = tmp_path_factory.mktemp("server_with_defaults")
-    config = load_config(DEMO_CONFIG)
-    settings = config.server.model_copy(update={"extra_arguments": ["--preferred-sampling-params", defaults]})
-    yield sglang_server.connect_or_start(directory, checkpoints.first, settings, config.model.dtype)
-    sglang_server.stop(directory)
-
-
-def test_router_gets_the_samples_and_the_servers_the_control_calls(
-    server_with_defaults, checkpoints, requests, sampling, undisturbed
-):
-    with (
-        proxy_to(server_with_defaults) as (worker, control),
-        proxy_to(server_with_defaults, "router") as (router, samples),
-    ):
-        client = SglangClient([worker], 16, 60, router=router)
-        assert client.update_weights(checkpoints.second, "second") == 1
-        assert client.update_weights(checkpoints.first, "first") == 1
-        assert same(client.sample(requests, sampling, "first"), undisturbed)
-    assert set(samples.paths) <= {"/generate", "/health"} and samples.paths.count("/generate") == len(requests)
-    assert "/generate" not in control.paths and control.paths.count("/update_weights_from_disk") == 2
-
-
-def test_behind_a_router_the_server_must_forbid_by_itself(server, client, requests, sampling):
-    with proxy_to(server, "router") as (router, _):
-        with pytest.raises(UserError, match="which drops logit_bias, .* start it with --preferred-sampling-params"):
-            SglangClient([server], 16, 60, router=router).sample(requests, sampling, "first")
 
 
 def test_weights_that_did_not_arrive_are_noticed(server, client, checkpoints, prompts, pictures, tmp_path):

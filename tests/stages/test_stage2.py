@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.data.chat import ChatFormat
 from megatron_papo.data.prompts import PromptMaker
-from megatron_papo.data.rows import Row
+from megatron_papo.data.rows import SourceRow
 from megatron_papo.pictures.store import ImageStore
 from megatron_papo.run.records import write_jsonl
 from megatron_papo.run.stage_output import read_manifest
@@ -78,14 +78,14 @@ def rows():
             Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(stream, "PNG")
             images.append(stream.getvalue())
         target = f"<think>{'I count ' * (number % 5)}{number}</think>\\boxed{{{number}}}"
-        yield Row(
-            f"row {number}",
-            str(number),
-            f"{'<image>' * len(images)}How many in {number}?",
-            str(number),
-            images,
-            None,
-            target,
+        yield SourceRow(
+            place=f"row {number}",
+            id=str(number),
+            problem=f"{'<image>' * len(images)}How many in {number}?",
+            answer=str(number),
+            images=images,
+            image_root=None,
+            target=target,
         )
 
 

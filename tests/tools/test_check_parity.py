@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.sglang.client import SglangClient
 from tests.helpers import DEMO_CONFIG, run_module

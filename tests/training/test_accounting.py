@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.run.records import Rewards, Rollout, write_jsonl
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
@@ -29,7 +29,9 @@ from megatron_papo.training.accounting import (
     vision_flops,
     window_pairs,
 )
-from megatron_papo.training.batching import Collator, make_rows, split_over_ranks
+from megatron_papo.training.collator import Collator
+from megatron_papo.training.layouts import layout_of
+from megatron_papo.training.rows import make_rows
 from tests.helpers import DEMO_CONFIG, ROOT
 
 SIZES = TinySizes(
@@ -257,7 +259,7 @@ def counted_over_micro_batches(rows, each, config, hf, work) -> dict[str, int]:
     """From the tensors that the model is given on each of two ranks: a token is not 0, an attention mask is dense."""
     found = dict(tokens_computed=0, padding_tokens=0, patches_computed=0, model_flops=0)
     collator = Collator(config, hf, work, with_pixels=True, device=torch.device("cpu"), dtype=torch.float32)
-    for share in split_over_ranks(rows, config.training.layout, 2):
+    for share in layout_of(config.training).split_over_ranks(rows, 2):
         for part in collator.plan(share, each.micro_batch_size, each.pictures):
             batch = collator.collate(part, each.pictures)
             tokens = int((batch.input_ids != 0).sum())

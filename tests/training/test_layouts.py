@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_papo.config import TrainingConfig, load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.training.batching import plan_micro_batches, split_over_ranks
+from megatron_papo.training.layouts import GroupLayout, PlainLayout
 from tests.helpers import DEMO_CONFIG
 
 
@@ -28,16 +28,6 @@ def rows_of(groups):
     ]
 
 
-def settings(layout, budget=None):
-    return TrainingConfig(
-        layout=layout,
-        max_tokens_per_micro_batch=budget,
-        global_batch_size=1,
-        micro_batch_size=1,
-        log_prob_micro_batch_size=1,
-    )
-
-
 def tokens_of(part, copies=1):
     """As laid out: every group's prompt once, then the responses."""
     prompts = {row.rollout.group: len(row.prompt_token_ids) for row in part}
@@ -52,7 +42,7 @@ GROUPS = st.lists(
 @given(GROUPS, st.integers(1, 120), st.sampled_from([1, 2]))
 def test_group_micro_batches_hold_every_rollout_once_within_the_budget(groups, budget, copies):
     rows = rows_of(groups)
-    plan = plan_micro_batches(rows, settings("group", budget), 3, copies)
+    plan = GroupLayout(budget).plan(rows, 3, copies)
     assert [row.name for part in plan for row in part] == [row.name for row in rows]
     for part, following in zip(plan, [*plan[1:], None]):
         assert tokens_of(part, copies) <= budget or len(part) == 1
@@ -61,30 +51,28 @@ def test_group_micro_batches_hold_every_rollout_once_within_the_budget(groups, b
 
 
 def test_a_group_over_the_budget_is_cut_and_its_prompt_repeated():
-    plan = plan_micro_batches(rows_of([(10, [5, 5, 5, 5])]), settings("group", 22), 1)
+    plan = GroupLayout(22).plan(rows_of([(10, [5, 5, 5, 5])]), 1)
     assert [len(part) for part in plan] == [2, 2] and [tokens_of(part) for part in plan] == [20, 20]
-    assert [
-        len(part) for part in plan_micro_batches(rows_of([(10, [5, 5, 5, 5])]), settings("group", 22), 1, copies=2)
-    ] == [1, 1, 1, 1]
+    assert [len(part) for part in GroupLayout(22).plan(rows_of([(10, [5, 5, 5, 5])]), 1, copies=2)] == [1, 1, 1, 1]
 
 
 @given(GROUPS, st.integers(1, 7))
 def test_plain_micro_batches_are_slices(groups, size):
     rows = rows_of(groups)
-    plan = plan_micro_batches(rows, settings("plain"), size)
+    plan = PlainLayout().plan(rows, size)
     assert [row for part in plan for row in part] == rows and all(len(part) == size for part in plan[:-1])
 
 
 @given(GROUPS, st.integers(1, 4))
 def test_ranks_share_whole_groups(groups, ranks):
     rows = rows_of(groups)
-    shares = split_over_ranks(rows, "group", ranks)
+    shares = GroupLayout(1).split_over_ranks(rows, ranks)
     assert sorted(row.name for share in shares for row in share) == [row.name for row in rows]
     assert all(
         len({rank for rank, share in enumerate(shares) for row in share if row.rollout.group == g}) == 1
         for g in range(len(groups))
     )
-    assert sorted(row.name for share in split_over_ranks(rows, "plain", ranks) for row in share) == [
+    assert sorted(row.name for share in PlainLayout().split_over_ranks(rows, ranks) for row in share) == [
         row.name for row in rows
     ]
 
@@ -92,7 +80,7 @@ def test_ranks_share_whole_groups(groups, ranks):
 def test_ranks_are_balanced_by_cost():
     rng = random.Random(0)
     groups = [(1000, [int(rng.expovariate(1 / 250)) for _ in range(5)]) for _ in range(64)]
-    shares = [tokens_of(share) for share in split_over_ranks(rows_of(groups), "group", 4)]
+    shares = [tokens_of(share) for share in GroupLayout(1).split_over_ranks(rows_of(groups), 4)]
     dealt = [tokens_of([row for row in rows_of(groups) if row.rollout.group % 4 == rank]) for rank in range(4)]
     assert max(shares) / min(shares) < 1.01 < max(dealt) / min(dealt)
 

@@ -14,15 +14,16 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.distributed import process_groups
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
-from megatron_papo.training.batching import Collator, make_rows
+from megatron_papo.training.collator import Collator
 from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
 from megatron_papo.training.optimizer import build_optimizer
+from megatron_papo.training.rows import make_rows
 
 CACHED = ("old_log_probs", "ref_log_probs", "masked_image_log_probs", "masked_image_entropy")
 

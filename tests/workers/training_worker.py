@@ -11,16 +11,18 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint import megatron_files
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.qwen2_5_vl import build_model
 from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
-from megatron_papo.training.batching import Collator, make_rows, split_over_ranks
+from megatron_papo.training.collator import Collator
 from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
+from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.optimizer import build_optimizer
+from megatron_papo.training.rows import make_rows
 
 
 def run_case(work: Path, case: dict) -> None:
@@ -29,9 +31,8 @@ def run_case(work: Path, case: dict) -> None:
     hf = read_hf_config(work / "policy")
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     rows = make_rows(rollouts, case["advantages"], work / "data", config, hf, work / "rollouts.jsonl")
-    mine = split_over_ranks(rows, config.training.layout, process_groups.dp_group().size())[
-        process_groups.dp_group().rank()
-    ]
+    ranks = process_groups.dp_group()
+    mine = layout_of(config.training).split_over_ranks(rows, ranks.size())[ranks.rank()]
     layout = config.parallel
     model = build_model(
         hf,

@@ -125,7 +125,7 @@ def make_checkpoint(args, directory: Path) -> None:
 
 
 def load_layout(args, layout: str):
-    from megatron_papo.config import load_config
+    from megatron_papo.config_files import load_config
 
     whole_group = 2 * args.group_size * (args.prompt_tokens + 10 * args.response_tokens)
     budget = args.prompt_tokens + args.group_size * (
@@ -158,9 +158,10 @@ def measure(args, directory: Path) -> dict:
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
     from megatron_papo.training import accounting
-    from megatron_papo.training.batching import Collator, make_rows
+    from megatron_papo.training.collator import Collator
     from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
     from megatron_papo.training.optimizer import build_optimizer
+    from megatron_papo.training.rows import make_rows
 
     configs = {layout: load_layout(args, layout) for layout in ("plain", "group")}
     config = configs["plain"]

@@ -202,9 +202,10 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
     from megatron_papo.distributed import process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
-    from megatron_papo.training.batching import Collator, make_rows, rollout_advantages
+    from megatron_papo.training.collator import Collator
     from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
     from megatron_papo.training.optimizer import build_optimizer
+    from megatron_papo.training.rows import make_rows, rollout_advantages
 
     config, hf, dtype = demo_config(overrides), read_hf_config(directory / "model"), torch.float32
     objective, size = config.objective, config.training.micro_batch_size
@@ -255,7 +256,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
 
 
 def demo_config(overrides: list[str]):
-    from megatron_papo.config import load_config
+    from megatron_papo.config_files import load_config
 
     one_process = [
         "tensor_model_parallel_size=1",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
 
@@ -151,9 +151,8 @@ def requests_for(hf: Path, arguments) -> tuple["list[Request]", "Sampling"]:
         length, uris = len(ids) - 1 + num_image_tokens(grid_of(picture)), [to_data_uri(picture)]
         prompt = Prompt(id=str(number), problem="", answer="", token_ids=ids, num_tokens=length, images=[""])
         for sample in range(arguments.group_size):
-            name = f"benchmark-{number}-{sample}"
             requests.append(
-                Request(prompt, number * arguments.group_size + sample, name, lambda uris=uris: uris, str(number))
+                Request(prompt, number * arguments.group_size + sample, lambda uris=uris: uris, str(number))
             )
     vocabulary = chat.tokenizer.get_vocab()
     endless = {*forbidden_tokens(hf, vocabulary), chat.end_of_turn, *filter(None, (vocabulary.get("<|endoftext|>"),))}

@@ -1,4 +1,4 @@
-"""A real SGLang server for all tests of this directory, two checkpoints of the demo's sizes, and prompts with awkward
+"""A real SGLang server for all tests that need one, two checkpoints of the demo's sizes, and prompts with awkward
 pictures."""
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.pictures.preprocess import load_images, to_data_uri
 from megatron_papo.run.records import Prompt
 from megatron_papo.sglang import server as sglang_server
@@ -112,4 +112,4 @@ def request_for(prompt: Prompt, root: Path, seed: int, group: str | None = None)
     def load():
         return [to_data_uri(picture) for picture in load_images(root, prompt.images, MIN_PIXELS, MAX_PIXELS)]
 
-    return Request(prompt, seed, name=f"test-{prompt.id}-{seed}", images=load, group=group)
+    return Request(prompt, seed, images=load, group=group)

@@ -1,0 +1,40 @@
+"""A prompt's pictures as the server gets them: resized, masked where a seed says so, as data URIs."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+from megatron_papo.config import MaskedImageConfig
+from megatron_papo.pictures.preprocess import load_images, to_data_uri
+from megatron_papo.run.records import Prompt
+from megatron_papo.sglang.requests import Request
+
+
+class Pictures:
+    """Loads prompts' pictures; those of the last `kept` prompts are remembered for the rest of their group."""
+
+    def __init__(self, root: Path, limits: tuple[int, int], masking: MaskedImageConfig, *, kept: int):
+        """
+        Args:
+            root: the directory that the prompts' paths start from.
+            limits: fewest and most pixels of a resized picture.
+            masking: how a masked picture is masked.
+            kept: how many prompts' pictures are remembered.
+        """
+        self._root, self._limits, self._masking = root, limits, masking
+        self._load = lru_cache(maxsize=kept)(self._load_anew)
+
+    def of(self, prompt: Prompt, masked_image_seed: int | None = None) -> Callable[[], Sequence[str]]:
+        """Return a function that gives the prompt's pictures, masked with that seed; None: as they are."""
+        return partial(self._load, tuple(prompt.images), tuple(prompt.saliency), masked_image_seed)
+
+    def _load_anew(self, names: tuple[str, ...], saliency: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
+        masking = None if seed is None else self._masking
+        loaded = load_images(self._root, list(names), *self._limits, masking, seed, saliency)
+        return tuple(to_data_uri(picture) for picture in loaded)
+
+
+def probe_of(prompts: Sequence[Prompt], pictures: Pictures) -> Request:
+    """Return a request that shows whether new weights were loaded: a prompt, with pictures if any prompt has some."""
+    chosen = next((prompt for prompt in prompts if prompt.images), prompts[0])
+    return Request(chosen, 0, pictures.of(chosen))

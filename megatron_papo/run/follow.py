@@ -1,0 +1,58 @@
+"""Two stages that stay up side by side and wait for each other's outputs."""
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from megatron_papo.errors import UserError
+from megatron_papo.run.stage_output import MANIFEST
+
+POLL_SECONDS = 0.2
+FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 10.0, 60.0
+"""When a stage says that it waits. Plain lines: two stages write to the same terminal."""
+
+
+class Follower:
+    """One of two stages that work on the same run directory at the same time.
+
+        with Follower(run.root, "stage4_rollout", "stage5_train", speaks) as follower:
+            follower.wait_for(run.exported(1))
+
+    A stage that fails leaves <stage>.failed in the run directory, and the one that waits for it ends, too.
+    """
+
+    def __init__(self, root: Path, stage: str, other: str, speaks: bool = True):
+        """speaks: whether this process (the first of its stage) shows the waiting and leaves the mark."""
+        self.stage, self.other, self.speaks = stage, other, speaks
+        self.mark, self.mark_of_other = (Path(root) / f"{name}.failed" for name in (stage, other))
+
+    def __enter__(self) -> "Follower":
+        self.started = time.time()
+        if self.speaks:
+            self.mark.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None and self.speaks and self.mark.parent.is_dir():
+            self.mark.write_text(f"{error}\n" if isinstance(error, UserError) else f"{kind.__name__}: {error}\n")
+
+    def wait_for(self, output: Path) -> None:
+        """Return once a stage has published `output`. Raises UserError if the other stage failed since this one
+        started."""
+        started = time.monotonic()
+        next_word = FIRST_WORD_SECONDS
+        while not (output / MANIFEST).is_file():
+            self._end_with_the_other(output)
+            waited = time.monotonic() - started
+            if waited > next_word and self.speaks:
+                print(f"{self.stage}: waits for {output}, {waited:.0f} s so far", flush=True)
+                next_word += NEXT_WORD_SECONDS
+            time.sleep(POLL_SECONDS)
+
+    def _end_with_the_other(self, output: Path) -> None:
+        try:
+            if self.mark_of_other.stat().st_mtime > self.started:
+                reason = self.mark_of_other.read_text().strip()
+                raise UserError(f"{self.other} failed while {self.stage} waited for {output}: {reason}")
+        except FileNotFoundError:
+            pass

@@ -1,0 +1,136 @@
+"""The configuration that a run directory owns: written when the run starts, read by every stage, changed only where it
+may.
+
+config.yaml is for people and for stages; .config.yaml beside it is the record by which an edit by hand is noticed.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_papo.config import Change, Config, changes
+from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
+from megatron_papo.errors import UserError
+from megatron_papo.run.run_directory import RunDirectory
+
+CONFIG = "config.yaml"
+RECORD = ".config.yaml"
+OLDER_LAYOUT = ("data", "iterations", "reference", "sft")
+PLACES = ("data.train.source", "data.sft.source", "data.image_root", "model.path", "data.evaluation.source")
+"""Living keys that name something outside the run, which must have the same content at its new place."""
+
+
+def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
+    """Return a run that was started, with `--set` of living keys for this process alone.
+
+    Raises UserError for a directory that is no run, and for frozen keys or places that are not those of the run.
+    """
+    config = load_config(_existing(root), list(overrides))
+    differences = changes(_recorded(root), config)
+    _refuse_frozen(root, differences)
+    moved = [change.key for change in differences if change.key in PLACES]
+    if moved:
+        raise UserError(
+            f"{root}: {', '.join(moved)} changed since the run was last started: start it with bash run_all.sh --name"
+            f" {root.name}, which checks that the same data and model lie there"
+        )
+    return RunDirectory(root, config)
+
+
+def settle_run(
+    root: Path, default: Path, given: Path | None, overrides: Sequence[str], caller: Path
+) -> tuple[RunDirectory, list[Change]]:
+    """Return the run with the configuration that a start asks for, and what changes by it. Nothing is written.
+
+    Raises UserError, one line per key, if a frozen key would change.
+
+    Args:
+        root: The run's directory, there or not.
+        default: Configuration of a new run that names none.
+        given: The configuration file on the command line, if any; of an existing run its own is the default.
+        overrides: `section.key=value`.
+        caller: Directory that relative paths in the configuration start from.
+    """
+    if not (root / CONFIG).exists():
+        _refuse_older_layout(root)
+        return RunDirectory(root, with_absolute_paths(load_config(given or default, list(overrides)), caller)), []
+    config = with_absolute_paths(load_config(given or root / CONFIG, list(overrides)), caller)
+    recorded = _recorded(root)
+    by_hand = changes(recorded, load_config(root / CONFIG)) if given is None else []
+    _refuse_frozen(root, by_hand, "edited by hand: put the old value back, or ")
+    differences = changes(recorded, config)
+    _refuse_frozen(root, differences)
+    return RunDirectory(root, config), differences
+
+
+def write_run(run: RunDirectory, differences: Sequence[Change], command: str) -> None:
+    """Write the configuration of a run that starts, or what changed in it; the log says so."""
+    run.root.mkdir(parents=True, exist_ok=True)
+    is_new = not (run.root / RECORD).exists()
+    if not is_new and not differences:
+        return
+    heading = (
+        f"# The configuration of this run, every key. Started with: {command}\n"
+        "# Keys that may change while a run lives are changed with --set: python -m tools.show_config says which.\n"
+    )
+    if not is_new:
+        heading = "".join(line for line in (run.root / CONFIG).read_text().splitlines(True)[:2] if line.startswith("#"))
+    text = heading + dump_config(run.config)
+    for name in (CONFIG, RECORD):
+        _replace(run.root / name, text)
+    with open(run.log, "a") as log:
+        if is_new:
+            log.write(f"{now()} run: started with: {command}\n")
+        log.writelines(f"{now()} run: {change.key}: {change.old} -> {change.new}\n" for change in differences)
+
+
+def now() -> str:
+    """Return the time as the log writes it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _existing(root: Path) -> Path:
+    if not (root / CONFIG).is_file():
+        _refuse_older_layout(root)
+        raise UserError(
+            f"{root}: no run ({CONFIG} is missing): start one with bash run_all.sh --config FILE --name {root.name}"
+        )
+    return root / CONFIG
+
+
+def _refuse_older_layout(root: Path) -> None:
+    parts = [name for name in OLDER_LAYOUT if (root / name).exists()]
+    if parts:
+        raise UserError(
+            f"{root}: holds {', '.join(parts)} but no {CONFIG}: a run of an older version, which this one cannot"
+            " continue:"
+            " finish it with that version, or choose another --name"
+        )
+
+
+def _recorded(root: Path) -> Config:
+    if not (root / RECORD).is_file():
+        raise UserError(
+            f"{root / RECORD}: missing: the record of the run's configuration: restore it, or choose another --name"
+        )
+    return load_config(root / RECORD)
+
+
+def _refuse_frozen(root: Path, differences: Sequence[Change], cure: str = "") -> None:
+    lines = [
+        f"{root}: {change.key} is {change.old} in this run, not {change.new}: {cure}choose another --name"
+        for change in differences
+        if not change.living
+    ]
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,202 @@
+"""Rollouts as tensors: micro-batches with the pictures that the vision tower sees, in the configured layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_papo.config import Config
+from megatron_papo.model.group_attention import GroupSegments
+from megatron_papo.model.hf_config import HFConfig
+from megatron_papo.model.position_ids import mrope_position_ids
+from megatron_papo.pictures import preprocess
+from megatron_papo.run.records import Rollout
+from megatron_papo.training.layouts import InputRow, RotaryPositions, layout_of
+from megatron_papo.training.rows import Grid, TrainingRollout
+
+Kind = Literal["original", "masked"]
+"""The pictures as they are, or corrupted by each rollout's seed."""
+Pictures = Literal["original", "masked", "both"]
+"""both: the original rows of a micro-batch, then their masked-image twins."""
+KEPT_PICTURE_BYTES = 2 << 30
+"""Prepared pictures that a rank remembers, so that the sweeps and the steps of an iteration do not load and resize them
+again."""
+
+
+@dataclass
+class MicroBatch:
+    """B rollouts in b rows of s tokens; T is the longest response, N the number of response tokens. b is B, or 1 in the
+    group layout."""
+
+    rows: Sequence[TrainingRollout]
+    """The B rollouts."""
+    input_ids: Tensor
+    """[b, s]"""
+    position_ids: Tensor
+    """[3, b, s]"""
+    pixel_values: Tensor | None
+    """[patches, 1176] of the distinct pictures; None where there are no images and on later pipeline stages."""
+    image_grids: list[Grid]
+    """One for each distinct picture."""
+    pictures: list[int]
+    """Which of the distinct pictures stands at each place for a picture, in reading order."""
+    response_positions: Tensor
+    """[N]: index into the flattened [b * s] of the position that predicts each response token."""
+    response_tokens: Tensor
+    """[N]"""
+    response_mask: Tensor
+    """[B, T], 1.0 on response tokens."""
+    groups: GroupSegments | None = None
+    """What attends to what, in the group layout."""
+    has_twins: bool = False
+    """The b rows are followed by the same b rows with masked images: input_ids is [2b, s], response_positions and
+    response_tokens [2N]."""
+    cached: dict[str, Tensor] = field(default_factory=dict)
+    """Per-token tensors [B, T] that are constants of the loss: old_log_probs, ref_log_probs, ..."""
+
+    @property
+    def num_response_tokens(self) -> int:
+        """N, from the records: no tensor has to be looked into."""
+        return sum(row.response_length for row in self.rows)
+
+
+class Collator:
+    """Makes micro-batches of rollouts on this rank: pixels only where the vision tower lives, each distinct picture
+    once."""
+
+    def __init__(
+        self,
+        config: Config,
+        hf: HFConfig,
+        data_root: Path,
+        *,
+        with_pixels: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        rotary_positions: RotaryPositions | None = None,
+    ):
+        """Prepare for the micro-batches of any rollouts.
+
+        Args:
+            config: layout, pixel limits, the masked image, sequence parallelism.
+            hf: the model.
+            data_root: the directory that the pictures' paths start from.
+            with_pixels: whether this rank holds the vision tower.
+            device, dtype: of the tensors that the model gets.
+            rotary_positions: the model's own where it is None.
+        """
+        self.config, self.data_root = config, data_root
+        self.with_pixels, self.device, self.dtype = with_pixels, device, dtype
+        self.layout = layout_of(config.training)
+        self.rotary_positions = rotary_positions or partial(mrope_position_ids, image_token_id=hf.image_token_id)
+        parallel = config.parallel
+        self.length_multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        self._kept: dict[tuple, list[Tensor]] = {}
+        self._kept_bytes = 0
+
+    def plan(
+        self, rows: Sequence[TrainingRollout], micro_batch_size: int, pictures: Pictures = "original"
+    ) -> list[Sequence[TrainingRollout]]:
+        """Cut the rollouts into micro-batches, as Layout.plan."""
+        return self.layout.plan(rows, micro_batch_size, len(kinds_of(pictures)))
+
+    def collate(self, rows: Sequence[TrainingRollout], pictures: Pictures = "original") -> MicroBatch:
+        """Return the rollouts of one micro-batch as tensors on the device."""
+        kinds = kinds_of(pictures)
+        copies = len(kinds)
+        arranged = self.layout.arrange(rows, self.rotary_positions)
+        input_ids, position_ids, predicting = self._pad(arranged.rows)
+        response_tokens = torch.tensor([t for row in rows for t in row.rollout.response_token_ids], dtype=torch.long)
+        response_mask = torch.zeros(len(rows), max(1, *(row.response_length for row in rows)))
+        for i, row in enumerate(rows):
+            response_mask[i, : row.response_length] = 1.0
+        first_of_prompts = [of_prompt[0] for of_prompt in self.layout.by_prompt(rows)]
+        pixel_values, image_grids, places = self._pictures(first_of_prompts, kinds)
+        return MicroBatch(
+            rows,
+            input_ids.repeat(copies, 1).to(self.device),
+            position_ids.repeat(1, copies, 1).to(self.device),
+            pixel_values,
+            image_grids,
+            places,
+            torch.cat([predicting + copy * input_ids.numel() for copy in range(copies)]).to(self.device),
+            response_tokens.repeat(copies).to(self.device),
+            response_mask.to(self.device),
+            arranged.segments,
+            has_twins=copies == 2,
+        )
+
+    def _pad(self, rows: Sequence[InputRow]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return token ids [b, s], positions [3, b, s], and [N] the places in [b * s] that predict response tokens."""
+        longest = max(len(row.token_ids) for row in rows)
+        length = -(-longest // self.length_multiple) * self.length_multiple
+        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+        position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row.token_ids)] = row.token_ids
+            position_ids[:, i, : len(row.token_ids)] = row.position_ids
+        return input_ids, position_ids, torch.cat([i * length + row.predicting for i, row in enumerate(rows)])
+
+    def _pictures(
+        self, rows: Sequence[TrainingRollout], kinds: Sequence[Kind]
+    ) -> tuple[Tensor | None, list[Grid], list[int]]:
+        """Return patches and grids of the distinct pictures that the rows show in each kind, and which of them stands
+        at each place."""
+        if not self.with_pixels or not any(row.grids for row in rows):
+            return None, [], []
+        distinct: dict[tuple, range] = {}
+        patches: list[Tensor] = []
+        grids: list[Grid] = []
+        places: list[int] = []
+        for kind in kinds:
+            for row in rows:
+                key = _picture_key(row.rollout, kind)
+                if key not in distinct:
+                    distinct[key] = range(len(patches), len(patches) + len(row.rollout.images))
+                    patches += self._patches(row.rollout, kind)
+                    grids += row.grids
+                places += distinct[key]
+        return torch.cat(patches).to(self.device), grids, places
+
+    def _patches(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
+        """Return [patches, 1176] of each of the rollout's pictures, on the host, in the model's dtype. Kept, while
+        there is room."""
+        key = _picture_key(rollout, kind)
+        if key in self._kept:
+            return self._kept[key]
+        limits = self.config.data.min_pixels, self.config.data.max_pixels
+        if kind == "masked":
+            pictures = preprocess.load_images(
+                self.data_root,
+                rollout.images,
+                *limits,
+                masking=self.config.masked_image,
+                seed=rollout.masked_image_seed,
+                saliency=rollout.saliency,
+            )
+        else:
+            pictures = preprocess.load_images(self.data_root, rollout.images, *limits)
+        patches = [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
+        size = sum(tensor.nbytes for tensor in patches)
+        if self._kept_bytes + size <= KEPT_PICTURE_BYTES:
+            self._kept[key], self._kept_bytes = patches, self._kept_bytes + size
+        return patches
+
+
+def kinds_of(pictures: Pictures) -> tuple[Kind, ...]:
+    """Return the kinds of pictures in a micro-batch, one copy of its rows for each."""
+    return ("original", "masked") if pictures == "both" else (pictures,)
+
+
+def _picture_key(rollout: Rollout, kind: Kind) -> tuple:
+    seed = [rollout.masked_image_seed] if kind == "masked" else []
+    return (kind, *rollout.images, *seed)
+
+
+def pad_responses(values: Sequence[Tensor], response_mask: Tensor) -> Tensor:
+    """[response_length] of each rollout -> [B, T], zeros on padding."""
+    return response_mask.new_zeros(response_mask.shape).masked_scatter(response_mask.bool(), torch.cat(list(values)))
