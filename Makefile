@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup quick checks format test nightly
 PYTHON_OF_VENV := .venv/bin/python
-SHELL_SCRIPTS := run_all.sh tests/run.sh tools/setup_environment.sh .ci/run stages/submit.slurm
+SHELL_SCRIPTS := $(wildcard *.sh */*.sh) .ci/run stages/submit.slurm
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10

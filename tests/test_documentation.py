@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from tests.helpers import DEMO_CONFIG, ROOT
 
