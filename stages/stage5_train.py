@@ -195,7 +195,7 @@ def prepare(inputs: TrainInputs, config: Config, config_file: Path, trusted: tup
     read |= {name: str(read[name]) for name in trusted if name in read}
     out = StageOutput("stage5_train", inputs.output, config, SECTIONS, read, {"iteration": inputs.iteration})
     if process_groups.is_main_rank() and config.objective.uses_reference and not out.done:
-        from megatron_papo.checkpoint.verify import require_proof
+        from megatron_papo.checkpoint.proof import require_proof
 
         require_proof(inputs.reference)
     return out
