@@ -97,7 +97,12 @@ class StageParser:
         )  # fmt: skip
         add = self.parser.add_argument
         add("--run", type=Path, metavar="DIR", help="run directory, e.g. runs/demo, which run_all.sh has started")
-        add("--config", type=Path, metavar="FILE", help="YAML configuration, e.g. configs/demo.yaml, where there is no --run")
+        add(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="YAML configuration, e.g. configs/demo.yaml, where there is no --run",
+        )
         set_help = "override one value (may be repeated); in a run, only keys that may change while it lives"
         add("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help=set_help)
         if self.has_iterations:
@@ -146,7 +151,9 @@ class StageParser:
             turns = [turn for turn in turns if turn.evaluation_set == args.evaluation_set]
             if not turns:
                 names = ", ".join(run.config.data.evaluation_sets)
-                raise UserError(f"--evaluation-set {args.evaluation_set}: the run has no set of that name: there is {names}")
+                raise UserError(
+                    f"--evaluation-set {args.evaluation_set}: the run has no set of that name: there is {names}"
+                )
         return turns
 
     def _task(self, args: argparse.Namespace, config: Config, turn: Turn, run: RunDirectory | None) -> Task:
@@ -205,7 +212,13 @@ def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str
     start = [python_command(), "-m"]
     if stage.processes is not None:
         processes = str(max(1, stage.processes(config)))
-        start = [_typed(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", processes, "-m"]
+        start = [
+            _typed(Path(sys.executable).with_name("torchrun")),
+            "--standalone",
+            "--nproc-per-node",
+            processes,
+            "-m",
+        ]
     return shlex.join([*start, f"stages.{stage.name}"]) + " " + " ".join(arguments)
 
 
@@ -222,5 +235,3 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     process_groups.leave(status)
-
-

@@ -11,7 +11,12 @@ TERMINAL = "PAPO_TERMINAL"
 """Set by run_all.sh where its output goes to a terminal, which its stages, behind a pipe, cannot see."""
 SECONDS_BETWEEN_LINES = 30.0
 """Where the output is a file, a bar is a line now and then."""
-NOISY_MODULES = (r"megatron\.core\.", r"torch\.distributed\.", r"megatron_papo\.distributed\.cpu_backend", r"deepspeed\.")
+NOISY_MODULES = (
+    r"megatron\.core\.",
+    r"torch\.distributed\.",
+    r"megatron_papo\.distributed\.cpu_backend",
+    r"deepspeed\.",
+)
 """They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give up."""
 NOISY_LOGGERS = ("megatron.core.dist_checkpointing.serialization", "DeepSpeed", "torch.distributed.elastic")
 """The first takes metrics and hf/ beside the weights for a broken checkpoint, and says so at each save."""

@@ -37,7 +37,9 @@ def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
     return RunDirectory(root, config)
 
 
-def settle_run(root: Path, default: Path, given: Path | None, overrides: Sequence[str]) -> tuple[RunDirectory, list[Change]]:
+def settle_run(
+    root: Path, default: Path, given: Path | None, overrides: Sequence[str]
+) -> tuple[RunDirectory, list[Change]]:
     """Return the run with the configuration that a start asks for, and what changes by it. Nothing is written.
 
     Raises UserError, one line per key, if a frozen key would change.
@@ -89,7 +91,9 @@ def now() -> str:
 def _existing(root: Path) -> Path:
     if not (root / CONFIG).is_file():
         _refuse_older_layout(root)
-        raise UserError(f"{root}: no run ({CONFIG} is missing): start one with bash run_all.sh --config FILE --name {root.name}")
+        raise UserError(
+            f"{root}: no run ({CONFIG} is missing): start one with bash run_all.sh --config FILE --name {root.name}"
+        )
     return root / CONFIG
 
 
@@ -104,7 +108,9 @@ def _refuse_older_layout(root: Path) -> None:
 
 def _recorded(root: Path) -> Config:
     if not (root / RECORD).is_file():
-        raise UserError(f"{root / RECORD}: missing: the record of the run's configuration: restore it, or choose another --name")
+        raise UserError(
+            f"{root / RECORD}: missing: the record of the run's configuration: restore it, or choose another --name"
+        )
     return load_config(root / RECORD)
 
 

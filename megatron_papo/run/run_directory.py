@@ -15,7 +15,9 @@ class RunDirectory:
         self.sft, self.reference = self.root / "sft", self.root / "reference"
         self.iterations = self.root / "iterations"
         self.server = self.root / "server"
-        self.log, self.summary, self.metrics = (self.root / name for name in ("log.txt", "summary.json", "metrics.jsonl"))
+        self.log, self.summary, self.metrics = (
+            self.root / name for name in ("log.txt", "summary.json", "metrics.jsonl")
+        )
         self.tensorboard, self.best = self.root / "tensorboard", self.root / "best.json"
 
     @property

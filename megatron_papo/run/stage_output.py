@@ -148,13 +148,13 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
 class StageOutput:
     """One stage's output directory.
 
-        out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
-        if out.done:
-            return
-        with out:                                  # verifies the inputs' files, makes out.partial
-            ... write files below out.partial ...
-            out.counts["rollouts"] = n
-                                                   # leaving publishes; an exception removes out.partial
+    out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
+    if out.done:
+        return
+    with out:                                  # verifies the inputs' files, makes out.partial
+        ... write files below out.partial ...
+        out.counts["rollouts"] = n
+                                               # leaving publishes; an exception removes out.partial
     """
 
     def __init__(
@@ -319,7 +319,9 @@ def git_commit() -> str | None:
     """Return the commit of this code; None where git or the repository is missing: it describes a run, no more."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        result = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None

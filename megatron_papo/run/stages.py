@@ -142,7 +142,9 @@ def _needs_previous(config: Config, turn: Turn) -> bool:
     return config.rollout.dynamic_sampling is not None and _number(turn) > 1
 
 
-DATA = InputSpec("data", "output of stage 1: training prompts and pictures", ("stage1_prepare_data",), lambda run, turn: run.data)
+DATA = InputSpec(
+    "data", "output of stage 1: training prompts and pictures", ("stage1_prepare_data",), lambda run, turn: run.data
+)
 EXPORTS = ("stage2_sft", "stage6_convert_to_hf", "stage1_prepare_data")
 CHECKPOINTS = ("stage3_convert_to_megatron", "stage5_train")
 
@@ -154,11 +156,20 @@ STAGES: dict[str, Stage] = {
             "rows of any source, or of the synthetic task, become prompts and pictures",
             decided_by=("seed", "data.train.split", "data.train.count", "data.sft.split", "data.sft.count", *PROMPTS),
             also_reads=(
-                "data.train.source", "data.sft.source", "data.evaluation", "data.image_root", "model.path",
-                "masked_image", "objective.kl_prcp_coef", "objective.masked_image_entropy_coef", "evaluation.masked_images",
+                "data.train.source",
+                "data.sft.source",
+                "data.evaluation",
+                "data.image_root",
+                "model.path",
+                "masked_image",
+                "objective.kl_prcp_coef",
+                "objective.masked_image_entropy_coef",
+                "evaluation.masked_images",
             ),  # fmt: skip
             inputs=(),
-            output=lambda run, turn: run.data if turn.evaluation_set is None else run.evaluation_data(turn.evaluation_set),
+            output=lambda run, turn: (
+                run.data if turn.evaluation_set is None else run.evaluation_data(turn.evaluation_set)
+            ),
             writes="prompts.jsonl, images/",
             turns=lambda run: [Turn(), *(Turn(evaluation_set=name) for name in run.config.data.evaluation_sets)],
         ),
@@ -170,7 +181,10 @@ STAGES: dict[str, Stage] = {
             inputs=(
                 DATA,
                 InputSpec(
-                    "hf", "Hugging Face checkpoint to start from", ("stage1_prepare_data",), lambda run, turn: run.base,
+                    "hf",
+                    "Hugging Face checkpoint to start from",
+                    ("stage1_prepare_data",),
+                    lambda run, turn: run.base,
                     from_outside=True,
                 ),  # fmt: skip
             ),
@@ -185,7 +199,9 @@ STAGES: dict[str, Stage] = {
             decided_by=(),
             also_reads=("parallel",),
             inputs=(
-                InputSpec("hf", "Hugging Face checkpoint", EXPORTS, lambda run, turn: run.exported(0), from_outside=True),
+                InputSpec(
+                    "hf", "Hugging Face checkpoint", EXPORTS, lambda run, turn: run.exported(0), from_outside=True
+                ),
             ),
             output=lambda run, turn: run.reference,
             writes="Megatron checkpoint (torch_dist), proof that every bit was kept",
@@ -199,12 +215,18 @@ STAGES: dict[str, Stage] = {
             inputs=(
                 DATA,
                 InputSpec(
-                    "hf", "Hugging Face checkpoint: the policy that samples", EXPORTS,
-                    lambda run, turn: run.exported(run.sampled_by(_number(turn))), from_outside=True,
+                    "hf",
+                    "Hugging Face checkpoint: the policy that samples",
+                    EXPORTS,
+                    lambda run, turn: run.exported(run.sampled_by(_number(turn))),
+                    from_outside=True,
                 ),  # fmt: skip
                 InputSpec(
-                    "previous", "this stage's output of the iteration before, where the prompts start (dynamic sampling)",
-                    ("stage4_rollout",), lambda run, turn: run.rollouts(_number(turn) - 1), needed=_needs_previous,
+                    "previous",
+                    "this stage's output of the iteration before, where the prompts start (dynamic sampling)",
+                    ("stage4_rollout",),
+                    lambda run, turn: run.rollouts(_number(turn) - 1),
+                    needed=_needs_previous,
                 ),  # fmt: skip
             ),
             output=lambda run, turn: run.rollouts(_number(turn)),
@@ -215,26 +237,45 @@ STAGES: dict[str, Stage] = {
             "stage5_train",
             "one iteration of PAPO, tensor-, pipeline- and data-parallel",
             decided_by=(
-                "seed", "model.dtype", "model.recompute", "parallel", "objective", "hacking_guard", "masked_image",
-                "optimizer", "training", "rollout", *PIXELS,
+                "seed",
+                "model.dtype",
+                "model.recompute",
+                "parallel",
+                "objective",
+                "hacking_guard",
+                "masked_image",
+                "optimizer",
+                "training",
+                "rollout",
+                *PIXELS,
             ),  # fmt: skip
             also_reads=("server.shares_gpus",),
             inputs=(
                 InputSpec(
-                    "megatron", "Megatron checkpoint to continue from", CHECKPOINTS,
+                    "megatron",
+                    "Megatron checkpoint to continue from",
+                    CHECKPOINTS,
                     lambda run, turn: run.trained(_number(turn) - 1),
                 ),  # fmt: skip
                 InputSpec(
-                    "rollouts", "stage 4's output of this iteration", ("stage4_rollout",),
+                    "rollouts",
+                    "stage 4's output of this iteration",
+                    ("stage4_rollout",),
                     lambda run, turn: run.rollouts(_number(turn)),
                 ),  # fmt: skip
                 DATA,
                 InputSpec(
-                    "reference", "Megatron checkpoint of the frozen reference of KL_ref", ("stage3_convert_to_megatron",),
-                    lambda run, turn: run.reference, needed=lambda config, turn: config.objective.uses_reference,
+                    "reference",
+                    "Megatron checkpoint of the frozen reference of KL_ref",
+                    ("stage3_convert_to_megatron",),
+                    lambda run, turn: run.reference,
+                    needed=lambda config, turn: config.objective.uses_reference,
                 ),  # fmt: skip
                 InputSpec(
-                    "rollback", "earlier checkpoint that the hacking guard may go back to", CHECKPOINTS, _rollback,
+                    "rollback",
+                    "earlier checkpoint that the hacking guard may go back to",
+                    CHECKPOINTS,
+                    _rollback,
                     needed=_uses_rollback,
                 ),  # fmt: skip
             ),
@@ -250,7 +291,10 @@ STAGES: dict[str, Stage] = {
             also_reads=(),
             inputs=(
                 InputSpec(
-                    "megatron", "Megatron checkpoint", CHECKPOINTS, lambda run, turn: run.trained(_number(turn)),
+                    "megatron",
+                    "Megatron checkpoint",
+                    CHECKPOINTS,
+                    lambda run, turn: run.trained(_number(turn)),
                 ),  # fmt: skip
             ),
             output=lambda run, turn: run.exported(_number(turn)),
@@ -264,11 +308,16 @@ STAGES: dict[str, Stage] = {
             also_reads=("server", "rollout.concurrency", "rollout.request_timeout_seconds"),
             inputs=(
                 InputSpec(
-                    "data", "output of stage 1: prompts and pictures to answer", ("stage1_prepare_data",),
+                    "data",
+                    "output of stage 1: prompts and pictures to answer",
+                    ("stage1_prepare_data",),
                     lambda run, turn: run.evaluation_data(_set(turn)),
                 ),  # fmt: skip
                 InputSpec(
-                    "hf", "Hugging Face checkpoint to evaluate", EXPORTS, lambda run, turn: run.exported(_number(turn)),
+                    "hf",
+                    "Hugging Face checkpoint to evaluate",
+                    EXPORTS,
+                    lambda run, turn: run.exported(_number(turn)),
                     from_outside=True,
                 ),  # fmt: skip
             ),
