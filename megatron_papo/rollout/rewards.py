@@ -26,7 +26,10 @@ def strip_tag_spaces(text: str) -> str:
 
 
 def format_reward(text: str) -> float:
-    """Return 1 if the whole text matches <think>.*</think>.*\\boxed{.*}.* (dot matches newline), else 0, in linear time."""
+    """Return 1 if the text as a whole matches <think>.*</think>.*\\boxed{.*}.* (dot matches newline), else 0.
+
+    It takes linear time.
+    """
     if not text.startswith("<think>"):
         return 0.0
     position = len("<think>")

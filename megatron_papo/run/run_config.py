@@ -1,4 +1,5 @@
-"""The configuration that a run directory owns: written when the run starts, read by every stage, changed only where it may.
+"""The configuration that a run directory owns: written when the run starts, read by every stage, changed only where it
+may.
 
 config.yaml is for people and for stages; .config.yaml beside it is the record by which an edit by hand is noticed.
 """
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.config import Change, Config, changes
-from megatron_papo.config_files import dump_config, load_config
+from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
 from megatron_papo.errors import UserError
 from megatron_papo.run.run_directory import RunDirectory
 
@@ -38,7 +39,7 @@ def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
 
 
 def settle_run(
-    root: Path, default: Path, given: Path | None, overrides: Sequence[str]
+    root: Path, default: Path, given: Path | None, overrides: Sequence[str], caller: Path
 ) -> tuple[RunDirectory, list[Change]]:
     """Return the run with the configuration that a start asks for, and what changes by it. Nothing is written.
 
@@ -49,11 +50,12 @@ def settle_run(
         default: Configuration of a new run that names none.
         given: The configuration file on the command line, if any; of an existing run its own is the default.
         overrides: `section.key=value`.
+        caller: Directory that relative paths in the configuration start from.
     """
     if not (root / CONFIG).exists():
         _refuse_older_layout(root)
-        return RunDirectory(root, load_config(given or default, list(overrides))), []
-    config = load_config(given or root / CONFIG, list(overrides))
+        return RunDirectory(root, with_absolute_paths(load_config(given or default, list(overrides)), caller)), []
+    config = with_absolute_paths(load_config(given or root / CONFIG, list(overrides)), caller)
     recorded = _recorded(root)
     by_hand = changes(recorded, load_config(root / CONFIG)) if given is None else []
     _refuse_frozen(root, by_hand, "edited by hand: put the old value back, or ")
@@ -101,7 +103,8 @@ def _refuse_older_layout(root: Path) -> None:
     parts = [name for name in OLDER_LAYOUT if (root / name).exists()]
     if parts:
         raise UserError(
-            f"{root}: holds {', '.join(parts)} but no {CONFIG}: a run of an older version, which this one cannot continue:"
+            f"{root}: holds {', '.join(parts)} but no {CONFIG}: a run of an older version, which this one cannot"
+            " continue:"
             " finish it with that version, or choose another --name"
         )
 

@@ -1,7 +1,7 @@
 """The table of stages: which keys each reads, what it reads and makes, as functions of run and iteration.
 
-Fingerprints, hints ("make it with ..."), --dry-run, tools.status and the tables of README and docs/pipeline.md come from
-here. A stage sees the configuration through a view of its keys: reading another one is an error at once.
+Fingerprints, hints ("make it with ..."), --dry-run, tools.status and the tables of README and docs/pipeline.md come
+from here. A stage sees the configuration through a view of its keys: reading another one is an error at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,6 +80,10 @@ class Stage:
     """What a whole run wants of it, in order."""
     processes: Callable[[Config], int] | None = None
     """How many torchrun starts; None: it is one process."""
+    decided_by_of_set: tuple[str, ...] = ()
+    """Of stage 1: the keys that decide an evaluation set, in place of decided_by."""
+    iteration_decides: bool = False
+    """The number of the iteration is part of the fingerprint."""
 
     @property
     def number(self) -> int:
@@ -87,18 +91,27 @@ class Stage:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return self.decided_by + self.also_reads
+        return self.decided_by + self.decided_by_of_set + self.also_reads
 
     def needed_inputs(self, config: Config, turn: Turn) -> list[InputSpec]:
         """Return the inputs that this turn reads under this configuration."""
         return [spec for spec in self.inputs if spec.needed(config, turn)]
 
-    def values(self, config: Config) -> dict[str, object]:
-        """Return the keys that decide its output, with their values as plain data.
+    def values(self, config: Config, turn: Turn) -> dict[str, object]:
+        """Return the keys that decide an output, with their values as plain data.
 
         Of a section, what is living is left out, unless the section is so as a whole.
         """
-        return {key: _plain(key, value_of(config, key)) for key in self.decided_by}
+        of_set = self.decided_by_of_set and turn.evaluation_set is not None
+        return {
+            key: _plain(key, value_of(config, key)) for key in (self.decided_by_of_set if of_set else self.decided_by)
+        }
+
+    def arguments(self, turn: Turn) -> dict[str, object]:
+        """Return what decides an output beside keys and inputs."""
+        if self.iteration_decides:
+            return {"iteration": turn.iteration}
+        return {} if turn.evaluation_set is None or not self.decided_by_of_set else {"set": turn.evaluation_set}
 
 
 def _plain(key: str, value: object) -> object:
@@ -155,6 +168,7 @@ STAGES: dict[str, Stage] = {
             "stage1_prepare_data",
             "rows of any source, or of the synthetic task, become prompts and pictures",
             decided_by=("seed", "data.train.split", "data.train.count", "data.sft.split", "data.sft.count", *PROMPTS),
+            decided_by_of_set=("seed", "data.evaluation.split", "data.evaluation.count", *PROMPTS),
             also_reads=(
                 "data.train.source",
                 "data.sft.source",
@@ -166,7 +180,16 @@ STAGES: dict[str, Stage] = {
                 "objective.masked_image_entropy_coef",
                 "evaluation.masked_images",
             ),  # fmt: skip
-            inputs=(),
+            inputs=(
+                InputSpec(
+                    "hf",
+                    "of an evaluation set: checkpoint whose tokenizer it is made with",
+                    ("stage1_prepare_data",),
+                    lambda run, turn: run.base,
+                    needed=lambda config, turn: turn.evaluation_set is not None,
+                    from_outside=True,
+                ),  # fmt: skip
+            ),
             output=lambda run, turn: (
                 run.data if turn.evaluation_set is None else run.evaluation_data(turn.evaluation_set)
             ),
@@ -232,6 +255,7 @@ STAGES: dict[str, Stage] = {
             output=lambda run, turn: run.rollouts(_number(turn)),
             writes="rollouts.jsonl",
             turns=_iterations,
+            iteration_decides=True,
         ),
         Stage(
             "stage5_train",
@@ -282,6 +306,7 @@ STAGES: dict[str, Stage] = {
             output=lambda run, turn: run.trained(_number(turn)),
             writes="Megatron checkpoint with optimizer state, metrics.jsonl, guard.jsonl",
             turns=_iterations,
+            iteration_decides=True,
             processes=lambda config: config.parallel.world_size,
         ),
         Stage(

@@ -159,7 +159,8 @@ def parse_answer(answer: dict, request: Request, sampling: Sampling, weight_vers
     if meta["prompt_tokens"] != prompt.num_tokens:
         refuse(
             f"the server counted {meta['prompt_tokens']} prompt tokens, we count {prompt.num_tokens}: the server's"
-            " checkpoint or image size limits are not those that the prompts were made with (data.min_pixels, data.max_pixels)"
+            " checkpoint or image size limits are not those that the prompts were made with (data.min_pixels,"
+            " data.max_pixels)"
         )
     token_ids = [entry[1] for entry in meta["output_token_logprobs"]]
     log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
