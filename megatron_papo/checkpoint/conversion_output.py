@@ -17,6 +17,7 @@ from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import (
+    Input,
     StageOutput,
     content_fingerprint,
     read_manifest,
@@ -105,7 +106,8 @@ def _output(stage: str, output: Path, name: str, source: Path, hint: str, option
         fingerprint = _fingerprint_without_hashing(source)
     else:
         fingerprint = model_fingerprint(source)
-    return StageOutput(stage, output, None, sections=[], inputs={name: fingerprint}, arguments=options)
+    # The source is hashed while it is read.
+    return StageOutput(stage, output, {}, {name: Input(source, fingerprint, verify=False)}, options)
 
 
 def _fingerprint_without_hashing(source: Path) -> str:

@@ -23,6 +23,7 @@ from megatron_papo.checkpoint.name_map import Piece, disk_name, pieces
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, TorchDistWriter
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config
+from megatron_papo.run.stage_output import require_weights
 
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 """Keys in a training checkpoint that belong to the optimizer."""
@@ -98,6 +99,7 @@ def open_checkpoint(directory: Path) -> HFCheckpoint | MegatronCheckpoint:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not a directory: give a checkpoint directory")
+    require_weights(directory)
     return MegatronCheckpoint(directory) if (directory / "metadata.json").exists() else HFCheckpoint(directory)
 
 

@@ -7,6 +7,7 @@ hf/, the small files of the Hugging Face checkpoint, so that exporting needs not
 import logging
 import shutil
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
@@ -27,9 +29,9 @@ from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of, make_reproducible
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
+from megatron_papo.run.stage_output import file_hash
 
-# Takes the metrics and hf/ that lie beside the weights for a broken checkpoint, and says so at each save.
-logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
+_Value = TypeVar("_Value")
 
 
 class _PlainSave(TorchDistSaveShardedStrategy):
@@ -51,7 +53,7 @@ class _PlainSave(TorchDistSaveShardedStrategy):
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
-    """The hf/ folder of Megatron checkpoint `source` into checkpoint `target`; one rank calls it."""
+    """Copy the hf/ folder of Megatron checkpoint `source` into checkpoint `target`; one rank calls it."""
     if not (source / HF_FILES / "config.json").is_file():
         raise UserError(
             f"{source / HF_FILES}: missing: convert the Hugging Face checkpoint with stages.stage3_convert_to_megatron"
@@ -59,11 +61,31 @@ def copy_hf_files(source: Path, target: Path) -> None:
     shutil.copytree(source / HF_FILES, target / HF_FILES)
 
 
-def save(directory: Path, model: torch.nn.Module, optimizer=None, state: dict | None = None) -> None:
-    """Collective. model: Qwen2_5_VL or a wrapper of it. state: plain data (numbers, strings, lists, dicts), the same on
-    every rank."""
+def quiet_loggers() -> None:
+    """Silence megatron-core's warning at each save that metrics and hf/, which lie beside the weights, are strange."""
+    logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
+
+
+def save(
+    directory: Path,
+    model: torch.nn.Module,
+    optimizer: MegatronOptimizer | None = None,
+    state: dict | None = None,
+) -> dict[str, str]:
+    """Write a checkpoint and return the sha256 of its .distcp files by name, each hashed by the rank that wrote it.
+
+    Collective; every rank gets all hashes.
+
+    Args:
+        directory: made where it is not there.
+        model: Qwen2_5_VL or a wrapper of it.
+        optimizer: its state is written too; None: weights alone.
+        state: plain data (numbers, strings, lists, dicts), the same on every rank.
+
+    Raises UserError where a file system refuses.
+    """
     if torch.distributed.get_rank() == 0:
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     tree = {"model": _model_state(model)}
     if optimizer is not None:
@@ -75,47 +97,86 @@ def save(directory: Path, model: torch.nn.Module, optimizer=None, state: dict | 
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
+    quiet_loggers()
     dist_checkpointing.save(tree, str(directory), sharded_strategy=_PlainSave("torch_dist", 1))
     if torch.distributed.get_rank() == 0:
-        make_reproducible(Path(directory))
-    torch.distributed.barrier()
+        make_reproducible(directory)
+    return _gather_hashes(directory)
 
 
-def load_weights(directory: Path, model: torch.nn.Module) -> None:
-    """Collective. Fills the model, casting to its dtype. Raises UserError for missing or unknown tensors and other
-    shapes, and for a converted checkpoint whose proof is missing or failed.
+def hash_files_of_this_rank(directory: Path) -> dict[str, str]:
+    """Return name -> sha256 of the .distcp files that this rank wrote, which torch names __RANK_NUMBER.distcp."""
+    files = sorted(directory.glob(f"__{torch.distributed.get_rank()}_*.distcp"))
+    return {file.name: file_hash(file) for file in files}
 
-    An optimizer that exists already must be told: optimizer.reload_model_params().
+
+def _gather_hashes(directory: Path) -> dict[str, str]:
+    """Return the hashes of all ranks on every rank. A rank that cannot read says so to all: none is left waiting."""
+    try:
+        result: dict[str, str] | str = hash_files_of_this_rank(directory)
+    except OSError as error:
+        result = f"{error.filename}: cannot be read after it was written: {error.strerror}"
+    hashes: dict[str, str] = {}
+    for part in _gather(result):
+        if isinstance(part, str):
+            raise UserError(part)
+        hashes |= part
+    return hashes
+
+
+def _gather(value: _Value) -> list[_Value]:
+    parts = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, value)
+    return parts
+
+
+def load_weights(checkpoint: Path | TorchDistCheckpoint, model: torch.nn.Module) -> None:
+    """Fill the model from a checkpoint (a directory, or one that is opened already), casting to its dtype. Collective.
+
+    An optimizer that exists already must be told: optimizer.reload_model_params(). Raises UserError for missing or
+    unknown tensors and other shapes, and for a converted checkpoint whose proof is missing or failed.
     """
-    require_proof_if_converted(Path(directory))
-    _check_against(Path(directory), model)
-    tree = dist_checkpointing.load({"model": _model_state(model)}, str(directory))
+    stored = _opened(checkpoint)
+    require_proof_if_converted(stored.directory)
+    _check_against(stored, model)
+    tree = dist_checkpointing.load({"model": _model_state(model)}, str(stored.directory))
     result = _unwrap(model).load_state_dict(tree["model"], strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     if missing or result.unexpected_keys:
-        raise RuntimeError(f"{directory}: load_state_dict left out {missing}, did not know {result.unexpected_keys}")
+        raise RuntimeError(
+            f"{stored.directory}: load_state_dict left out {missing}, did not know {result.unexpected_keys}"
+        )
 
 
-def has_optimizer(directory: Path) -> bool:
-    """Whether the checkpoint can be resumed from; one that stage 3 converted cannot."""
-    return any(key.startswith(OPTIMIZER_PREFIXES) for key in TorchDistCheckpoint(Path(directory)).tensors)
+def has_optimizer(checkpoint: Path | TorchDistCheckpoint) -> bool:
+    """Return whether the checkpoint can be resumed from; one that stage 3 converted cannot."""
+    return any(key.startswith(OPTIMIZER_PREFIXES) for key in _opened(checkpoint).tensors)
 
 
-def load_optimizer(directory: Path, model: torch.nn.Module, optimizer) -> dict:
-    """Collective. Fills the optimizer (fp32 main parameters included) and returns the `state` that was saved with
-    it."""
-    if not has_optimizer(directory):
-        raise UserError(f"{directory}: holds no optimizer state: give a checkpoint that stage 5 wrote")
+def load_optimizer(
+    checkpoint: Path | TorchDistCheckpoint, model: torch.nn.Module, optimizer: MegatronOptimizer
+) -> dict:
+    """Fill the optimizer (fp32 main parameters included) and return the `state` that was saved with it. Collective.
+
+    Raises UserError where the checkpoint holds no optimizer.
+    """
+    stored = _opened(checkpoint)
+    if not has_optimizer(stored):
+        raise UserError(f"{stored.directory}: holds no optimizer state: give a checkpoint that stage 5 wrote")
     model_state = _model_state(model)
     tree = {"optimizer": optimizer_state.sharded_state(optimizer, model_state, is_loading=True)}
-    loaded = dist_checkpointing.load(tree, str(directory))
+    loaded = dist_checkpointing.load(tree, str(stored.directory))
     optimizer_state.load(optimizer, loaded["optimizer"])
     return loaded.get("state", {})
 
 
+def _opened(checkpoint: Path | TorchDistCheckpoint) -> TorchDistCheckpoint:
+    return checkpoint if isinstance(checkpoint, TorchDistCheckpoint) else TorchDistCheckpoint(checkpoint)
+
+
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    while hasattr(model, "module"):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
     return model
 
 
@@ -125,20 +186,17 @@ def _model_state(model: torch.nn.Module) -> dict:
     )
 
 
-def _check_against(directory: Path, model: torch.nn.Module) -> None:
-    """Compares the names and shapes that all ranks together want with those in the checkpoint."""
-    stored = TorchDistCheckpoint(directory).tensors
+def _check_against(stored: TorchDistCheckpoint, model: torch.nn.Module) -> None:
+    """Compare the names and shapes that all ranks together want with those in the checkpoint."""
     wanted = _model_state(model)
     apply_factories(wanted)
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(
-        everyone, {tensor.key: tuple(tensor.global_shape) for tensor in nested_values(wanted)}
-    )
-    shapes = {key: shape for part in everyone for key, shape in part.items()}
-    require_same_names(directory, {key for key in stored if not key.startswith(OPTIMIZER_PREFIXES)}, set(shapes))
+    parts = _gather({tensor.key: tuple(tensor.global_shape) for tensor in nested_values(wanted)})
+    shapes = {key: shape for part in parts for key, shape in part.items()}
+    names = {key for key in stored.tensors if not key.startswith(OPTIMIZER_PREFIXES)}
+    require_same_names(stored.directory, names, set(shapes))
     for key, shape in shapes.items():
-        if stored[key].shape != shape:
+        if stored.tensors[key].shape != shape:
             raise UserError(
-                f"{directory}: {key} has shape {list(stored[key].shape)}, the model {list(shape)}: another model's"
-                " checkpoint"
+                f"{stored.directory}: {key} has shape {list(stored.tensors[key].shape)}, the model {list(shape)}:"
+                " another model's checkpoint"
             )

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import file_hash
+from megatron_papo.run.stage_output import file_hash, require_weights
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL_FILES = (
@@ -67,6 +67,7 @@ def weight_files(directory: Path) -> list[str]:
 
     Raises UserError where there are none, or one is missing.
     """
+    require_weights(directory)
     if (directory / INDEX).is_file():
         files = sorted(set(read_index(directory / INDEX).values()))
         missing = [file for file in files if Path(file).name != file or not (directory / file).is_file()]

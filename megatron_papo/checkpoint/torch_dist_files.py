@@ -36,6 +36,7 @@ from megatron_papo.checkpoint.hashed_files import (
 )
 from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.errors import UserError
+from megatron_papo.run.stage_output import require_weights
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -53,6 +54,7 @@ class TorchDistCheckpoint:
 
     def __init__(self, directory: Path):
         self.directory = Path(directory)
+        require_weights(self.directory)
         self.common = _read_common(self.directory)
         self.metadata = _read_metadata(self.directory / ".metadata")
         self.tensors: dict[str, TensorInfo] = {}

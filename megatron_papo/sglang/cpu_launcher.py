@@ -60,7 +60,6 @@ TILE_ROWS = 32
 
 
 # --- sgl_kernel: names resolve, calls raise; the one kernel that seeded sampling needs is real
-# ---------------------------------
 def _missing(name):
     def missing(*args, **kwargs):
         raise NotImplementedError(f"sgl_kernel.{name}: compiled SGLang kernels are not available on this CPU")
@@ -105,7 +104,7 @@ def murmur_hash32(seed, positions, columns):
     return (state ^ (state >> 16)).to(torch.uint32)
 
 
-_libraries = []  # torch.library registrations end when the object dies
+_libraries: list[torch.library.Library] = []  # torch.library registrations end when the object dies
 
 
 def _install_sgl_kernel():
@@ -134,7 +133,6 @@ def _install_sgl_kernel():
 
 
 # --- torchvision: the PyPI wheel's library needs CUDA; importing only needs these two operators to be declared
-# ------------------
 def _install_torchvision():
     if torch.version.cuda:
         return
@@ -145,7 +143,6 @@ def _install_torchvision():
 
 
 # --- triton: kernels are defined at import all over SGLang and never launched on a CPU
-# ------------------------------------------
 class _Anything(types.ModuleType):
     """A module whose attributes exist, whose CamelCase attributes are classes, and which as a decorator returns the
     function."""
@@ -201,7 +198,6 @@ def _install_triton():
 
 
 # --- batch invariance
-# -----------------------------------------------------------------------------------------------------------
 def tiled_mm(a, b):
     """a @ b, [M, K], [K, N] -> [M, N], in which the bits of a row do not depend on M or on the other rows.
 

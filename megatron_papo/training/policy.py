@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_papo.checkpoint import megatron_files
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config import Config
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.qwen2_5_vl import build_model
@@ -48,16 +49,26 @@ class Policy:
         """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is
         forgotten."""
         self.forget()
-        model = self._build(checkpoint)
+        stored = TorchDistCheckpoint(checkpoint)
+        model = self._build(stored)
         self._trained = build_optimizer(model, self.config.optimizer, self.dtype)
-        resumes = megatron_files.has_optimizer(checkpoint)
-        self.state = megatron_files.load_optimizer(checkpoint, model, self.optimizer) if resumes else {"step": 0}
+        resumes = megatron_files.has_optimizer(stored)
+        self.state = megatron_files.load_optimizer(stored, model, self.optimizer) if resumes else {"step": 0}
         self.at = checkpoint
 
-    def save(self, directory: Path, published: Path) -> None:
-        """Writes a checkpoint; published: the name it is going to have."""
-        megatron_files.save(directory, self.model.module, self.optimizer, self.state)
+    def save(self, directory: Path, published: Path, with_optimizer: bool = True) -> dict[str, str]:
+        """Write a checkpoint; return the sha256 of the files that the ranks wrote, by name.
+
+        Args:
+            directory: Where to.
+            published: The name it is going to have.
+            with_optimizer: Optimizer and state, too: it can be resumed from.
+        """
+        hashes = megatron_files.save(
+            directory, self.model.module, self.optimizer if with_optimizer else None, self.state
+        )
         self.at = published
+        return hashes
 
     def forget(self) -> None:
         """Gives up the device's memory; the next load brings everything back."""
@@ -70,7 +81,9 @@ class Policy:
         """Into host memory (pinned on GPU machines), unless it is there already: the reference never changes."""
         if self._reference is None:
             with torch.no_grad():
-                self._reference = [_on_host(parameter) for parameter in self._build(checkpoint).parameters()]
+                self._reference = [
+                    _on_host(parameter) for parameter in self._build(TorchDistCheckpoint(checkpoint)).parameters()
+                ]
             gc.collect()
 
     @contextmanager
@@ -90,7 +103,7 @@ class Policy:
             parameter.copy_(stored)
             stored.copy_(own)
 
-    def _build(self, checkpoint: Path) -> torch.nn.Module:
+    def _build(self, stored: TorchDistCheckpoint) -> torch.nn.Module:
         parallel, recompute = self.config.parallel, self.config.model.recompute
         model = build_model(
             self.hf,
@@ -99,7 +112,7 @@ class Policy:
             recompute=recompute,
             vision_tower=parallel.vision_tower,
         )
-        megatron_files.load_weights(checkpoint, model)
+        megatron_files.load_weights(stored, model)
         return model
 
 

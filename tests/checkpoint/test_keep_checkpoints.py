@@ -4,12 +4,19 @@ as before."""
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_papo.checkpoint.keep import oldest_kept
+from megatron_papo.checkpoint.convert import open_checkpoint
+from megatron_papo.checkpoint.hf_files import HFCheckpoint
+from megatron_papo.checkpoint.keep import keep_newest, keep_newest_exports, kept_checkpoints, kept_exports
+from megatron_papo.checkpoint.model_files import model_fingerprint
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import require_input, verify_files
 from tests.helpers import DEMO_CONFIG, run_module
+from tools.convert.geometry import config_tree
 
 ROWS = {
     "tensors": {"a": {"source_xxh3_128": "1", "read_back_xxh3_128": "1"}},
@@ -33,6 +40,7 @@ def add(root, number):
         directory.mkdir(parents=True)
         (directory / weights).write_bytes(b"0123456789")
         (directory / "metrics.jsonl").write_text("{}\n")
+        (directory / "config.json").write_text(json.dumps(config_tree("tiny")))
         stage = "stage5_train" if name == "megatron" else "stage6_convert_to_hf"
         manifest = {
             "stage": stage,
@@ -56,30 +64,121 @@ def call(root, newest, *overrides):
 
 
 def test_only_the_newest_are_kept_and_the_rest_stays_on_record(iterations):
-    assert call(iterations, 5).returncode == 0 and kept(iterations) == [1, 2, 3, 4, 5]  # null: all
+    done = call(iterations, 5, "keep_checkpoints=null")
+    assert done.returncode == 0 and kept(iterations) == [1, 2, 3, 4, 5]  # all
     done = call(iterations, 5, "keep_checkpoints=2")
     assert done.returncode == 0, done.stderr
     assert kept(iterations) == [4, 5] and "0003/megatron: 0.00 GB deleted" in done.stdout
     old = iterations / "0002"
     assert (old / "megatron" / "metrics.jsonl").exists() and (old / "hf" / "model.safetensors").exists()
     assert require_input(old / "megatron", ("stage5_train",), "hint") == "2"  # its stage still counts as done
-    with pytest.raises(UserError, match="its weights were deleted .*raise keep_checkpoints, or make it again"):
-        verify_files(old / "megatron")
+    for use in (verify_files, TorchDistCheckpoint, open_checkpoint):
+        with pytest.raises(UserError, match="its weights were deleted .*raise keep_checkpoints, or make it again"):
+            use(old / "megatron")
     assert call(iterations, 2, "keep_checkpoints=2").returncode == 0 and kept(iterations) == [
         4,
         5,
     ]  # run again after a crash
 
 
+SAVED = st.lists(st.integers(1, 30), unique=True)
+NUMBERS = st.integers(1, 30)
+KEEP = st.integers(1, 8)
+
+
+@given(saved=SAVED, newest=NUMBERS, keep=KEEP, rollback=st.integers(0, 8), best=st.sets(NUMBERS, max_size=3))
+def test_the_rules_of_checkpoints_said_naively(saved, newest, keep, rollback, best):
+    """The run goes on from the last saved iteration up to `newest`. Iteration i + 1 starts from i and may go back to
+    the last one saved up to i - rollback."""
+    kept = kept_checkpoints(newest, saved, keep, rollback, best)
+    start = max((number for number in saved if number <= newest), default=None)
+    for number in saved:
+        newer = [other for other in saved if number < other <= newest]
+        is_target = start is not None and any(
+            number == max((other for other in saved if other <= i - rollback), default=None)
+            for i in range(start, start + rollback + 1)
+        )
+        rules = number > newest or len(newer) < keep or is_target or number in best
+        assert (number in kept) == rules, number
+    assert kept <= set(saved)
+
+
+@given(saved=SAVED, newest=NUMBERS, keep=KEEP, best=st.sets(NUMBERS), needed=st.sets(NUMBERS))
+def test_the_rules_of_exports_said_naively(saved, newest, keep, best, needed):
+    kept = kept_exports(newest, saved, keep, best, needed)
+    for number in saved:
+        newer = [other for other in saved if number < other <= newest]
+        assert (number in kept) == (number > newest or len(newer) < keep or number in best | needed), number
+    assert kept <= set(saved)
+
+
+ALL = {5, 10, 15, 20}
+
+
 @pytest.mark.parametrize(
-    "keep, rollback, newest, oldest",
-    [(1, 0, 5, 5), (2, 0, 5, 4), (1, 2, 5, 3), (4, 2, 5, 2), (3, 0, 2, 0)],
+    "keep, rollback, expected",
+    [
+        (1, 0, {20}),
+        (2, 0, {15, 20}),
+        (1, 1, {15, 20}),
+        (1, 5, {15, 20}),
+        (1, 6, {10, 15, 20}),
+        (1, 99, {5, 10, 15, 20}),
+    ],
 )
-def test_what_a_rollback_needs_is_kept(keep, rollback, newest, oldest):
-    """The next iteration may go back to `newest` - rollback (run_all.sh: CHECKPOINTS[i - ROLLBACK_ITERATIONS])."""
-    config = load_config(DEMO_CONFIG, [f"keep_checkpoints={keep}", f"hacking_guard.rollback_iterations={rollback}"])
-    assert oldest_kept(config, newest) == oldest
-    assert oldest <= newest - rollback
+def test_checkpoints_of_every_fifth_iteration(keep, rollback, expected):
+    """After iteration 22 of a resident run with checkpoint_every 5, by hand."""
+    assert kept_checkpoints(22, [20, 5, 15, 10], keep, rollback) == expected
+
+
+def test_null_keeps_all():
+    assert kept_checkpoints(3, [1, 2, 3], None, 0) == {1, 2, 3} == kept_exports(3, [3, 2, 1], None)
+    assert kept_checkpoints(3, [1, 2, 3], 1, 0) == {3} == kept_exports(3, [3, 2, 1], 1)  # control
+
+
+def exports(root):
+    return [int(path.parent.parent.name) for path in sorted(root.glob("*/hf/model.safetensors"))]
+
+
+def test_exports_are_pruned_and_stay_on_record(iterations, capsys):
+    config = load_config(DEMO_CONFIG, ["keep_exports=1"])
+    keep_newest_exports(config, iterations, 5, best={2}, needed={3})
+    assert exports(iterations) == [2, 3, 5] and kept(iterations) == [1, 2, 3, 4, 5]
+    assert "keep_exports: " in capsys.readouterr().out
+    gone = iterations / "0004" / "hf"
+    assert (gone / "metrics.jsonl").exists() and (gone / "proof.json").exists()
+    assert json.loads((gone / "pruned.json").read_text())["reason"] == "keep_exports: 1"
+    assert require_input(gone, ("stage6_convert_to_hf",), "hint") == "4"  # its stage still counts as done
+    message = "0004/hf: its weights were deleted .*raise keep_exports, or make it again"
+    for use in (verify_files, HFCheckpoint, model_fingerprint):
+        with pytest.raises(UserError, match=message):
+            use(gone)
+    verify_files(iterations / "0003" / "hf", {"model.safetensors": "?"})  # control
+    keep_newest_exports(config, iterations, 5, best=set(), needed=set())  # no longer held
+    assert exports(iterations) == [5]
+    keep_newest_exports(load_config(DEMO_CONFIG, ["keep_exports=null"]), iterations, 5, best=set(), needed=set())
+    assert exports(iterations) == [5]
+
+
+def test_no_export_goes_before_the_newest_is_complete(iterations):
+    (iterations / "0005/hf/model.safetensors").write_bytes(b"0")
+    with pytest.raises(UserError, match="0005/hf/model.safetensors: missing or of another size .* nothing is deleted"):
+        keep_newest_exports(load_config(DEMO_CONFIG, ["keep_exports=1"]), iterations, 5, best=set(), needed=set())
+    assert exports(iterations) == [1, 2, 3, 4, 5]
+
+
+def test_what_was_stopped_in_the_middle_is_finished_and_does_not_count(iterations):
+    """The note is there, some of the weights as well: not a checkpoint to keep."""
+    (iterations / "0004/megatron/pruned.json").write_text('{"key": "keep_checkpoints"}')
+    config = load_config(DEMO_CONFIG, ["keep_checkpoints=2", "hacking_guard.rollback_iterations=0"])
+    keep_newest(config, iterations, 5)
+    assert kept(iterations) == [3, 5]
+
+
+def test_the_best_are_held(iterations):
+    config = load_config(DEMO_CONFIG, ["keep_checkpoints=1", "hacking_guard.rollback_iterations=0"])
+    keep_newest(config, iterations, 5, best={1, 9})
+    assert kept(iterations) == [1, 5]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +23,11 @@ from megatron_papo.checkpoint.convert import (
 )
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.run.stage_output import file_hash
+from tests.helpers import ROOT
 from tests.workers import model_parity as worker
 from tests.workers import optimizer_resume, random_model
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"few": [0, 2], "none": [2]}
 """Rows of the batch with two pictures and without any."""
 
@@ -222,6 +222,15 @@ def test_a_training_checkpoint_exports(runs, kind, tmp_path):
     assert model.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
     exported = model.state_dict()["model.language_model.layers.1.self_attn.k_proj.weight"]
     assert torch.equal(exported, source.read("model.layers.1.self_attn.k_proj.weight"))
+
+
+def test_each_rank_hashes_the_files_that_it_wrote(runs):
+    directory = runs[0] / "saved_untied"
+    expected = {file.name: file_hash(file) for file in directory.glob("*.distcp")}
+    parts = runs[3]["hashes"]
+    assert [hashes for hashes, _ in parts] == [expected] * 4  # the same on every rank
+    hashed = [name for _, names in parts for name in names]
+    assert sorted(hashed) == sorted(expected) and all(names for _, names in parts)  # each file once, all ranks busy
 
 
 @pytest.mark.parametrize(

@@ -65,14 +65,20 @@ def main() -> None:
     for name in WRONG_SPREAD:
         results[name] = run_layout(directory, name, data, directory / "untied", 2, 1, "_sp_" in name, "none", "spread")
     for checkpoint in ("tied", "untied"):
-        save_and_load(directory / checkpoint, directory / f"saved_{checkpoint}")
+        hashes = save_and_load(directory / checkpoint, directory / f"saved_{checkpoint}")
     save_and_load(directory / "untied", directory / "saved_spread", "spread")
     save_and_load(directory / "saved_spread", directory / "saved_after_spread")
     without_mode = tied_pipeline_without_cpu_backend(directory)
     refused = refusals(directory, data)
     resumed = optimizer_resume.run_all(directory, data)
     if process_groups.is_main_rank():
-        everything = {"parity": results, "resume": resumed, "without_mode": without_mode, "refused": refused}
+        everything = {
+            "parity": results,
+            "resume": resumed,
+            "without_mode": without_mode,
+            "refused": refused,
+            "hashes": hashes,
+        }
         (directory / "results.json").write_text(json.dumps(everything))
     torch.distributed.barrier()
     process_groups.shutdown()
@@ -183,8 +189,11 @@ def loss_of(logits, data, kept):
     return loss, {}
 
 
-def save_and_load(source, target, vision_tower="sharded") -> None:
-    """Through TP2 x PP2: load what stage 3 wrote, or this function, save it as training does."""
+def save_and_load(source, target, vision_tower="sharded") -> list:
+    """Through TP2 x PP2: load what stage 3 wrote, or this function, save it as training does.
+
+    Returns what save() returned on each rank, and which files each rank has hashed.
+    """
     import torch
 
     from megatron_papo.checkpoint import megatron_files
@@ -197,11 +206,13 @@ def save_and_load(source, target, vision_tower="sharded") -> None:
     sizes = dict(dtype=torch.float32, sequence_parallel=False, recompute="none")
     model = build_model(read_hf_config(source), **sizes, vision_tower=vision_tower)
     megatron_files.load_weights(source, model)
-    megatron_files.save(target, model)
+    hashes = megatron_files.save(target, model)
     if process_groups.is_main_rank():
         megatron_files.copy_hf_files(source, target)
-    torch.distributed.barrier()
+    parts = [None] * process_groups.world_size()
+    torch.distributed.all_gather_object(parts, [hashes, sorted(megatron_files.hash_files_of_this_rank(target))])
     process_groups.destroy()
+    return parts
 
 
 def tied_pipeline_without_cpu_backend(directory) -> str:
