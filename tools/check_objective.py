@@ -142,8 +142,6 @@ def run_case(case: dict, num_tokens: float | None = None, **changes: object) -> 
     import torch
 
     from megatron_papo.distributed import process_groups
-
-    process_groups.hush_known_warnings()
     from megatron_papo.model.log_probs import token_statistics
     from megatron_papo.objective.papo_loss import MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
     from megatron_papo.training.collator import pad_responses

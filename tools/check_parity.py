@@ -104,17 +104,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = configuration(arguments)
-    limits = tuple(
-        given or default
-        for given, default in zip((arguments.max_mean_difference, arguments.max_difference), LIMITS[config.model.dtype])
-    )
+    mean_limit, largest_limit = LIMITS[config.model.dtype]
+    limits = arguments.max_mean_difference or mean_limit, arguments.max_difference or largest_limit
     with tempfile.TemporaryDirectory(prefix="check_parity_") as work:
         answer = check(arguments, config, limits, Path(work))
     print(json.dumps(answer), flush=True)
     sys.exit(0 if answer["passed"] else 1)
 
 
-def configuration(arguments) -> Config:
+def configuration(arguments: argparse.Namespace) -> Config:
     """The configuration with, unless --config or --set says otherwise, the dtype of the checkpoint."""
     from megatron_papo.model.hf_config import read_hf_config
 
@@ -130,7 +128,7 @@ def configuration(arguments) -> Config:
     return load_config(arguments.config or DEFAULT_CONFIG, overrides)
 
 
-def check(arguments, config: Config, limits: tuple[float, float], work: Path) -> dict:
+def check(arguments: argparse.Namespace, config: Config, limits: tuple[float, float], work: Path) -> dict:
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.sglang import server as sglang_server
 
@@ -144,8 +142,10 @@ def check(arguments, config: Config, limits: tuple[float, float], work: Path) ->
     try:
         server = Side(arguments.hf, where, config, root, load=arguments.load or not where.startswith("http"))
         sampled = server.sample(prompts, config.rollout.top_p)
-        wrong_pictures = server.sample(prompts, config.rollout.top_p, nearest) if arguments.controls else None
-        cut_off = server.sample(prompts, 0.9) if arguments.controls else None
+        wrong_pictures, cut_off = [], []
+        if arguments.controls:
+            wrong_pictures = server.sample(prompts, config.rollout.top_p, nearest)
+            cut_off = server.sample(prompts, 0.9)
     finally:
         if not arguments.server:
             sglang_server.stop_all(work / "server")
@@ -265,7 +265,7 @@ class Side:
 
         from megatron_papo.data.chat import forbidden_tokens
         from megatron_papo.rollout.sample_and_grade import WEIGHT_VERSION_CHARACTERS
-        from megatron_papo.run.stage_output import input_fingerprint
+        from megatron_papo.run.stage_output import input_made_or_from_outside
         from megatron_papo.sglang.client import SglangClient
         from megatron_papo.sglang.server import open_servers
 
@@ -276,9 +276,8 @@ class Side:
         servers = open_servers(where, hf, config.server, config.model.dtype)
         self.client = SglangClient(servers, min(config.rollout.concurrency, 64), config.rollout.request_timeout_seconds)
         if load:
-            self.client.update_weights(
-                hf, input_fingerprint(hf, "give --hf a checkpoint directory")[:WEIGHT_VERSION_CHARACTERS]
-            )
+            fingerprint = input_made_or_from_outside(hf, "give --hf a checkpoint directory").fingerprint
+            self.client.update_weights(hf, fingerprint[:WEIGHT_VERSION_CHARACTERS])
         versions = set(self.client.weight_versions())
         if len(versions) > 1:
             raise UserError(
@@ -405,7 +404,14 @@ class Megatron:
         difference = (log_probs.double() - theirs.double()).abs()
         bias = sampling_bias_metrics(sampling_bias_sums(log_probs, entropy))
         worst = [one.in_context(self.decode) for one in worst_tokens(rows, by_rollout)]
-        return Outcome(len(difference), difference.mean().item(), difference.max().item(), *bias.values(), worst)
+        return Outcome(
+            len(difference),
+            difference.mean().item(),
+            difference.max().item(),
+            bias["sampling_bias"],
+            bias["sampling_bias_error"],
+            worst,
+        )
 
     def move_weights(self) -> None:
         """By 3 % each, as far as an update might: the server is then one behind."""

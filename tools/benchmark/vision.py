@@ -68,14 +68,11 @@ def make_checkpoint(args, directory: Path) -> None:
 def measure(args, directory: Path) -> dict:
     """In every process; the result is the same in all."""
     import torch
-
-    from megatron_papo.distributed import collectives, process_groups
-
-    process_groups.hush_known_warnings()
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import collectives, process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
 
