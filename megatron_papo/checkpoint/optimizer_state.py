@@ -51,7 +51,7 @@ def _torch_distributed_parts(optimizer: MegatronOptimizer) -> list[DistributedOp
 
 
 def _states_of(optimizer: MegatronOptimizer, state: dict, wanted: list[DistributedOptimizer]) -> list[dict]:
-    """Return the state dicts of the wanted parts: a chain of several keeps them under 0, 1, ..., one part has it all."""
+    """Return the state dicts of the wanted parts. A chain of several keeps them under 0, 1, ..."""
     parts = _parts(optimizer)
     states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
     return [of_part for part, of_part in zip(parts, states, strict=True) if part in wanted]

@@ -294,8 +294,8 @@ def _sums(
 def _kl_sums(
     logits: Tensor, positions: Tensor, log_total: Tensor, temperature: float, group: ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Return [N / 2] KL of the first half from the second, and [N / 2] the probability of the entries whose log-ratio is
-    not clamped."""
+    """Return [N / 2] KL of the first half from the second, and [N / 2] the probability of the entries whose log-ratio
+    is not clamped."""
     half = len(positions) // 2
     sums = logits.new_empty(2, half, dtype=torch.float32)
     for rows in _chunks(half, logits):

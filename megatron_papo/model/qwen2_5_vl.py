@@ -192,8 +192,8 @@ class Qwen2_5_VL(MegatronModule):
         image_grids: Sequence[tuple[int, int, int]],
         pictures: Sequence[int] | None,
     ) -> torch.Tensor:
-        """Return token embeddings [s, b, h] (this rank's share of s with sequence parallelism), with the tower's output in
-        place of image tokens."""
+        """Return token embeddings [s, b, h] (this rank's share of s with sequence parallelism), with the tower's output
+        in place of image tokens."""
         if (pixel_values is None) != (len(image_grids) == 0):
             raise ValueError(
                 f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'}"
