@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,10 @@ from megatron_papo.run.command_line import run
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+
+    from megatron_papo.run.records import Prompt, Rollout
+    from megatron_papo.sglang.requests import Sample
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 1.5)}
@@ -245,7 +250,7 @@ def read_prompts(file: Path, hf: Path, config: Config) -> tuple[Path, list]:
     return file.parent, prompts
 
 
-def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config):
+def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config) -> "Prompt":
     from megatron_papo.data.chat import ChatFormat
     from megatron_papo.pictures.preprocess import grid_of_file, num_image_tokens
     from megatron_papo.run.records import Prompt
@@ -293,27 +298,27 @@ class Side:
 
         limits = self.config.data.min_pixels, self.config.data.max_pixels
 
-        def pictures(prompt):
+        def pictures(prompt: "Prompt") -> list[str]:
             resized = load_images(self.root, prompt.images, *limits)
             if picture is not None:
                 resized = [
-                    picture(open_image(self.root, name), right.size) for name, right in zip(prompt.images, resized)
+                    picture(open_image(self.root, name), right.size)
+                    for name, right in zip(prompt.images, resized, strict=True)
                 ]
-            return [to_data_uri(one) for one in resized]
+            return [to_data_uri(image) for image in resized]
 
         jobs = [(prompt, sample) for prompt in prompts for sample in range(SAMPLES_PER_PROMPT)]
         requests = [
-            Request(prompt, seed, lambda prompt=prompt: pictures(prompt), prompt.id)
-            for seed, (prompt, _) in enumerate(jobs)
+            Request(prompt, seed, partial(pictures, prompt), prompt.id) for seed, (prompt, _) in enumerate(jobs)
         ]
         settings = self.config.rollout
         sampling = Sampling(
             settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.forbidden
         )
-        samples = self.client.sample(requests, sampling, self.version)
-        return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples)]
+        samples = [sample for sample in self.client.sample(requests, sampling, self.version) if sample is not None]
+        return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples, strict=True)]
 
-    def _record(self, prompt, number: int, sample):
+    def _record(self, prompt: "Prompt", number: int, sample: "Sample") -> "Rollout":
         from megatron_papo.run.records import Rewards, Rollout
 
         return Rollout(
@@ -366,7 +371,7 @@ class Megatron:
         megatron_files.load_weights(self.checkpoint, self.model)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *_: object) -> None:
         from megatron_papo.distributed import process_groups
 
         process_groups.shutdown()
@@ -424,7 +429,7 @@ class Megatron:
                 parameter.mul_(1 + 0.03 * noise)
 
 
-def nearest(native, size: tuple[int, int]):
+def nearest(native: "Image.Image", size: tuple[int, int]) -> "Image.Image":
     """A picture resized to the right size the wrong way; one that had it already, moved by a patch's half."""
     from PIL import Image, ImageChops
 
