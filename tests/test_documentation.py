@@ -13,11 +13,12 @@ import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from megatron_papo.config import load_config
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from tests.helpers import DEMO_CONFIG, ROOT
 
@@ -57,7 +58,8 @@ def help_of(module: str, *subcommand: str) -> str:
     printed, before = io.StringIO(), sys.argv
     sys.argv = [module, *subcommand, "--help"]
     try:
-        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            warnings.simplefilter("ignore", RuntimeWarning)  # a test of this process has imported the module already
             runpy.run_module(module, run_name="__main__", alter_sys=False)
     finally:
         sys.argv = before
