@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup quick checks format test nightly
 PYTHON_OF_VENV := .venv/bin/python
-SHELL_SCRIPTS := run_all.sh tests/run.sh tools/setup_environment.sh .ci/run stages/submit.slurm
+SHELL_SCRIPTS := $(wildcard *.sh */*.sh) .ci/run stages/submit.slurm
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -11,7 +11,7 @@ setup:
 	@bash tools/setup_environment.sh --without-sglang
 
 quick: setup ## under a minute, without the SGLang server: objective, configuration, stage outputs, data
-	OMP_NUM_THREADS=1 $(PYTHON_OF_VENV) -m pytest -q -m quick $$($(PYTHON_OF_VENV) tests/markers.py quick)
+	OMP_NUM_THREADS=1 $(PYTHON_OF_VENV) -m pytest -q -m quick --durations=5 $$($(PYTHON_OF_VENV) tests/markers.py quick)
 
 checks: setup ## style, types, spelling, shell scripts, imports between rooms, published numbers
 	.venv/bin/ruff check .

@@ -24,6 +24,7 @@ class Living:
     reason: str
 
 
+LENGTH = Living("decides when the run ends, not what is computed until then")
 CADENCE = Living("decides how often and for how long, not what is computed")
 PLACE = Living("a place: what lies there is told apart by its content, so that the same files may move")
 SPEED = Living("decides how fast, not what comes out")
@@ -42,6 +43,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """The model that is trained."""
+
     path: Annotated[PathText | None, PLACE]
     """Hugging Face Qwen2.5-VL checkpoint directory to start from. null: the tiny model that stage 1 makes for the
     synthetic task."""
@@ -53,6 +56,8 @@ class ModelConfig(Section):
 
 
 class PromptSource(Section):
+    """Where a set of prompts comes from."""
+
     source: Annotated[PathText, PLACE]
     """`synthetic`, a .jsonl or .parquet file, a directory of them, or the name of a Hugging Face dataset."""
     split: str = "train"
@@ -66,8 +71,11 @@ class SyntheticTaskConfig(Section):
     noise."""
 
     grid: int = Field(default=4, ge=2)
+    """Cells along each side of the picture."""
     lowest: int = Field(default=1, ge=0)
+    """Smallest number of squares in a picture."""
     highest: int = Field(default=4, ge=1)
+    """Largest number of squares in a picture."""
     noise: float = Field(default=8.0, ge=0)
     """Standard deviation of the pixel noise, in grey levels (0..255)."""
 
@@ -81,6 +89,8 @@ class SyntheticTaskConfig(Section):
 
 
 class DataConfig(Section):
+    """The prompts of training, cold start and evaluation, and how they are rendered."""
+
     train: PromptSource
     sft: PromptSource | None
     """Prompts with target responses for stage 2; null when there is no cold start."""
@@ -88,8 +98,11 @@ class DataConfig(Section):
     """Benchmark prompts of stage 7: the evaluation set named `evaluation`."""
     synthetic: SyntheticTaskConfig = SyntheticTaskConfig()
     problem_key: str = "problem"
+    """Column with the text of the problem."""
     answer_key: str = "answer"
+    """Column with the right answer."""
     images_key: str = "images"
+    """Column with the picture or the list of pictures."""
     target_key: str = "target"
     """Column with the target response (sft only)."""
     saliency_key: str = "saliency"
@@ -105,6 +118,7 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """null: whatever the chat template does by itself."""
     min_pixels: int = Field(gt=0)
+    """Least height * width of a resized image, see max_pixels."""
     max_pixels: int = Field(gt=0)
     """Images are resized, keeping their aspect, so that height * width lies between these two (multiples of 28 px each
     side)."""
@@ -135,20 +149,29 @@ class SftConfig(Section):
     """Stage 2: supervised cold start on the Hugging Face model with DeepSpeed ZeRO."""
 
     zero_stage: Literal[1, 2, 3] = 2
+    """DeepSpeed ZeRO: shard optimizer state (1), gradients too (2), parameters too (3)."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory."""
     processes: int = Field(default=1, gt=0)
+    """Processes of torchrun, one per GPU."""
     steps: int = Field(gt=0)
+    """Optimizer steps."""
     global_batch_size: int = Field(gt=0)
     """Samples per optimizer step, over all processes."""
     micro_batch_size: int = Field(gt=0)
     """Samples per forward pass and process."""
     learning_rate: float = Field(gt=0)
+    """AdamW's, after the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up; constant afterwards."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled, AdamW's."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
     clip_grad: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all parameters."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -161,9 +184,14 @@ class SftConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How stage 5 spreads the model over processes."""
+
     tensor_model_parallel_size: int = Field(default=1, gt=0)
+    """GPUs that share each layer."""
     pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Pipeline stages, each with its share of the layers; the vision tower is on the first."""
     data_parallel_size: int = Field(default=1, gt=0)
+    """Replicas of the model, each with its share of a step's rollouts. Stage 5 runs in TP * PP * DP processes."""
     sequence_parallel: bool = False
     """Shard activations between tensor-parallel regions along the sequence. Needs tensor_model_parallel_size > 1."""
     vision_tower: Literal["sharded", "spread"] = "sharded"
@@ -189,6 +217,7 @@ class ServerConfig(Section):
     python: PathText | None = None
     """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
     host: str = "127.0.0.1"
+    """Address that the servers listen on."""
     port: int = Field(default=0, ge=0, lt=65536)
     """Of the first replica, the others count on from it. 0: any free ports."""
     replicas: int = Field(default=1, gt=0)
@@ -202,6 +231,7 @@ class ServerConfig(Section):
     max_total_tokens: int | None = Field(default=None, gt=0)
     """Size of the KV cache in tokens; null: what the memory fraction allows."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long a server may take from its start until it answers."""
     health_interval_seconds: float = Field(default=10.0, gt=0)
     """How often a server is asked for its health while it has requests."""
     health_timeout_seconds: float = Field(default=30.0, gt=0)
@@ -223,6 +253,7 @@ class DynamicSamplingConfig(Section):
     batch is full."""
 
     lowest_accuracy: float = Field(default=0.01, ge=0, le=1)
+    """Lower limit of a group's mean accuracy, see highest_accuracy."""
     highest_accuracy: float = Field(default=0.99, ge=0, le=1)
     """A group is kept if its mean accuracy lies strictly between the two."""
     generation_batch_size: int | None = Field(default=None, gt=0)
@@ -240,15 +271,19 @@ class DynamicSamplingConfig(Section):
 
 
 class RolloutConfig(Section):
+    """Stage 4: what is sampled for an iteration."""
+
     rollout_batch_size: int = Field(gt=0)
     """Prompts per iteration."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     group_size: int = Field(gt=1)
     """Responses per prompt."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling, and of the log-probs that are trained."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Below 1 the sampling policy is not the one whose log-probs are trained: the published runs used 0.99."""
     max_response_tokens: int = Field(gt=0)
+    """Longer responses are cut off."""
     concurrency: Annotated[int, SPEED] = Field(default=64, gt=0)
     """Requests under way at once."""
     request_timeout_seconds: Annotated[float, LIMIT] = Field(default=600.0, gt=0)
@@ -301,8 +336,12 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    """How a response is graded: accuracy_weight * accuracy + format_weight * format."""
+
     accuracy_weight: float = 0.9
+    """Weight of accuracy (1 for a right answer, 0 for a wrong one) in a response's reward."""
     format_weight: float = 0.1
+    """Weight of format (1 for <think> </think> and \\boxed{}, else 0) in a response's reward."""
     zero_if_cut_off: bool = False
     """Reward 0 for a response that reached max_response_tokens without ending."""
     soft_overlong_buffer_tokens: int | None = Field(default=None, gt=0)
@@ -323,7 +362,9 @@ class MaskedImageConfig(Section):
     """random: each square is blackened with probability `ratio`. semantic: the `ratio` of the squares that matter most,
     by a saliency map per image (data.saliency_key). full: the whole picture is black."""
     ratio: float = Field(default=0.6, gt=0, le=1)
+    """Share of the squares that are blackened; unused by `full`."""
     square_pixels: int = Field(default=14, gt=0)
+    """Side of a square; with space `patch`, of the resized picture."""
     space: Literal["native", "patch"] = "native"
     """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT
     patches."""
@@ -342,12 +383,17 @@ class ObjectiveConfig(Section):
     """PAPO, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
 
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    """Of a rollout, r being its reward (objective/advantages.py). grpo: r minus the group's mean, over its standard
+    deviation. dr_grpo: r minus the mean alone. rloo: r minus the mean of the others. reinforce_plus_plus: r minus the
+    mean over all response tokens of the batch, over their standard deviation."""
     average: Literal["token", "sequence", "micro_batch"] = "token"
     """token: over all response tokens of the step. sequence: the mean over rollouts of their token means. micro_batch:
     token means of the micro-batches, then their mean, as in the authors' code; the only one whose result depends on
     micro_batch_size."""
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
+    """The ratio pi / pi_old is clipped at 1 - this from below."""
     clip_ratio_high: float = Field(default=0.3, gt=0)
+    """The ratio pi / pi_old is clipped at 1 + this from above."""
     clip_ratio_dual: float = Field(default=3.0, gt=1)
     """Dual clip for negative advantages."""
     ratio_level: Literal["token", "sequence"] = "token"
@@ -362,6 +408,8 @@ class ObjectiveConfig(Section):
     kl_ref_coef: float = Field(default=0.01, ge=0)
     """beta. 0: the reference model is not loaded."""
     kl_ref_estimator: Literal["k1", "abs", "k2", "k3"] = "k3"
+    """Per-token estimate of KL(pi || pi_ref), d = log pi_ref - log pi. k1: -d. abs: |d|. k2: d^2 / 2. k3: exp(d) - d -
+    1."""
     kl_prcp_coef: float = Field(default=0.02, ge=0)
     """gamma. 0: GRPO; masked images are then computed only if masked_image_entropy_coef asks for them."""
     kl_prcp_estimator: Literal["k1", "abs", "k2", "k3", "exact"] = "k3"
@@ -426,6 +474,7 @@ class HackingGuardConfig(Section):
     checkpoint). 0: to its start, and its rollouts are used again; else the rest of its rollouts, which another policy
     made, is left unused."""
     gamma_factor: float = Field(default=0.1, gt=0, lt=1)
+    """What lower_gamma multiplies kl_prcp_coef with."""
     lowest_gamma_scale: float = Field(default=0.01, gt=0, le=1)
     """Once kl_prcp_coef has been lowered to less than this share of its value, an alarm is only a warning."""
     warmup_steps: int = Field(default=8, gt=0)
@@ -454,21 +503,30 @@ class OptimizerConfig(Section):
     """AdamW. Linear warm-up, then constant (published), or a linear decay."""
 
     learning_rate: float = Field(gt=0)
+    """After the warm-up, before the decay."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up, counted over the whole run."""
     decay_steps: int | None = Field(default=None, gt=0)
     """Fall linearly from the first step on, towards 0 after so many steps of the whole run, but not below a tenth.
     null: constant."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled, AdamW's; none on biases and norm weights."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
     clip_grad: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient over all parameters."""
     distributed: bool | None = None
     """Shard optimizer state over data-parallel ranks (Megatron's DistributedOptimizer). null: on GPUs yes, on CPU
     no."""
 
 
 class TrainingConfig(Section):
+    """Stage 5: how an iteration's rollouts are cut into steps and micro-batches."""
+
     layout: Literal["plain", "group"] = "plain"
     """plain: a row per rollout. group: each prompt once, followed by its responses; the same numbers for fewer tokens,
     wherever prompts are long against responses."""
@@ -488,13 +546,18 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
+    """Stage 7: how the answers to benchmark prompts are sampled."""
+
     samples_per_prompt: int = Field(default=8, gt=0)
     """k of avg@k."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of sampling in stage 7."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Of sampling in stage 7. 1: no limit."""
     top_k: int = Field(default=-1, ge=-1)
     """-1: no limit. The authors' code uses 50."""
     max_response_tokens: int = Field(gt=0)
+    """Longer answers are cut off."""
     max_pixels: int | None = Field(default=None, gt=0)
     """null: data.max_pixels. The authors' code uses 589824."""
     masked_images: bool = False
@@ -506,8 +569,12 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
+    """The whole configuration; each section below is one subject."""
+
     seed: int = Field(default=1, ge=0)
-    iterations: Annotated[int, CADENCE] = Field(gt=0)
+    """Of everything drawn at random: the order of the prompts, sampling, masked images, the synthetic task, the cold
+    start."""
+    iterations: Annotated[int, LENGTH] = Field(gt=0)
     """Rollout + train rounds of a run. Raising it continues a finished run."""
     keep_checkpoints: Annotated[int | None, CADENCE] = Field(default=2, gt=0)
     """Keep the Megatron checkpoints (with optimizer: about 14 bytes a parameter) of so many iterations, the newest, and
@@ -542,6 +609,22 @@ class Config(Section):
     evaluation: Annotated[EvaluationConfig, EVALUATION]
 
     @model_validator(mode="after")
+    def _whole_checkpoints(self) -> Self:
+        """What needs the optimizer of every iteration on disk excludes checkpoint_every."""
+        if self.checkpoint_every > 1 and self.hacking_guard.action == "rollback_and_lower_gamma":
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} and hacking_guard.action rollback_and_lower_gamma exclude"
+                " each"
+                " other: the guard goes back to checkpoints that would not be there"
+            )
+        if self.checkpoint_every > 1 and self.server.shares_gpus:
+            raise ValueError(
+                f"checkpoint_every {self.checkpoint_every} and server.shares_gpus exclude each other: training gives up"
+                " the GPUs after each iteration, and loads its checkpoint again"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _cadence(self) -> Self:
         if self.keep_best and self.evaluate_every is None:
             raise ValueError(
@@ -556,7 +639,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
+    def _data_fits(self) -> Self:
         if (self.sft is None) != (self.data.sft is None):
             raise ValueError("sft and data.sft go together: give both or set both to null")
         synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
@@ -564,6 +647,10 @@ class Config(Section):
             raise ValueError(
                 "model.path is null, which is only possible with the synthetic task: give a checkpoint directory"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_fit(self) -> Self:
         if self.rollout.rollout_batch_size % self.training.global_batch_size:
             raise ValueError(
                 f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
@@ -584,6 +671,10 @@ class Config(Section):
                 "rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the"
                 " same time"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if self.training.layout == "group":
             if self.training.max_tokens_per_micro_batch is None:
@@ -688,3 +779,15 @@ def _changes(old: Section | None, new: Section | None, prefix: str) -> list[Chan
         elif before != after:
             found.append(Change(key, before, after, is_living(key)))
     return found
+
+
+def default_of(key: str) -> object:
+    """Return the default of a dotted key; PydanticUndefined where a configuration file must give it."""
+    return fields_along(key)[-1].get_default(call_default_factory=True)
+
+
+def meaning_of(key: str) -> str:
+    """Return what a dotted key means, in one line: the docstring under its field, or its section's."""
+    field = fields_along(key)[-1]
+    section = section_type(field)
+    return " ".join((field.description or (section and section.__doc__) or "").split())

@@ -9,6 +9,7 @@ An unknown key is an error that names the nearest known one; every mistake is on
 """
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from megatron_papo.config import Config, Section, section_type
+from megatron_papo.config import Config, PromptSource, Section, section_type
 from megatron_papo.errors import UserError
 
 EXTENDS = "extends"
@@ -32,6 +33,8 @@ class ResolvedConfig:
     config: Config
     sources: dict[str, str]
     """Dotted key, of a leaf or of a section that is null -> the file that sets it, or `--set KEY=VALUE`."""
+    base: str | None
+    """The first file that the configuration extends."""
 
     def source_of(self, key: str) -> str:
         """Return what sets a dotted key: a file, a `--set`, or `default`."""
@@ -51,12 +54,13 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedC
     path = Path(path)
     tree: dict = {}
     sources: dict[str, str] = {}
-    for file, layer in _layers(path):
+    layers = list(_layers(path))
+    for file, layer in layers:
         _merge(tree, sources, layer, str(file))
     for override in overrides:
         _apply(tree, sources, override)
     try:
-        return ResolvedConfig(Config.model_validate(tree), sources)
+        return ResolvedConfig(Config.model_validate(tree), sources, str(layers[0][0]) if len(layers) > 1 else None)
     except ValidationError as error:
         raise UserError("\n".join(_one_line(path, sources, problem) for problem in error.errors()))
 
@@ -237,3 +241,34 @@ def _known_keys(location: tuple) -> list[str]:
     for name in location:
         section = section_type(section.model_fields[name]) or section
     return list(section.model_fields) + ([] if location else [EXTENDS])
+
+
+def with_absolute_paths(config: Config, start: Path) -> Config:
+    """Return the configuration with the files and directories that it names as absolute paths.
+
+    The name of a Hugging Face data set, which is no path, stays as it is.
+
+    Args:
+        config: As it was read.
+        start: Directory that relative paths start from.
+    """
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else os.path.abspath(start / Path(path).expanduser())
+
+    def source(of: PromptSource | None) -> PromptSource | None:
+        if of is None or of.source == "synthetic":
+            return of
+        is_path = (start / of.source).exists() or of.source.startswith((".", "/", "~")) or "." in Path(of.source).suffix
+        return of.model_copy(update={"source": absolute(of.source)}) if is_path else of
+
+    data = config.data
+    sources = {"train": source(data.train), "sft": source(data.sft), "evaluation": source(data.evaluation)}
+    python = config.server.python
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "data": data.model_copy(update=sources | {"image_root": absolute(data.image_root)}),
+            "server": config.server.model_copy(update={"python": absolute(python) if python else None}),
+        }
+    )

@@ -4,8 +4,9 @@ For each step: draw global_batch_size samples in seeded order; loss = -mean log 
 so far) over all target tokens of the batch; AdamW with linear warm-up and gradient clipping.
 
 Reads:  --data (stage 1: sft.jsonl, images/), --hf (Hugging Face checkpoint to start from).
-Writes: a Hugging Face checkpoint with the same file and tensor names, metrics.jsonl. Run by: torchrun --nproc-per-node
-N -m stages.stage2_sft ..., or deepspeed --num_gpus N --module stages.stage2_sft ..., N = sft.processes.
+Writes: a Hugging Face checkpoint with the same file and tensor names, metrics.jsonl.
+Run by: torchrun --nproc-per-node N -m stages.stage2_sft ..., or deepspeed --num_gpus N --module stages.stage2_sft ...,
+        N = sft.processes.
 """
 
 import json
@@ -13,99 +14,86 @@ import math
 import time
 from contextlib import nullcontext
 
-from megatron_papo.config_files import load_config
+from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
-from megatron_papo.run.command_line import run, stage_parser
+from megatron_papo.run.command_line import StageParser, Task, run
+from megatron_papo.run.console import progress_bar
 from megatron_papo.run.records import Prompt, read_jsonl
-from megatron_papo.run.stage_output import StageOutput, input_fingerprint, require_input
-
-SECTIONS = ["seed", "sft", "data.min_pixels", "data.max_pixels", "model.dtype"]
-
-
-def parse():
-    parser = stage_parser(
-        __doc__, ("data", "stage 1's output"), ("hf", "Hugging Face checkpoint directory to start from")
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help="given by the deepspeed launcher, which says the same in LOCAL_RANK"
-    )
-    return parser.parse_args()
-
-
-def prepare(args):
-    """Configuration and output, after all the checks that need no process group."""
-    config = load_config(args.config, args.overrides)
-    if config.sft is None:
-        raise UserError(f"{args.config}: sft is null: there is no cold start to do; go on with stage 3")
-    if process_groups.world_size() != config.sft.processes:
-        raise UserError(
-            f"{process_groups.world_size()} processes were started, sft.processes is {config.sft.processes}:"
-            f" start with torchrun --nproc-per-node {config.sft.processes} -m stages.stage2_sft ..."
-        )
-    stage1 = f"python -m stages.stage1_prepare_data --config {args.config} --output {args.data}"
-    inputs = {
-        "data": require_input(args.data, ("stage1_prepare_data",), stage1),
-        "hf": input_fingerprint(args.hf, "give a Hugging Face checkpoint directory"),
-    }
-    return config, StageOutput("stage2_sft", args.output, config, SECTIONS, inputs)
-
-
-def read_samples(args) -> list[Prompt]:
-    """The rows to learn from, whose token ids must be those of the checkpoint's tokenizer."""
-    if tokenizer_hash(args.hf) != (args.data / "tokenizer.sha256").read_text().strip():
-        raise UserError(
-            f"{args.hf}: its tokenizer.json is not the one {args.data} was made with: prepare the data with this"
-            " checkpoint"
-        )
-    prompts = read_jsonl(args.data / "sft.jsonl", Prompt)
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.target_token_ids:
-            raise UserError(f"{args.data / 'sft.jsonl'}:{number}: no target_token_ids: make the file again")
-    return prompts
+from megatron_papo.run.stage_output import StageOutput
 
 
 def main() -> None:
-    args = parse()
+    parser = StageParser("stage2_sft", __doc__ or "")
+    local_rank_help = "given by the deepspeed launcher, which says the same in LOCAL_RANK"
+    parser.parser.add_argument("--local_rank", type=int, help=local_rank_help)
     with collectives.first_process_speaks():
-        config, out = prepare(args)
+        _, tasks = parser.parse()
+        if not tasks or tasks[0].config.sft is None:
+            raise UserError("sft is null in this configuration: there is no cold start to do; go on with stage 3")
+        task = tasks[0]
+        out = prepare(task)
         if out.done:
             if process_groups.is_main_rank():
                 out.announce_done()
             return
-        prompts = read_samples(args)
+        prompts = read_samples(task)
 
     process_groups.connect()
     with out if process_groups.is_main_rank() else nullcontext():
         collectives.barrier()  # out.partial is there
-        train(args, config, prompts, out)
+        train(task, prompts, out)
         collectives.barrier()  # every rank is done
     process_groups.disconnect()
 
 
-def train(args, config, prompts, out) -> None:
-    from tqdm import tqdm
+def prepare(task: Task) -> StageOutput:
+    """Return the output, after all the checks that need no process group."""
+    processes = task.config.sft.processes
+    if process_groups.world_size() != processes:
+        raise UserError(
+            f"{process_groups.world_size()} processes were started, sft.processes is {processes}:"
+            f" start with torchrun --nproc-per-node {processes} -m stages.stage2_sft ..."
+        )
+    return task.stage_output(task.inputs(model_fingerprint))
 
+
+def read_samples(task: Task) -> list[Prompt]:
+    """Return the rows to learn from, whose token ids must be those of the checkpoint's tokenizer."""
+    data, hf = task.path("data"), task.path("hf")
+    if tokenizer_hash(hf) != (data / "tokenizer.sha256").read_text().strip():
+        raise UserError(
+            f"{hf}: its tokenizer.json is not the one {data} was made with: prepare the data with this checkpoint"
+        )
+    prompts = read_jsonl(data / "sft.jsonl", Prompt)
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.target_token_ids:
+            raise UserError(f"{data / 'sft.jsonl'}:{number}: no target_token_ids: make the file again")
+    return prompts
+
+
+def train(task: Task, prompts: list[Prompt], out: StageOutput) -> None:
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.sft.batches import batch_indices, collate, learning_rate
     from megatron_papo.sft.engine import SftEngine
 
+    config, hf, data = task.config, task.path("hf"), task.path("data")
     sft, speaks = config.sft, process_groups.is_main_rank()
-    image_token_id = read_hf_config(args.hf).image_token_id
-    engine = SftEngine(args.hf, config.model, sft)
+    image_token_id = read_hf_config(hf).image_token_id
+    engine = SftEngine(hf, config.model, sft)
     per_rank = sft.global_batch_size // sft.processes
     metrics = open(out.partial / "metrics.jsonl", "w", buffering=1) if speaks else nullcontext()
-    with metrics, tqdm(total=sft.steps, desc="stage 2: sft", unit="step", disable=not speaks, mininterval=1.0) as bar:
+    with metrics, progress_bar(sft.steps, "stage 2: sft", "steps", speaks) as bar:
         for step in range(sft.steps):
             started = time.perf_counter()
             samples = [
                 prompts[index] for index in batch_indices(len(prompts), step, sft.global_batch_size, config.seed)
             ]
             total_tokens = sum(len(sample.target_token_ids) for sample in samples)
-            mine = samples[process_groups.rank() * per_rank : (process_groups.rank() + 1) * per_rank]
+            own = samples[process_groups.rank() * per_rank : (process_groups.rank() + 1) * per_rank]
             batches = [
-                collate(mine[start : start + sft.micro_batch_size], args.data, config.data, image_token_id)
+                collate(own[start : start + sft.micro_batch_size], data, config.data, image_token_id)
                 for start in range(0, per_rank, sft.micro_batch_size)
             ]
             rate = learning_rate(sft, step)

@@ -1,7 +1,7 @@
 """Stage 3: convert a Hugging Face checkpoint to a Megatron checkpoint.
 
-    for each tensor in the order of the files:  read -> hash -> permute with the others of its layer -> append to the
-                                                torch_dist file
+    for each tensor in the order of the files:
+        read -> hash -> permute with the others of its layer -> append to the torch_dist file
     then read everything back from disk through the inverse permutation and compare hashes by tensor: proof.json
 
 Any tensor-parallel and pipeline-parallel layout can load the result. One process, no process groups, no accelerator.
@@ -10,17 +10,17 @@ Writes: torch_dist files, hf/ (configuration, tokenizer, processor: what stage 6
 """
 
 from megatron_papo.checkpoint.conversion_output import to_megatron
-from megatron_papo.config_files import load_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
-from megatron_papo.run.command_line import run, stage_parser
+from megatron_papo.run.command_line import StageParser, run
 
 
 def main() -> None:
-    parser = stage_parser(__doc__, ("hf", "Hugging Face checkpoint directory"))
-    arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.overrides)
-    # The layout is checked before minutes of conversion, not by stage 5 after them.
-    to_megatron(arguments.hf, arguments.output, {}, check=lambda hf: check_parallel_sizes(hf, config.parallel))
+    _, tasks = StageParser("stage3_convert_to_megatron", __doc__ or "").parse()
+    for task in tasks:
+        # The layout is checked before minutes of conversion, not by stage 5 after them.
+        to_megatron(
+            task.path("hf"), task.output, {}, check=lambda hf: check_parallel_sizes(hf, tasks[0].config.parallel)
+        )
 
 
 if __name__ == "__main__":

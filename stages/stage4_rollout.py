@@ -13,154 +13,111 @@ Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (sta
 Writes: rollouts.jsonl, one records.Rollout per line, ordered by group and sample: the kept groups, numbered in the
 order drawn.
 
-With --follow runs/NAME it stays for all iterations of the run (run_all.sh --resident), and samples each as soon as the
-weights for it have been exported; with rollout.max_staleness 1 these are one iteration old, so that sampling and
-training go on at the same time.
+With --iterations A-B (run_all.sh --resident) it stays, and samples each iteration as soon as the weights for it have
+been exported; with rollout.max_staleness 1 these are one iteration old, so that sampling and training go on at the same
+time. Where evaluate_every asks for it, it evaluates weights before it loads the next ones.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
+from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.config import Config
-from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.run.command_line import check_paths_given, run, stage_parser
-from megatron_papo.run.run_directory import Follower, RunDirectory
-from megatron_papo.run.stage_output import Fingerprint, StageOutput, input_fingerprint, read_manifest, require_input
-
-SECTIONS = ["seed", "rollout", "reward", "masked_image", "data.min_pixels", "data.max_pixels", "model.dtype"]
-PATHS = ("data", "hf", "server", "iteration", "output")
+from megatron_papo.run.command_line import StageParser, Task, add_server_option, run, server_of
+from megatron_papo.run.follow import Follower
+from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stage_output import Input, StageOutput, read_manifest
+from megatron_papo.run.stages import STAGES, Turn
 
 
 def main() -> None:
-    paths = ("data", "output of stage 1"), ("hf", "Hugging Face checkpoint: the policy")
-    parser = stage_parser(__doc__, *paths, follows=True)
-    server_help = (
-        "directory of the run's server, or http://... of a running one (default with --follow: server/ of the run)"
-    )
-    parser.add_argument("--server", metavar="DIR|URL", help=server_help)
-    parser.add_argument("--iteration", type=int, metavar="N", help="number of the iteration, from 1")
-    previous_help = (
-        "this stage's output of iteration N - 1: where the prompts start; read only with dynamic sampling, from"
-        " iteration 2 on"
-    )
-    parser.add_argument("--previous", type=Path, metavar="DIR", help=previous_help)
-    arguments = parser.parse_args()
-    needed = PATHS if arguments.follow is None else [name for name in PATHS if name != "server"]
-    check_paths_given(parser, arguments, needed, others=("previous",))
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.follow is not None:
-        follow(config, RunDirectory(arguments.follow, config), arguments.server)
-    elif arguments.iteration < 1:
-        raise UserError(f"--iteration {arguments.iteration}: iterations count from 1")
+    parser = StageParser("stage4_rollout", __doc__ or "")
+    add_server_option(parser)
+    args, tasks = parser.parse()
+    if getattr(args, "iterations", None) is None or tasks[0].run is None:
+        for task in tasks:
+            iterate(task, server_of(args, task))
     else:
-        iterate(config, arguments)
+        follow(tasks, tasks[0].run, server_of(args, tasks[0]))
 
 
-def follow(config: Config, run: RunDirectory, server: str | None) -> None:
-    """All iterations of a run, each when the weights that sample it are there: one process, the same outputs."""
-    trusted = ()
+def follow(tasks: list[Task], run: RunDirectory, server: str) -> None:
+    """Sample all these iterations, each when the weights for it are there, and evaluate those weights where that is
+    due."""
+    trusted: tuple[str, ...] = ()
+    shares_gpus = run.config.server.shares_gpus
     with Follower(run.root, "stage4_rollout", "stage5_train") as follower:
-        for number in range(1, config.iterations + 1):
-            sampled_by = run.sampled_by(number)
+        for task in tasks:
+            sampled_by = run.sampled_by(task.iteration)
             if sampled_by > 0:
                 follower.wait_for(run.exported(sampled_by))
-            made = iterate(
-                config,
-                argparse.Namespace(
-                    iteration=number, data=run.data, hf=run.exported(sampled_by), server=server or str(run.server),
-                    previous=run.rollouts(number - 1) if number > 1 else None, output=run.rollouts(number),
-                ),
-                staleness=number - 1 - sampled_by, trusted=trusted, started=time.time(),
-            )  # fmt: skip
-            if made:
+            if shares_gpus:  # training takes the GPUs as soon as the rollouts are published
+                evaluate_where_due(run, sampled_by, server)
+            if iterate(task, server, trusted, time.time()):
                 trusted = ("data",)
+                if not shares_gpus:  # while these rollouts are trained on
+                    evaluate_where_due(run, sampled_by, server)
 
 
-def iterate(
-    config: Config, arguments, staleness: int = 0, trusted: tuple[str, ...] = (), started: float | None = None
-) -> bool:
-    """One iteration. -> whether there was anything to do.
+def evaluate_where_due(run: RunDirectory, number: int, server: str) -> None:
+    """Do stage 7's work on the weights of iteration `number`, which the servers hold."""
+    from megatron_papo.evaluation.evaluate import evaluate
 
-    staleness: of the weights, for the records. trusted: inputs whose files need not be verified again. started: when it
-    could begin; None: when the process did.
+    if number in run.evaluated_iterations() and number > 0:
+        for name in run.config.data.evaluation_sets:
+            evaluate(Task.in_run(run, STAGES["stage7_evaluate"], Turn(number, name)), server, time.time())
+
+
+def iterate(task: Task, server: str, trusted: tuple[str, ...] = (), started: float | None = None) -> bool:
+    """Sample one iteration; return whether there was anything to do.
+
+    Args:
+        task: The turn.
+        server: Directory of the servers, or URLs.
+        trusted: Inputs whose files this process has verified already.
+        started: time.time() when it could begin; None: with this process.
     """
-    inputs = {
-        "data": require_input(arguments.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data"),
-        "hf": input_fingerprint(arguments.hf, "give --hf the output of stage 2 or 6, or a downloaded checkpoint"),
-    }
-    first_position = (arguments.iteration - 1) * config.rollout.drawn_prompts
-    if config.rollout.dynamic_sampling is not None and arguments.iteration > 1:
-        inputs["previous"], first_position = end_of_previous(
-            arguments.previous, arguments.iteration - 1, config.seed, inputs["data"]
-        )
-    inputs |= {name: str(inputs[name]) for name in trusted}
-    out = StageOutput("stage4_rollout", arguments.output, config, SECTIONS, inputs, {"iteration": arguments.iteration})
-    out.started = started or out.started
+    inputs = task.inputs(model_fingerprint)
+    first_position = (task.iteration - 1) * task.config.rollout.drawn_prompts
+    if "previous" in inputs:
+        first_position = end_of_previous(task, inputs["data"])
+    inputs |= {name: replace(inputs[name], verify=False) for name in trusted}
+    out = task.stage_output(inputs, started)
     if out.done:
         out.announce_done()
         return False
-    require_proof_if_converted(arguments.hf)
+    require_proof_if_converted(task.path("hf"))
     with out:
-        roll_out(
-            config,
-            arguments.data,
-            arguments.hf,
-            arguments.server,
-            arguments.iteration,
-            first_position,
-            inputs["hf"],
-            staleness,
-            out,
-        )
+        roll_out(task, server, first_position, inputs["hf"].fingerprint, out)
     return True
 
 
-def end_of_previous(previous: Path | None, iteration: int, seed: int, data: str) -> tuple[Fingerprint, int]:
-    """Fingerprint of the output of `iteration`, and the position in the data order where it stopped.
+def end_of_previous(task: Task, data: Input) -> int:
+    """Return the position in the data order where the iteration before stopped.
 
-    Raises UserError if it is missing, or of another iteration, seed or data.
+    Raises UserError if its output is of another iteration, seed or data.
     """
-    hint = f"python -m stages.stage4_rollout --iteration {iteration}"
-    if previous is None:
-        raise UserError(
-            "--previous: missing: with rollout.dynamic_sampling the prompts start where the iteration before stopped:"
-            " give the output of " + hint
-        )
-    fingerprint = require_input(previous, ("stage4_rollout",), hint)
-    manifest = read_manifest(previous)
+    previous = task.path("previous")
+    manifest = read_manifest(previous) or {}
     recipe = manifest["recipe"]
-    for what, found, expected in (
-        ("iteration", recipe["arguments"]["iteration"], iteration),
-        ("seed", recipe["config"]["seed"], seed),
-        ("data", recipe["inputs"]["data"], data),
+    for what, stored, expected in (
+        ("iteration", recipe["arguments"]["iteration"], task.iteration - 1),
+        ("seed", recipe["config"]["seed"], task.config.seed),
+        ("data", recipe["inputs"]["data"], data.fingerprint),
     ):
-        if found != expected:
+        if stored != expected:
+            hint = task.hint("previous")
             raise UserError(
-                f"--previous {previous}: its {what} is {found}, expected {expected}: give the output of {hint}"
+                f"--previous {previous}: its {what} is {stored}, expected {expected}: give the output of {hint}"
             )
-    if "next_position" not in manifest["counts"]:
-        raise UserError(
-            f"--previous {previous}: made by an older version, does not say where it stopped: remove it and run {hint}"
-        )
-    return fingerprint, manifest["counts"]["next_position"]
+    return manifest["counts"]["next_position"]
 
 
-def roll_out(
-    config: Config,
-    data: Path,
-    hf: Path,
-    where: str,
-    iteration: int,
-    first_position: int,
-    fingerprint: str,
-    staleness: int,
-    out: StageOutput,
-) -> None:
+def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out: StageOutput) -> None:
+    """The algorithm of the module's docstring. first_position: in the data order; fingerprint: of the weights."""
     from megatron_papo.data.chat import forbidden_tokens
     from megatron_papo.rollout.counts import batch_counts, in_words
     from megatron_papo.rollout.data_order import prompts_at
@@ -184,6 +141,8 @@ def roll_out(
     from megatron_papo.sglang.requests import Sampling
     from megatron_papo.sglang.server import release_memory
 
+    config, data, hf, iteration = task.config, task.path("data"), task.path("hf"), task.iteration
+    staleness = 0 if task.run is None else iteration - 1 - task.run.sampled_by(iteration)
     settings, dynamic, size = config.rollout, config.rollout.dynamic_sampling, config.rollout.group_size
     prompts = read_jsonl(data / "prompts.jsonl", Prompt)
     tokenizer = matching_tokenizer(hf, data)
@@ -192,7 +151,7 @@ def roll_out(
     limits = config.data.min_pixels, config.data.max_pixels
     pictures = Pictures(data, limits, config.masked_image, kept=2 * settings.concurrency)
     client = open_client(
-        where, hf, config.server, config.model.dtype,
+        server, hf, config.server, config.model.dtype,
         concurrency=settings.concurrency, timeout_seconds=settings.request_timeout_seconds,
     )  # fmt: skip
     version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))

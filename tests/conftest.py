@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
@@ -19,6 +20,10 @@ pytest_plugins = ["tests.sglang_server"]
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m

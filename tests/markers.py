@@ -49,9 +49,20 @@ MARKERS = {
         "training/test_papo_step.py",
     ],
     "gpu": ["model/test_gpu.py"],
-    "nightly": [],
+    "nightly": [  # benchmarks, at sizes that tell something; the smallest of each stays in CI
+        "tools/test_benchmark_attention.py::test_report",
+        "tools/test_benchmark_layout.py::test_report[TP2 x PP2]",
+        "tools/test_benchmark_objective.py::test_demo",
+        "tools/test_benchmark_objective.py::test_large_vocabulary",
+        "tools/test_benchmark_objective.py::test_options_reach_the_measurement",
+        "tools/test_benchmark_objective.py::test_the_kinds_are_two_objectives",
+        "tools/test_benchmark_rollout.py",
+        "tools/test_benchmark_vision.py",
+        "tools/test_plot_layout.py::test_drawn_again",
+        "tools/test_plot_layout.py::test_measured",
+    ],
 }
-"""Marker -> places below tests/: a directory, a file, or FILE::FUNCTION."""
+"""Marker -> places below tests/: a directory, a file, FILE::FUNCTION or one case of it, FILE::FUNCTION[CASE]."""
 
 EXCEPTIONS = {
     "quick": [
@@ -91,4 +102,4 @@ def is_below(place: str, above: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    print(*(f"tests/{place}" for place in MARKERS[sys.argv[1]]))
+    print(*sorted({f"tests/{place.partition('::')[0]}" for place in MARKERS[sys.argv[1]]}))

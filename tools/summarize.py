@@ -1,8 +1,8 @@
 """Writes RUN/summary.json and prints its table: accuracy before and after PAPO, with and without the picture, and
 seconds per stage.
 
-reads   --cold-start, --papo  stage 7's outputs; the manifests of every stage below --run
-writes  RUN/summary.json
+reads   stage 7's outputs before training and after the last iteration; the manifests of every stage below --run
+writes  RUN/summary.json; brings RUN/metrics.jsonl and RUN/tensorboard up to date
 """
 
 import argparse
@@ -13,7 +13,11 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from megatron_papo.checkpoint.keep import best_iterations
 from megatron_papo.run.command_line import run
+from megatron_papo.run.curves import collect
+from megatron_papo.run.run_config import open_run
+from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import MANIFEST, read_manifest, require_input
 
 
@@ -33,24 +37,36 @@ def seconds_per_iteration(directory: Path) -> float | None:
     return round(median(later - earlier for earlier, later in zip(times, times[1:])), 1) if len(times) > 1 else None
 
 
-def summarize(directory: Path, cold_start: Path, papo: Path, hf: Path) -> dict:
-    metrics = {}
-    for name, path in (("cold_start", cold_start), ("papo", papo)):
-        require_input(path, ("stage7_evaluate",), "bash run_all.sh --stages 7")
+def summarize(run: RunDirectory) -> dict:
+    """Return what summary.json holds."""
+    last, name = run.config.iterations, run.config.evaluation.validation
+    metrics: dict[str, float | None] = {}
+    for key, number in (("cold_start", 0), ("papo", last)):
+        path = run.evaluated(number, name)
+        require_input(path, ("stage7_evaluate",), f"bash run_all.sh --name {run.root.name}")
         measured = json.loads((path / "metrics.json").read_text())
-        metrics[f"accuracy_{name}"] = measured["accuracy"]
-        metrics[f"accuracy_{name}_masked"] = measured.get("accuracy_masked")
+        metrics[f"accuracy_{key}"] = measured["accuracy"]
+        metrics[f"accuracy_{key}_masked"] = measured.get("accuracy_masked")
     paths = {
-        "model": str(hf),
-        "predictions_cold_start": str(cold_start / "predictions.jsonl"),
-        "predictions_papo": str(papo / "predictions.jsonl"),
-        "training_metrics": str(directory / "iterations" / "*" / "megatron" / "metrics.jsonl"),
-        "log": str(directory / "log.txt"),
+        "model": str(run.exported(last)),
+        "predictions_cold_start": str(run.evaluated(0, name) / "predictions.jsonl"),
+        "predictions_papo": str(run.evaluated(last, name) / "predictions.jsonl"),
+        "training_metrics": str(run.metrics),
+        "tensorboard": str(run.tensorboard),
+        "log": str(run.log),
     }
-    seconds = seconds_per_stage(directory)
-    return metrics | {"seconds": seconds, "seconds_total": round(sum(seconds.values()), 1)} | {
-        "seconds_per_iteration": seconds_per_iteration(directory), "paths": paths,
-    }  # fmt: skip
+    best = sorted(best_iterations(run))
+    if best:
+        paths["best"] = ", ".join(str(run.exported(number)) for number in best)
+    seconds = seconds_per_stage(run.root)
+    return metrics | {
+        "seconds": seconds,
+        "seconds_total": round(sum(seconds.values()), 1),
+        "seconds_per_iteration": seconds_per_iteration(run.root),
+        "evaluation_set": name,
+        "chosen_on_the_reported_set": bool(best),
+        "paths": paths,
+    }
 
 
 def show(summary: dict) -> None:
@@ -78,14 +94,14 @@ def show(summary: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="run directory, e.g. runs/demo")
-    parser.add_argument("--cold-start", type=Path, required=True, metavar="DIR", help="evaluation before PAPO")
-    parser.add_argument("--papo", type=Path, required=True, metavar="DIR", help="evaluation after PAPO")
-    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the trained Hugging Face checkpoint")
-    args = parser.parse_args()
-    summary = summarize(args.run, args.cold_start, args.papo, args.hf)
-    (args.run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    directory = open_run(parser.parse_args().run)
+    collect(directory)
+    summary = summarize(directory)
+    directory.summary.write_text(json.dumps(summary, indent=1) + "\n")
     show(summary)
-    print(f"summary: {args.run / 'summary.json'}")
+    if summary["chosen_on_the_reported_set"]:
+        print(f"keep_best chose checkpoints by this very set, {summary['evaluation_set']}: of those it is no measure")
+    print(f"summary: {directory.summary}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof
-from megatron_papo.config import Config
 from megatron_papo.errors import UserError
+from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import MANIFEST, PRUNED, read_manifest
 
 WEIGHTS = {
@@ -22,6 +22,8 @@ WEIGHTS = {
     "keep_exports": ("*.safetensors",),
 }
 """Key of the configuration -> the files that its kind of checkpoint loses."""
+WEIGHTS_ALONE = "weights_alone"
+"""In the counts of a checkpoint without optimizer, which lies between two whole ones of a resident run."""
 NONE: AbstractSet[int] = frozenset()
 
 
@@ -70,33 +72,46 @@ def kept_exports(
     return {number for number in exported if number > newest or number in last | best | needed}
 
 
-def keep_newest(config: Config, iterations: Path, newest: int, best: AbstractSet[int] = NONE) -> None:
-    """Delete the weights of the Megatron checkpoints below `iterations` that need not be kept.
+def tidy(run: RunDirectory, newest: int) -> None:
+    """Delete the weights that the cadence of a run does not keep, once iteration `newest` is exported.
 
     Raises UserError, deleting nothing, unless checkpoint and export of iteration `newest` are complete.
     """
-    if config.keep_checkpoints is None:
-        return
-    require_complete(iterations, newest)
-    saved = published_iterations(iterations, "megatron")
+    config, best = run.config, best_iterations(run)
+    saved, exported = (published_iterations(run.iterations, name) for name in ("megatron", "hf"))
+    whole = [number for number in saved if not holds_weights_alone(run.trained(number))]
     rollback = config.hacking_guard.rollback_iterations
-    kept = kept_checkpoints(newest, saved, config.keep_checkpoints, rollback, best)
-    _prune_others(iterations, "megatron", kept, "keep_checkpoints", config.keep_checkpoints)
-
-
-def keep_newest_exports(
-    config: Config, iterations: Path, newest: int, best: AbstractSet[int], needed: AbstractSet[int]
-) -> None:
-    """Delete the weights of the exports below `iterations` that need not be kept: see kept_exports.
-
-    Raises UserError, deleting nothing, unless the export of iteration `newest` is complete.
-    """
-    if config.keep_exports is None:
+    kept = kept_checkpoints(newest, whole, config.keep_checkpoints, rollback, best)
+    between = {number for number in saved if number not in whole and number >= newest}  # exported, and then of no use
+    waiting = {number for number in run.evaluated_iterations() if number > 0 and not _is_evaluated(run, number)}
+    waiting |= {run.sampled_by(newest + 1)}
+    kept_of_exports = kept_exports(newest, exported, config.keep_exports, best, waiting)
+    if set(saved) <= kept | between and set(exported) <= kept_of_exports:
         return
-    require_complete_export(_at(iterations, newest, "hf"))
-    exported = published_iterations(iterations, "hf")
-    kept = kept_exports(newest, exported, config.keep_exports, best, needed)
-    _prune_others(iterations, "hf", kept, "keep_exports", config.keep_exports)
+    require_complete(run.iterations, newest)
+    _prune_others(run.iterations, "megatron", kept | between, "keep_checkpoints", config.keep_checkpoints)
+    _prune_others(run.iterations, "hf", kept_of_exports, "keep_exports", config.keep_exports)
+
+
+def best_iterations(run: RunDirectory) -> set[int]:
+    """Return the keep_best iterations with the highest accuracy on evaluation.validation so far; of equals the
+    later."""
+    scores = []
+    for number in run.evaluated_iterations():
+        metrics = run.evaluated(number, run.config.evaluation.validation) / "metrics.json"
+        if number > 0 and metrics.is_file():
+            scores.append((json.loads(metrics.read_text())["accuracy"], number))
+    return {number for _, number in sorted(scores)[-run.config.keep_best :]} if run.config.keep_best else set()
+
+
+def _is_evaluated(run: RunDirectory, number: int) -> bool:
+    return all(read_manifest(run.evaluated(number, name)) is not None for name in run.config.data.evaluation_sets)
+
+
+def holds_weights_alone(checkpoint: Path) -> bool:
+    """Say whether a checkpoint is one between two whole ones (checkpoint_every)."""
+    manifest = read_manifest(checkpoint)
+    return manifest is not None and bool(manifest["counts"].get(WEIGHTS_ALONE, False))
 
 
 def published_iterations(iterations: Path, name: str) -> list[int]:

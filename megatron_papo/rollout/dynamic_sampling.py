@@ -1,8 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group that is all right or all wrong does not say which
-response is better.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
 
-Rounds of groups are sampled until the batch is full of groups in between. The rounds come from an iterator that samples
-when it is asked: nothing here knows of servers or files.
+A group that is all right or all wrong does not say which response is better: rounds of groups are sampled until the
+batch is full of groups in between. The rounds come from an iterator that samples when it is asked: nothing here knows
+of servers or files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ def one_round(groups: Sequence[Group]) -> Batch:
 
 
 def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: DynamicSamplingConfig) -> Batch:
-    """Take rounds until `wanted` groups have an accuracy strictly between the limits, and keep the first `wanted` of those.
+    """Take rounds until `wanted` groups have an accuracy strictly between the limits, and keep the first of those.
 
     No round is taken that is not needed. Raises UserError if the batch is not full after settings.max_rounds. Differs:
     where no group of a round qualifies, the authors' code (ray_trainer.py, _make_batch_data) keeps all groups of the
@@ -60,7 +60,8 @@ def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: Dynamic
     raise UserError(
         f"rollout.dynamic_sampling: after max_rounds = {settings.max_rounds} rounds, {len(sampled)} prompts gave"
         f" {len(between)} of the {wanted} groups wanted: {all_right} were all right, {all_wrong} all wrong:"
-        f" {_advice(all_right, all_wrong)}, lower rollout.rollout_batch_size, or raise rollout.group_size or rollout.dynamic_sampling.max_rounds"
+        f" {_advice(all_right, all_wrong)}, lower rollout.rollout_batch_size, or raise rollout.group_size or"
+        " rollout.dynamic_sampling.max_rounds"
     )
 
 

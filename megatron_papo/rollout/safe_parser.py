@@ -8,9 +8,10 @@ strings, lambdas, comparisons, any other name) is refused.
 
 import ast
 import operator
+from collections.abc import Callable
 from functools import lru_cache
 
-OPERATORS = {
+OPERATORS: dict[type[ast.operator | ast.unaryop], Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -32,10 +33,9 @@ class Refused(ValueError):
 
 
 def parse_expression(text: str):
-    """Return the sympy expression that `text` denotes, as sympy's parser with implicit multiplication reads it (`^` is
-    a power).
+    """Return the sympy expression that `text` denotes, as sympy's parser with implicit multiplication reads it.
 
-    Raises Refused, or whatever sympy raises, for text that is not an expression.
+    `^` is a power. Raises Refused, or whatever sympy raises, for text that is not an expression.
     """
     from sympy.parsing import sympy_parser as parser
 
@@ -71,9 +71,8 @@ def _value(node: ast.expr, names: dict):
         case ast.Call(func=ast.Name(id=name), args=[ast.Constant(value=str() as text)], keywords=[]) if (
             name in CONSTRUCTORS
         ):
-            return (
-                names["Integer"](int(text)) if name == "Number" else names[name](text)
-            )  # Number would parse its text again
+            # Number would parse its text again
+            return names["Integer"](int(text)) if name == "Number" else names[name](text)
         case ast.Call(func=function, args=arguments, keywords=[]):
             return _value(function, names)(*(_value(argument, names) for argument in arguments))
     raise Refused(f"{type(node).__name__} is no arithmetic")

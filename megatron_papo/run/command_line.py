@@ -24,7 +24,7 @@ from megatron_papo.run.stage_output import (
     input_made_or_from_outside,
     require_input,
 )
-from megatron_papo.run.stages import STAGES, Stage, Turn, maker
+from megatron_papo.run.stages import STAGES, Stage, Turn, maker, paths
 
 RUN_FORM = """
 
@@ -46,6 +46,12 @@ class Task:
     """Of the inputs that are needed, by name."""
     output: Path
     run: RunDirectory | None
+
+    @classmethod
+    def in_run(cls, run: RunDirectory, stage: Stage, turn: Turn) -> "Task":
+        """Return a turn of a stage with the paths that the run gives it."""
+        shown = view(run.config, stage.keys, stage.name)
+        return cls(stage, turn, shown, run.config, paths(stage, run, turn), stage.output(run, turn), run)
 
     @property
     def iteration(self) -> int:
@@ -80,10 +86,8 @@ class Task:
 
     def stage_output(self, inputs: dict[str, Input], started: float | None = None) -> StageOutput:
         """Return the output, which may be done already. started: see StageOutput."""
-        arguments = {} if self.turn.iteration is None else {"iteration": self.turn.iteration}
-        return StageOutput(
-            self.stage.name, self.output, self.stage.values(self.whole_config), inputs, arguments, started=started
-        )
+        values, arguments = self.stage.values(self.whole_config, self.turn), self.stage.arguments(self.turn)
+        return StageOutput(self.stage.name, self.output, values, inputs, arguments, started=started)
 
 
 class StageParser:
@@ -97,7 +101,12 @@ class StageParser:
         )  # fmt: skip
         add = self.parser.add_argument
         add("--run", type=Path, metavar="DIR", help="run directory, e.g. runs/demo, which run_all.sh has started")
-        add("--config", type=Path, metavar="FILE", help="YAML configuration, e.g. configs/demo.yaml, where there is no --run")
+        add(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="YAML configuration, e.g. configs/demo.yaml, where there is no --run",
+        )
         set_help = "override one value (may be repeated); in a run, only keys that may change while it lives"
         add("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help=set_help)
         if self.has_iterations:
@@ -146,14 +155,16 @@ class StageParser:
             turns = [turn for turn in turns if turn.evaluation_set == args.evaluation_set]
             if not turns:
                 names = ", ".join(run.config.data.evaluation_sets)
-                raise UserError(f"--evaluation-set {args.evaluation_set}: the run has no set of that name: there is {names}")
+                raise UserError(
+                    f"--evaluation-set {args.evaluation_set}: the run has no set of that name: there is {names}"
+                )
         return turns
 
     def _task(self, args: argparse.Namespace, config: Config, turn: Turn, run: RunDirectory | None) -> Task:
         self._check_iteration(turn)
         options = vars(args)
         missing = [] if run is not None or args.output is not None else ["output"]
-        paths: dict[str, Path] = {}
+        where: dict[str, Path] = {}
         for spec in self.stage.inputs:
             given = options[spec.name]
             if given is None and run is not None and spec.needed(config, turn):
@@ -161,12 +172,12 @@ class StageParser:
             if spec.needed(config, turn) and given is None:
                 missing.append(spec.name)
             elif spec.needed(config, turn):
-                paths[spec.name] = given
+                where[spec.name] = given
         if missing:
             self.parser.error("without --run needed: " + ", ".join(f"--{name}" for name in missing))
         output = args.output or self.stage.output(_present(run), turn)
         shown = view(config, self.stage.keys, self.stage.name)
-        return Task(self.stage, turn, shown, config, paths, output, run)
+        return Task(self.stage, turn, shown, config, where, output, run)
 
     def _check_iteration(self, turn: Turn) -> None:
         lowest = 0 if self.stage.number == 7 else 1
@@ -200,13 +211,19 @@ def _typed(path: Path) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
+def launcher(stage: Stage, config: Config) -> list[str]:
+    """Return what starts a stage: Python, or torchrun with its number of processes."""
+    if stage.processes is None:
+        return [python_command()]
+    processes = str(max(1, stage.processes(config)))
+    return [_typed(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", processes]
+
+
 def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str:
     """Return a stage's command line as it can be typed."""
-    start = [python_command(), "-m"]
-    if stage.processes is not None:
-        processes = str(max(1, stage.processes(config)))
-        start = [_typed(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", processes, "-m"]
-    return shlex.join([*start, f"stages.{stage.name}"]) + " " + " ".join(arguments)
+    # torchrun takes --run for the start of its own --run-path, unless `--` stands before the program
+    module = ["-m", f"stages.{stage.name}"] if stage.processes is None else ["-m", "--", f"stages.{stage.name}"]
+    return shlex.join([*launcher(stage, config), *module]) + " " + " ".join(arguments)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -224,3 +241,16 @@ def run(main: Callable[[], None]) -> None:
     process_groups.leave(status)
 
 
+def add_server_option(parser: StageParser) -> None:
+    """Give a stage that samples its --server."""
+    help_text = "directory of the run's servers, started there if none runs, or URLs (default in a run: its server/)"
+    parser.parser.add_argument("--server", metavar="DIR|URL", help=help_text)
+
+
+def server_of(args: argparse.Namespace, task: Task) -> str:
+    """Return the servers that a task samples from. Raises UserError where none are named."""
+    if args.server is not None:
+        return args.server
+    if task.run is None:
+        raise UserError("--server: missing: name the directory of a server, or the URL of a running one")
+    return str(task.run.server)

@@ -4,15 +4,24 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
 
+Item = TypeVar("Item")
 TERMINAL = "PAPO_TERMINAL"
 """Set by run_all.sh where its output goes to a terminal, which its stages, behind a pipe, cannot see."""
 SECONDS_BETWEEN_LINES = 30.0
 """Where the output is a file, a bar is a line now and then."""
-NOISY_MODULES = (r"megatron\.core\.", r"torch\.distributed\.", r"megatron_papo\.distributed\.cpu_backend", r"deepspeed\.")
-"""They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give up."""
+NOISY_MODULES = (
+    r"megatron\.core\.",
+    r"torch\.distributed\.",
+    r"megatron_papo\.distributed\.cpu_backend",
+    r"deepspeed\.",
+)
+"""They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give
+up."""
 NOISY_LOGGERS = ("megatron.core.dist_checkpointing.serialization", "DeepSpeed", "torch.distributed.elastic")
 """The first takes metrics and hf/ beside the weights for a broken checkpoint, and says so at each save."""
 
@@ -42,3 +51,10 @@ def progress_bar(total: int | None, title: str, unit: str, speaks: bool = True) 
     """
     interval = 1.0 if is_terminal() else SECONDS_BETWEEN_LINES
     return tqdm(total=total, desc=title, unit=f" {unit}", disable=not speaks, mininterval=interval)
+
+
+def counted(items: Iterable[Item], bar: tqdm) -> Iterator[Item]:
+    """Yield the items, each of which moves the bar by one."""
+    for item in items:
+        yield item
+        bar.update()

@@ -37,7 +37,8 @@ class Follower:
             self.mark.write_text(f"{error}\n" if isinstance(error, UserError) else f"{kind.__name__}: {error}\n")
 
     def wait_for(self, output: Path) -> None:
-        """Return once a stage has published `output`. Raises UserError if the other stage failed since this one started."""
+        """Return once a stage has published `output`. Raises UserError if the other stage failed since this one
+        started."""
         started = time.monotonic()
         next_word = FIRST_WORD_SECONDS
         while not (output / MANIFEST).is_file():

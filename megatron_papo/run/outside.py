@@ -1,4 +1,5 @@
-"""What comes from outside a run, told apart by its content; hashed once, and again when a file's size or time changes."""
+"""What comes from outside a run, told apart by its content; hashed once, and again when a file's size or time
+changes."""
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
-"""The configuration that a run directory owns: written when the run starts, read by every stage, changed only where it may.
+"""The configuration that a run directory owns: written when the run starts, read by every stage, changed only where it
+may.
 
 config.yaml is for people and for stages; .config.yaml beside it is the record by which an edit by hand is noticed.
 """
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.config import Change, Config, changes
-from megatron_papo.config_files import dump_config, load_config
+from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
 from megatron_papo.errors import UserError
 from megatron_papo.run.run_directory import RunDirectory
 
@@ -37,7 +38,9 @@ def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
     return RunDirectory(root, config)
 
 
-def settle_run(root: Path, default: Path, given: Path | None, overrides: Sequence[str]) -> tuple[RunDirectory, list[Change]]:
+def settle_run(
+    root: Path, default: Path, given: Path | None, overrides: Sequence[str], caller: Path
+) -> tuple[RunDirectory, list[Change]]:
     """Return the run with the configuration that a start asks for, and what changes by it. Nothing is written.
 
     Raises UserError, one line per key, if a frozen key would change.
@@ -47,11 +50,12 @@ def settle_run(root: Path, default: Path, given: Path | None, overrides: Sequenc
         default: Configuration of a new run that names none.
         given: The configuration file on the command line, if any; of an existing run its own is the default.
         overrides: `section.key=value`.
+        caller: Directory that relative paths in the configuration start from.
     """
     if not (root / CONFIG).exists():
         _refuse_older_layout(root)
-        return RunDirectory(root, load_config(given or default, list(overrides))), []
-    config = load_config(given or root / CONFIG, list(overrides))
+        return RunDirectory(root, with_absolute_paths(load_config(given or default, list(overrides)), caller)), []
+    config = with_absolute_paths(load_config(given or root / CONFIG, list(overrides)), caller)
     recorded = _recorded(root)
     by_hand = changes(recorded, load_config(root / CONFIG)) if given is None else []
     _refuse_frozen(root, by_hand, "edited by hand: put the old value back, or ")
@@ -89,7 +93,9 @@ def now() -> str:
 def _existing(root: Path) -> Path:
     if not (root / CONFIG).is_file():
         _refuse_older_layout(root)
-        raise UserError(f"{root}: no run ({CONFIG} is missing): start one with bash run_all.sh --config FILE --name {root.name}")
+        raise UserError(
+            f"{root}: no run ({CONFIG} is missing): start one with bash run_all.sh --config FILE --name {root.name}"
+        )
     return root / CONFIG
 
 
@@ -97,14 +103,17 @@ def _refuse_older_layout(root: Path) -> None:
     parts = [name for name in OLDER_LAYOUT if (root / name).exists()]
     if parts:
         raise UserError(
-            f"{root}: holds {', '.join(parts)} but no {CONFIG}: a run of an older version, which this one cannot continue:"
+            f"{root}: holds {', '.join(parts)} but no {CONFIG}: a run of an older version, which this one cannot"
+            " continue:"
             " finish it with that version, or choose another --name"
         )
 
 
 def _recorded(root: Path) -> Config:
     if not (root / RECORD).is_file():
-        raise UserError(f"{root / RECORD}: missing: the record of the run's configuration: restore it, or choose another --name")
+        raise UserError(
+            f"{root / RECORD}: missing: the record of the run's configuration: restore it, or choose another --name"
+        )
     return load_config(root / RECORD)
 
 

@@ -11,11 +11,14 @@ class RunDirectory:
     def __init__(self, root: Path, config: Config):
         self.root, self.config = Path(root), config
         self.data = self.root / "data"
-        """Stage 1: training prompts and pictures, rows for stage 2, the tiny model where the configuration names none."""
+        """Stage 1: training prompts and pictures, rows for stage 2, the tiny model where the configuration names
+        none."""
         self.sft, self.reference = self.root / "sft", self.root / "reference"
         self.iterations = self.root / "iterations"
         self.server = self.root / "server"
-        self.log, self.summary, self.metrics = (self.root / name for name in ("log.txt", "summary.json", "metrics.jsonl"))
+        self.log, self.summary, self.metrics = (
+            self.root / name for name in ("log.txt", "summary.json", "metrics.jsonl")
+        )
         self.tensorboard, self.best = self.root / "tensorboard", self.root / "best.json"
 
     @property
@@ -51,7 +54,8 @@ class RunDirectory:
         return self.trained(max(number - 1 - back, 0)) if back > 0 and number > 1 else None
 
     def sampled_by(self, number: int) -> int:
-        """Return the iteration whose weights sample iteration `number`: the one before, or with max_staleness one earlier."""
+        """Return the iteration whose weights sample iteration `number`: the one before, or with max_staleness one
+        earlier."""
         return max(number - 1 - self.config.rollout.max_staleness, 0)
 
     def evaluated_iterations(self) -> list[int]:

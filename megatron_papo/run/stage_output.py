@@ -80,11 +80,13 @@ class Input:
     """None: nothing on disk (a data set by name)."""
     fingerprint: str
     verify: bool = True
-    """Compare the files with their manifest before the stage uses them. False: this process has done so, or made them."""
+    """Compare the files with their manifest before the stage uses them. False: this process has done so, or made
+    them."""
 
 
 def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Input:
-    """Return an input that one of the stages `made_by` must have published. Raises UserError if it is missing or foreign.
+    """Return an input that one of the stages `made_by` must have published. Raises UserError if it is missing or
+    foreign.
 
     Only the manifest is read here: the files are verified when a stage that is not done yet enters its StageOutput.
 
@@ -94,7 +96,7 @@ def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Input:
         hint: The command that makes it, shown in the error.
     """
     if not path.exists():
-        partial = " (only an unfinished .partial is there)" if _partial(path).exists() else ""
+        partial = " (only an unfinished .partial is there)" if partial_of(path).exists() else ""
         raise UserError(f"{path}: not there{partial}: make it with: {hint}")
     manifest = read_manifest(path)
     if manifest is None or manifest.get("stage") not in made_by:
@@ -158,13 +160,13 @@ def require_weights(directory: Path) -> None:
 class StageOutput:
     """One stage's output directory.
 
-        out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
-        if out.done:
-            return
-        with out:                                  # verifies the inputs' files, makes out.partial
-            ... write files below out.partial ...
-            out.counts["rollouts"] = n
-                                                   # leaving publishes; an exception removes out.partial
+    out = StageOutput("stage4_rollout", output, values_at(config, ["seed", "rollout"]), {"data": require_input(...)})
+    if out.done:
+        return
+    with out:                                  # verifies the inputs' files, makes out.partial
+        ... write files below out.partial ...
+        out.counts["rollouts"] = n
+                                               # leaving publishes; an exception removes out.partial
     """
 
     def __init__(
@@ -187,16 +189,16 @@ class StageOutput:
             started: time.time() from which the manifest's seconds count; None: the start of this process.
         """
         self.stage, self.output = stage, Path(output)
-        self.partial = _partial(self.output)
+        self.partial = partial_of(self.output)
         self.counts: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
-        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when they
-        are published."""
+        """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when
+        they are published."""
         self.inputs = dict(inputs)
         self.started = psutil.Process().create_time() if started is None else started
         self._recipe: dict[str, Any] = {
             "stage": stage,
-            "config": _nested(values),
+            "config": nested(values),
             "arguments": dict(arguments or {}),
             "inputs": {name: made_from.fingerprint for name, made_from in inputs.items()},
         }
@@ -218,7 +220,7 @@ class StageOutput:
         if manifest is None:
             raise UserError(f"{self.output}: exists and is not an output of this pipeline: choose another --output")
         if manifest["fingerprint"] != self.fingerprint:
-            changed = _differences(manifest["recipe"], self._recipe)
+            changed = differences(manifest["recipe"], self._recipe)
             raise UserError(
                 f"{self.output}: made from something else ({changed}): remove it or choose another --output (or --name)"
             )
@@ -288,7 +290,7 @@ class StageOutput:
         _fsync(self.output.parent)
 
 
-def _partial(output: Path) -> Path:
+def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
@@ -296,7 +298,7 @@ def _files(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob("*") if file.is_file())
 
 
-def _nested(values: Mapping[str, object]) -> dict[str, Any]:
+def nested(values: Mapping[str, object]) -> dict[str, Any]:
     """{"data.min_pixels": 3} -> {"data": {"min_pixels": 3}}."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
@@ -308,7 +310,7 @@ def _nested(values: Mapping[str, object]) -> dict[str, Any]:
     return tree
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> str:
+def differences(old: dict, new: dict, prefix: str = "") -> str:
     """The dotted keys in which two recipes differ, at most five."""
 
     def walk(a, b, name):
@@ -329,7 +331,9 @@ def git_commit() -> str | None:
     """Return the commit of this code; None where git or the repository is missing: it describes a run, no more."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        result = subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None

@@ -1,7 +1,7 @@
 """The table of stages: which keys each reads, what it reads and makes, as functions of run and iteration.
 
-Fingerprints, hints ("make it with ..."), --dry-run, tools.status and the tables of README and docs/pipeline.md come from
-here. A stage sees the configuration through a view of its keys: reading another one is an error at once.
+Fingerprints, hints ("make it with ..."), --dry-run, tools.status and the tables of README and docs/pipeline.md come
+from here. A stage sees the configuration through a view of its keys: reading another one is an error at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -80,6 +80,10 @@ class Stage:
     """What a whole run wants of it, in order."""
     processes: Callable[[Config], int] | None = None
     """How many torchrun starts; None: it is one process."""
+    decided_by_of_set: tuple[str, ...] = ()
+    """Of stage 1: the keys that decide an evaluation set, in place of decided_by."""
+    iteration_decides: bool = False
+    """The number of the iteration is part of the fingerprint."""
 
     @property
     def number(self) -> int:
@@ -87,18 +91,27 @@ class Stage:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return self.decided_by + self.also_reads
+        return self.decided_by + self.decided_by_of_set + self.also_reads
 
     def needed_inputs(self, config: Config, turn: Turn) -> list[InputSpec]:
         """Return the inputs that this turn reads under this configuration."""
         return [spec for spec in self.inputs if spec.needed(config, turn)]
 
-    def values(self, config: Config) -> dict[str, object]:
-        """Return the keys that decide its output, with their values as plain data.
+    def values(self, config: Config, turn: Turn) -> dict[str, object]:
+        """Return the keys that decide an output, with their values as plain data.
 
         Of a section, what is living is left out, unless the section is so as a whole.
         """
-        return {key: _plain(key, value_of(config, key)) for key in self.decided_by}
+        of_set = self.decided_by_of_set and turn.evaluation_set is not None
+        return {
+            key: _plain(key, value_of(config, key)) for key in (self.decided_by_of_set if of_set else self.decided_by)
+        }
+
+    def arguments(self, turn: Turn) -> dict[str, object]:
+        """Return what decides an output beside keys and inputs."""
+        if self.iteration_decides:
+            return {"iteration": turn.iteration}
+        return {} if turn.evaluation_set is None or not self.decided_by_of_set else {"set": turn.evaluation_set}
 
 
 def _plain(key: str, value: object) -> object:
@@ -142,7 +155,9 @@ def _needs_previous(config: Config, turn: Turn) -> bool:
     return config.rollout.dynamic_sampling is not None and _number(turn) > 1
 
 
-DATA = InputSpec("data", "output of stage 1: training prompts and pictures", ("stage1_prepare_data",), lambda run, turn: run.data)
+DATA = InputSpec(
+    "data", "output of stage 1: training prompts and pictures", ("stage1_prepare_data",), lambda run, turn: run.data
+)
 EXPORTS = ("stage2_sft", "stage6_convert_to_hf", "stage1_prepare_data")
 CHECKPOINTS = ("stage3_convert_to_megatron", "stage5_train")
 
@@ -153,12 +168,31 @@ STAGES: dict[str, Stage] = {
             "stage1_prepare_data",
             "rows of any source, or of the synthetic task, become prompts and pictures",
             decided_by=("seed", "data.train.split", "data.train.count", "data.sft.split", "data.sft.count", *PROMPTS),
+            decided_by_of_set=("seed", "data.evaluation.split", "data.evaluation.count", *PROMPTS),
             also_reads=(
-                "data.train.source", "data.sft.source", "data.evaluation", "data.image_root", "model.path",
-                "masked_image", "objective.kl_prcp_coef", "objective.masked_image_entropy_coef", "evaluation.masked_images",
+                "data.train.source",
+                "data.sft.source",
+                "data.evaluation",
+                "data.image_root",
+                "model.path",
+                "masked_image",
+                "objective.kl_prcp_coef",
+                "objective.masked_image_entropy_coef",
+                "evaluation.masked_images",
             ),  # fmt: skip
-            inputs=(),
-            output=lambda run, turn: run.data if turn.evaluation_set is None else run.evaluation_data(turn.evaluation_set),
+            inputs=(
+                InputSpec(
+                    "hf",
+                    "of an evaluation set: checkpoint whose tokenizer it is made with",
+                    ("stage1_prepare_data",),
+                    lambda run, turn: run.base,
+                    needed=lambda config, turn: turn.evaluation_set is not None,
+                    from_outside=True,
+                ),  # fmt: skip
+            ),
+            output=lambda run, turn: (
+                run.data if turn.evaluation_set is None else run.evaluation_data(turn.evaluation_set)
+            ),
             writes="prompts.jsonl, images/",
             turns=lambda run: [Turn(), *(Turn(evaluation_set=name) for name in run.config.data.evaluation_sets)],
         ),
@@ -170,7 +204,10 @@ STAGES: dict[str, Stage] = {
             inputs=(
                 DATA,
                 InputSpec(
-                    "hf", "Hugging Face checkpoint to start from", ("stage1_prepare_data",), lambda run, turn: run.base,
+                    "hf",
+                    "Hugging Face checkpoint to start from",
+                    ("stage1_prepare_data",),
+                    lambda run, turn: run.base,
                     from_outside=True,
                 ),  # fmt: skip
             ),
@@ -185,7 +222,9 @@ STAGES: dict[str, Stage] = {
             decided_by=(),
             also_reads=("parallel",),
             inputs=(
-                InputSpec("hf", "Hugging Face checkpoint", EXPORTS, lambda run, turn: run.exported(0), from_outside=True),
+                InputSpec(
+                    "hf", "Hugging Face checkpoint", EXPORTS, lambda run, turn: run.exported(0), from_outside=True
+                ),
             ),
             output=lambda run, turn: run.reference,
             writes="Megatron checkpoint (torch_dist), proof that every bit was kept",
@@ -199,48 +238,75 @@ STAGES: dict[str, Stage] = {
             inputs=(
                 DATA,
                 InputSpec(
-                    "hf", "Hugging Face checkpoint: the policy that samples", EXPORTS,
-                    lambda run, turn: run.exported(run.sampled_by(_number(turn))), from_outside=True,
+                    "hf",
+                    "Hugging Face checkpoint: the policy that samples",
+                    EXPORTS,
+                    lambda run, turn: run.exported(run.sampled_by(_number(turn))),
+                    from_outside=True,
                 ),  # fmt: skip
                 InputSpec(
-                    "previous", "this stage's output of the iteration before, where the prompts start (dynamic sampling)",
-                    ("stage4_rollout",), lambda run, turn: run.rollouts(_number(turn) - 1), needed=_needs_previous,
+                    "previous",
+                    "this stage's output of the iteration before, where the prompts start (dynamic sampling)",
+                    ("stage4_rollout",),
+                    lambda run, turn: run.rollouts(_number(turn) - 1),
+                    needed=_needs_previous,
                 ),  # fmt: skip
             ),
             output=lambda run, turn: run.rollouts(_number(turn)),
             writes="rollouts.jsonl",
             turns=_iterations,
+            iteration_decides=True,
         ),
         Stage(
             "stage5_train",
             "one iteration of PAPO, tensor-, pipeline- and data-parallel",
             decided_by=(
-                "seed", "model.dtype", "model.recompute", "parallel", "objective", "hacking_guard", "masked_image",
-                "optimizer", "training", "rollout", *PIXELS,
+                "seed",
+                "model.dtype",
+                "model.recompute",
+                "parallel",
+                "objective",
+                "hacking_guard",
+                "masked_image",
+                "optimizer",
+                "training",
+                "rollout",
+                *PIXELS,
             ),  # fmt: skip
             also_reads=("server.shares_gpus",),
             inputs=(
                 InputSpec(
-                    "megatron", "Megatron checkpoint to continue from", CHECKPOINTS,
+                    "megatron",
+                    "Megatron checkpoint to continue from",
+                    CHECKPOINTS,
                     lambda run, turn: run.trained(_number(turn) - 1),
                 ),  # fmt: skip
                 InputSpec(
-                    "rollouts", "stage 4's output of this iteration", ("stage4_rollout",),
+                    "rollouts",
+                    "stage 4's output of this iteration",
+                    ("stage4_rollout",),
                     lambda run, turn: run.rollouts(_number(turn)),
                 ),  # fmt: skip
                 DATA,
                 InputSpec(
-                    "reference", "Megatron checkpoint of the frozen reference of KL_ref", ("stage3_convert_to_megatron",),
-                    lambda run, turn: run.reference, needed=lambda config, turn: config.objective.uses_reference,
+                    "reference",
+                    "Megatron checkpoint of the frozen reference of KL_ref",
+                    ("stage3_convert_to_megatron",),
+                    lambda run, turn: run.reference,
+                    needed=lambda config, turn: config.objective.uses_reference,
                 ),  # fmt: skip
                 InputSpec(
-                    "rollback", "earlier checkpoint that the hacking guard may go back to", CHECKPOINTS, _rollback,
+                    "rollback",
+                    "earlier checkpoint that the hacking guard may go back to",
+                    CHECKPOINTS,
+                    _rollback,
                     needed=_uses_rollback,
                 ),  # fmt: skip
             ),
             output=lambda run, turn: run.trained(_number(turn)),
             writes="Megatron checkpoint with optimizer state, metrics.jsonl, guard.jsonl",
             turns=_iterations,
+            iteration_decides=True,
             processes=lambda config: config.parallel.world_size,
         ),
         Stage(
@@ -250,7 +316,10 @@ STAGES: dict[str, Stage] = {
             also_reads=(),
             inputs=(
                 InputSpec(
-                    "megatron", "Megatron checkpoint", CHECKPOINTS, lambda run, turn: run.trained(_number(turn)),
+                    "megatron",
+                    "Megatron checkpoint",
+                    CHECKPOINTS,
+                    lambda run, turn: run.trained(_number(turn)),
                 ),  # fmt: skip
             ),
             output=lambda run, turn: run.exported(_number(turn)),
@@ -264,11 +333,16 @@ STAGES: dict[str, Stage] = {
             also_reads=("server", "rollout.concurrency", "rollout.request_timeout_seconds"),
             inputs=(
                 InputSpec(
-                    "data", "output of stage 1: prompts and pictures to answer", ("stage1_prepare_data",),
+                    "data",
+                    "output of stage 1: prompts and pictures to answer",
+                    ("stage1_prepare_data",),
                     lambda run, turn: run.evaluation_data(_set(turn)),
                 ),  # fmt: skip
                 InputSpec(
-                    "hf", "Hugging Face checkpoint to evaluate", EXPORTS, lambda run, turn: run.exported(_number(turn)),
+                    "hf",
+                    "Hugging Face checkpoint to evaluate",
+                    EXPORTS,
+                    lambda run, turn: run.exported(_number(turn)),
                     from_outside=True,
                 ),  # fmt: skip
             ),

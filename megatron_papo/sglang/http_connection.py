@@ -11,21 +11,23 @@ from urllib.parse import SplitResult, urlsplit
 
 
 class HttpConnection:
-    """Not for two requests at a time. Any failure, and a cancelled request, closes the connection; the next request
-    opens another."""
+    """A connection for one request at a time.
+
+    Any failure, and a cancelled request, closes it; the next request opens another.
+    """
 
     def __init__(self, timeout_seconds: float, connect_timeout_seconds: float, ssl_context: ssl.SSLContext):
-        self.timeout_seconds, self.connect_timeout_seconds, self.ssl_context = (
-            timeout_seconds,
-            connect_timeout_seconds,
-            ssl_context,
-        )
+        self.timeout_seconds = timeout_seconds
+        self.connect_timeout_seconds = connect_timeout_seconds
+        self.ssl_context = ssl_context
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._host: tuple[str, int] | None = None
 
     async def post_json(self, url: str, content: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
-        """content: JSON. -> status and content. Raises TimeoutError, or ConnectionError where the connection fails or
-        this is no HTTP."""
+        """Post JSON. Returns status and content.
+
+        Raises TimeoutError, or ConnectionError if the connection fails or the answer is not HTTP.
+        """
         parts, done = urlsplit(url), False
         try:
             async with asyncio.timeout(self.timeout_seconds):
@@ -45,7 +47,7 @@ class HttpConnection:
 
     async def _connected(self, parts: SplitResult) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         secure = parts.scheme == "https"
-        host = parts.hostname, parts.port or (443 if secure else 80)
+        host = parts.hostname or "", parts.port or (443 if secure else 80)
         if self._streams is None or host != self._host or self._streams[0].at_eof():
             self.close()
             async with asyncio.timeout(self.connect_timeout_seconds):
@@ -71,8 +73,10 @@ def _request(parts: SplitResult, content: bytes, headers: dict[str, str]) -> byt
 
 
 async def _response(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
-    """Status, content, and whether the connection may be used again. Raises EOFError or ValueError for what is no
-    complete response."""
+    """Return status, content, and whether the connection may be used again.
+
+    Raises EOFError or ValueError for what is not a complete response.
+    """
     version, status, *_ = (await _line(reader)).split(maxsplit=2)
     if not version.startswith("HTTP/1."):
         raise ValueError(version)

@@ -1,5 +1,5 @@
-"""The servers of one batch of requests, which hold the same weights: who gets a request, who is lost, who takes its
-place.
+"""The servers of one batch of requests, which hold the same weights: which one gets a request, which is lost, which
+takes its place.
 
 A server is lost when its process is gone or when it does not answer /health in time. Its requests under way are given
 up at once, so that the client can send them to another server; where it was started by this pipeline, it is started
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import httpx
 
 from megatron_papo.errors import UserError
-from megatron_papo.sglang.server import Server, log_tail, process_is_gone
+from megatron_papo.sglang.server_process import process_is_gone
+from megatron_papo.sglang.server_record import OwnedServer, Server, log_tail
 
 UNREACHABLE = "is not reachable"
 UNREACHABLE_PAUSES_SECONDS = (0.5, 1.0, 2.0)
@@ -43,16 +44,22 @@ class Replica:
 
 
 class Replicas:
-    """The servers of one batch, in one event loop. replace: kills a lost server and gives its successor, with the
-    batch's weights."""
+    """The servers of one batch, in one event loop."""
 
     def __init__(
         self,
         servers: Sequence[Server],
         http: httpx.AsyncClient,
         limits: HealthLimits,
-        replace: Callable[[Server], Awaitable[Server]] | None,
+        replace: Callable[[OwnedServer], Awaitable[OwnedServer]] | None,
     ):
+        """
+        Args:
+            servers: which, at least one.
+            http: for their health.
+            limits: when a server counts as lost, and how often one is started again.
+            replace: kills a lost server and gives its successor, with the batch's weights; None: none is replaced.
+        """
         self.http, self.limits, self.replace = http, limits, replace
         self.serving = [Replica(server) for server in servers]
         self.replacing: set[asyncio.Task] = set()
@@ -63,8 +70,10 @@ class Replicas:
         self._changed = asyncio.Event()
 
     async def take(self, group: Hashable) -> Replica:
-        """The server of this group, the least busy one for a new group. Waits while all are being replaced; UserError
-        if none is left."""
+        """Return the server of this group; for a new group, or None, the least busy server.
+
+        Waits while all are being replaced. Raises UserError if none is left.
+        """
         while True:
             home = self._homes.get(group)
             if home is None or home.lost.done():
@@ -81,13 +90,13 @@ class Replicas:
             await self._changed.wait()
 
     async def watch(self) -> None:
-        """Looks at every server from time to time, until cancelled."""
+        """Look at every server from time to time, until cancelled."""
         while True:
             await asyncio.sleep(self.limits.interval_seconds)
             await asyncio.gather(*(self.examine(replica) for replica in list(self.serving)))
 
     async def examine(self, replica: Replica) -> bool:
-        """Whether the server is still of use. However many ask, it is looked at once at a time."""
+        """Return whether the server is still of use. However many ask, it is looked at once at a time."""
         if replica.lost.done():
             return False
         if replica.examination is None:
@@ -95,7 +104,7 @@ class Replicas:
         return await asyncio.shield(replica.examination)
 
     async def finish(self) -> None:
-        """Waits for the servers that are being started: they cannot be left alone half-way."""
+        """Wait for the servers that are being started: they cannot be left alone half-way."""
         await asyncio.gather(*self.replacing)
 
     def _advice(self) -> str:
@@ -115,44 +124,41 @@ class Replicas:
         return problem is None
 
     def _lose(self, replica: Replica, problem: str) -> None:
+        server = replica.server
         self.serving.remove(replica)
         self.lost += 1
         replica.lost.set_result(problem)
-        again = (
-            self.replace is not None
-            and replica.server.directory is not None
-            and self.restarts < self.limits.max_restarts
-        )
-        what = f"{replica.server.url} {problem}"
+        what = f"{server.url} {problem}"
         self.incidents.append(what)
-        if replica.server.directory is not None:
-            self._last_words = (
-                f"; {replica.server.directory}/server.log ends:\n{log_tail(replica.server.directory, 10)}"
-            )
-        then = "starting it again" if again else "going on without it"
+        then = "going on without it"
+        if isinstance(server, OwnedServer):
+            self._last_words = f"; {server.directory}/server.log ends:\n{log_tail(server.directory, 10)}"
+            if self.replace is not None and self.restarts < self.limits.max_restarts:
+                then = "starting it again"
+                self.restarts += 1
+                task = asyncio.ensure_future(self._start(self.replace(server)))
+                self.replacing.add(task)
+                task.add_done_callback(self._replaced)
         left = f"{len(self.serving)} left, {replica.under_way} requests are sent again"
         print(f"SGLang server lost: {what}: {then}; {left}{self._last_words}", flush=True)
-        if again:
-            self.restarts += 1
-            task = asyncio.create_task(self._replace(replica))
-            self.replacing.add(task)
-            task.add_done_callback(self._replaced)
         self._changed.set()
 
     def _replaced(self, task: asyncio.Task) -> None:
         self.replacing.discard(task)
         self._changed.set()
 
-    async def _replace(self, replica: Replica) -> None:
+    async def _start(self, successor: Awaitable[OwnedServer]) -> None:
         try:
-            self.serving.append(Replica(await self.replace(replica.server)))
+            self.serving.append(Replica(await successor))
         except UserError as error:
             self.incidents.append(f"it could not be started again: {error}")
 
 
 async def health_problem(server: Server, http: httpx.AsyncClient, timeout: float) -> str | None:
-    """Why the server is of no use; None if it answers. /health makes a token unless others are being made, which takes
-    a second."""
+    """Return why the server is of no use; None if it answers.
+
+    /health makes a token, which takes a second, unless other tokens are being made.
+    """
     if process_is_gone(server):
         return "died"
     try:

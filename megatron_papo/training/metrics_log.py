@@ -1,4 +1,4 @@
-"""What a training stage writes about its optimizer steps: metrics.jsonl, guard.jsonl and TensorBoard."""
+"""What a training stage writes about its optimizer steps: metrics.jsonl and guard.jsonl."""
 
 import json
 from dataclasses import asdict
@@ -15,18 +15,13 @@ class MetricsLog:
         self.directory, self.iteration = directory, iteration
 
     def __enter__(self):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.lines = open(self.directory / "metrics.jsonl", "w")
         self.decisions = open(self.directory / "guard.jsonl", "w")
-        self.board = SummaryWriter(self.directory / "tensorboard")
         return self
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.write(json.dumps({"step": step, "iteration": self.iteration} | metrics) + "\n")
         self.lines.flush()
-        for name, value in metrics.items():
-            self.board.add_scalar(f"train/{name}", value, step)
 
     def write_decision(self, decision: Decision) -> None:
         self.decisions.write(json.dumps({"iteration": self.iteration} | asdict(decision)) + "\n")
@@ -35,7 +30,6 @@ class MetricsLog:
     def __exit__(self, *_):
         self.lines.close()
         self.decisions.close()
-        self.board.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

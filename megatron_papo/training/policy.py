@@ -56,10 +56,17 @@ class Policy:
         self.state = megatron_files.load_optimizer(stored, model, self.optimizer) if resumes else {"step": 0}
         self.at = checkpoint
 
-    def save(self, directory: Path, published: Path) -> dict[str, str]:
-        """Writes a checkpoint; published: the name it is going to have. Returns the sha256 of its .distcp files, each
-        hashed by the rank that wrote it, to every rank."""
-        hashes = megatron_files.save(directory, self.model.module, self.optimizer, self.state)
+    def save(self, directory: Path, published: Path, with_optimizer: bool = True) -> dict[str, str]:
+        """Write a checkpoint; return the sha256 of the files that the ranks wrote, by name.
+
+        Args:
+            directory: Where to.
+            published: The name it is going to have.
+            with_optimizer: Optimizer and state, too: it can be resumed from.
+        """
+        hashes = megatron_files.save(
+            directory, self.model.module, self.optimizer if with_optimizer else None, self.state
+        )
         self.at = published
         return hashes
 

@@ -268,6 +268,8 @@ def test_the_disk_that_a_run_takes_is_stated(name, part, whole):
     assert checkpoint == f"{parameters * 14 / 1e9:.0f}"
     assert export in (f"{parameters * 2 / 1e9:.1f}", f"{parameters * 2 / 1e9:.0f}")
     by_hand = parameters * (4 * 14 + 8 * 2)
+    row = f"| {size_of(name).upper()} | {parameters / 1e9:.2f} G | {checkpoint} GB | {export} GB | {stated} |"
+    assert row in (ROOT / "docs" / "configuration.md").read_text()
     unit = 1e12 if stated.endswith("TB") else 1e9
     assert stated == whole == f"{by_hand / unit:.{1 if unit == 1e12 else 0}f} {whole[-2:]}"
     assert bytes_on_disk(load_config(CONFIGS / f"{name}.yaml"), parameters) == by_hand

@@ -7,7 +7,7 @@ import threading
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from megatron_papo.sglang.server import Server
+from megatron_papo.sglang.server_record import Server
 
 
 class Proxy:

@@ -18,12 +18,11 @@ import torch
 
 from megatron_papo.data.chat import VISION_TOKENS, forbidden_tokens
 from megatron_papo.errors import UserError
-from megatron_papo.sglang import client as sglang_client
-from megatron_papo.sglang import replicas
+from megatron_papo.sglang import delivery, replicas
 from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
 from megatron_papo.sglang.requests import Sampling, build_request, parse_answer
-from megatron_papo.sglang.server import Server
+from megatron_papo.sglang.server_record import Server
 from tests.sglang_server import processed, request_for
 
 TOLERANCE = 1e-4
@@ -174,7 +173,7 @@ def test_bad_request_is_not_retried(client, prompts, pictures, sampling):
     started = time.monotonic()
     with pytest.raises(UserError, match="prompt plain: .* refused it: HTTP 400"):
         sample(client, [request_for(prompts["plain"], pictures, 1)], dataclasses.replace(sampling, top_p=3.0))
-    assert time.monotonic() - started < sum(sglang_client.RETRY_PAUSES_SECONDS) / 2
+    assert time.monotonic() - started < sum(delivery.RETRY_PAUSES_SECONDS) / 2
 
 
 def test_checkpoint_that_cannot_be_loaded(client, checkpoints, prompts, pictures, sampling, tmp_path):
@@ -220,7 +219,7 @@ def test_server_that_never_answers_ends_in_time(prompts, pictures, sampling):
 @pytest.mark.parametrize("fault", ["503", "dropped"])
 def test_passing_faults_are_retried_with_the_same_seed(prompts, pictures, sampling, monkeypatch, fault):
     """A server that fails twice and then answers; here nothing but HTTP is being tested."""
-    monkeypatch.setattr(sglang_client, "RETRY_PAUSES_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(delivery, "RETRY_PAUSES_SECONDS", (0.1, 0.1))
     bodies = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -20,8 +20,8 @@ from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
 from megatron_papo.sglang.requests import Sampling
 from tests.helpers import DEMO_CONFIG, run_module
-from tests.sglang_server import request_for
 from tests.sglang.faulty_proxy import proxy_to
+from tests.sglang_server import request_for
 
 IMPATIENT = HealthLimits(interval_seconds=0.5, timeout_seconds=3.0, max_restarts=1)
 

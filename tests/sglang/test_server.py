@@ -14,6 +14,8 @@ from megatron_papo.config import ServerConfig
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import server as sglang_server
+from megatron_papo.sglang import server_process, server_record, server_start
+from megatron_papo.sglang.server_record import Server
 from tests.helpers import DEMO_CONFIG, run_module
 
 
@@ -30,7 +32,7 @@ def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypa
     assert server.url.startswith("http://127.0.0.1:")
     monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
     [found] = sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
-    assert (found.url, found.api_key, found.directory) == (server.url, server.api_key, None)
+    assert found == Server(server.url, server.api_key)
     monkeypatch.setenv("SGLANG_API_KEY", "wrong")
     with pytest.raises(UserError, match="refuses the API key"):
         sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
@@ -92,7 +94,7 @@ def test_server_that_dies_shows_its_log(tmp_path):
     with pytest.raises(UserError, match="died while starting") as caught:
         sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python), "float32")
     lines = str(caught.value).splitlines()
-    assert lines[-1].strip() == "no such model" and "line 49" in lines[-2] and len(lines) == 1 + sglang_server.LOG_LINES
+    assert lines[-1].strip() == "no such model" and "line 49" in lines[-2] and len(lines) == 1 + server_record.LOG_LINES
     assert not (tmp_path / "server" / "server.json").exists()
 
 
@@ -107,7 +109,7 @@ def test_server_that_hangs_is_given_up_and_ended(tmp_path):
 
 
 def test_server_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(sglang_server, "STOP_SECONDS", 1.0)
+    monkeypatch.setattr(server_process, "STOP_SECONDS", 1.0)
     body = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     python = stand_in(tmp_path / "python", body)
     with pytest.raises(UserError, match="did not answer"):
@@ -144,7 +146,7 @@ def test_a_port_taken_meanwhile_is_no_hang(tmp_path, capsys):
 
 
 def test_free_ports_are_not_those_of_outgoing_connections():
-    assert all(20000 <= sglang_server._port("127.0.0.1", 0) < sglang_server._first_ephemeral_port() for _ in range(50))
+    assert all(20000 <= server_start.free_port("127.0.0.1", 0) < server_start.first_ephemeral_port() for _ in range(50))
 
 
 ANSWERING = """
@@ -176,7 +178,7 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     assert [command[command.index("--base-gpu-id") + 1] for command in commands] == ["4", "6", "8"]
     assert all(command[command.index("--tp") + 1] == "2" for command in commands)
     assert not any("--enable-memory-saver" in command for command in commands)
-    sharing = sglang_server._launcher(tmp_path, config.model_copy(update={"shares_gpus": True}), 0)
+    sharing = server_start.launcher(tmp_path, config.model_copy(update={"shares_gpus": True}), 0)
     assert "--enable-memory-saver" in sharing and "--enable-weights-cpu-backup" in sharing
     assert len({record(directory)["api_key"] for directory in directories}) == 3
     pids = [record(directory)["pid"] for directory in directories]
@@ -251,10 +253,73 @@ def test_tensor_parallel_cpu_server_is_refused(tmp_path):
         sglang_server.connect_or_start(tmp_path, tmp_path, config, "float32")
 
 
+RECORD = {
+    "url": "http://127.0.0.1:9",
+    "api_key": "k",
+    "pid": 1,
+    "create_time": 1.5,
+    "ready": True,
+    "released": False,
+    "model": "/m",
+    "settings": {"dtype": "float32"},
+    "command": ["python", "-m", "sglang"],
+}
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "EOF"),
+        ("\xff", "expected value"),
+        ("[1, 2]", "should be an object"),
+        (json.dumps({**RECORD, "pid": "1"}), "pid: "),
+        (json.dumps({**RECORD, "pid": 1 << 40}), "pid: "),
+        (json.dumps({**RECORD, "pid": -1}), "pid: "),
+        (json.dumps({**RECORD, "settings": None}), "settings: "),
+        (json.dumps({**RECORD, "extra": 1}), "extra: "),
+        (json.dumps({name: value for name, value in RECORD.items() if name != "command"}), "command: "),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_damaged_record_is_one_line(tmp_path, text, problem):
+    server_record.read_record(tmp_path)
+    (tmp_path / "server.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=problem) as caught:
+        server_record.read_record(tmp_path)
+    [line] = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path}/server.json: damaged (") and line.endswith("and remove the file")
+    result = run_module("tools.sglang_server", "status", "--server", tmp_path) if text == "[1, 2]" else None
+    assert result is None or (result.returncode == 2 and result.stderr.strip() == f"error: {line}")
+
+
+def test_records_are_read_as_they_were_written(tmp_path):
+    assert server_record.read_record(tmp_path) is None
+    (tmp_path / "server.json").write_text(json.dumps(RECORD))
+    record = server_record.read_record(tmp_path)
+    server_record.write_record(tmp_path, record)
+    assert json.loads((tmp_path / "server.json").read_text()) == RECORD
+    assert server_record.read_record(tmp_path) == record and record.settings == {"dtype": "float32"}
+
+
+def test_a_server_that_takes_long_is_spoken_of_in_whole_lines(tmp_path, monkeypatch, capfd):
+    """No carriage returns: the log of a run is a file. Control: one that answers at once is spoken of once."""
+    monkeypatch.setattr(server_start, "REPORT_SECONDS", 0.4)
+    monkeypatch.setattr(server_start, "POLL_SECONDS", 0.1)
+    slow = "print('loading weights', flush=True); time.sleep(1.5)\n" + ANSWERING
+    for body, lines in ((slow, range(3, 9)), (ANSWERING, range(1, 4))):
+        python = stand_in(tmp_path / "python", body)
+        sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python), "float32")
+        sglang_server.stop(tmp_path / "server")
+        out, err = capfd.readouterr()
+        assert "\r" not in out + err and err == "" and len(out.splitlines()) in lines, out
+        assert ("SGLang server is starting, 1 s: loading weights" in out) == (body is slow)
+        assert "SGLang server ready at http://" in out
+
+
 def test_stop_leaves_a_process_that_inherited_the_number_alone(tmp_path):
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
         started = psutil.Process(other.pid).create_time()
-        stale = {"pid": other.pid, "create_time": started - 100, "url": "http://127.0.0.1:9", "api_key": "k"}
+        stale = {**RECORD, "pid": other.pid, "create_time": started - 100}
         (tmp_path / "server.json").write_text(json.dumps(stale))
         assert sglang_server.stop(tmp_path) is False
         time.sleep(0.2)

@@ -1,0 +1,96 @@
+"""Where a run stands: of every output whether it is done, stale, missing or being made, by the table of stages."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stage_output import PRUNED, differences, nested, partial_of, read_manifest
+from megatron_papo.run.stages import Stage, Turn, all_turns
+
+Word = Literal["done", "stale", "missing", "running"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Of one output of a run."""
+
+    stage: Stage
+    turn: Turn
+    output: Path
+    word: Word
+    reason: str = ""
+    """Of a stale output: the key or input that is not what it was made from. Of a pruned one: that it is."""
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+def states(run: RunDirectory) -> list[State]:
+    """Return the state of everything that a whole run makes, in its order. Nothing is hashed: manifests are
+    compared."""
+    found: list[State] = []
+    stale: set[Path] = set()
+    for stage, turn in all_turns(run):
+        state = _state(run, stage, turn, stale)
+        if state.word == "stale":
+            stale.add(state.output)
+        found.append(state)
+    return found
+
+
+def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> State:
+    output = stage.output(run, turn)
+    manifest = read_manifest(output)
+    if manifest is None:
+        return State(stage, turn, output, "running" if is_locked(output) else "missing")
+    reason = _reason(run, stage, turn, manifest, stale)
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    pruned = (output / PRUNED).exists()
+    word: Word = "stale" if reason else "done"
+    return State(
+        stage, turn, output, word, reason or "weights deleted" * pruned, 0 if pruned else size, manifest["seconds"]
+    )
+
+
+def _reason(run: RunDirectory, stage: Stage, turn: Turn, manifest: dict[str, Any], stale: set[Path]) -> str:
+    recipe = manifest["recipe"]
+    wanted = {"config": nested(stage.values(run.config, turn)), "arguments": stage.arguments(turn)}
+    if wanted != {name: recipe[name] for name in wanted} and stage.number not in (3, 6):
+        return differences({name: recipe[name] for name in wanted}, wanted)
+    recorded_places = manifest.get("inputs", {})
+    for spec in stage.needed_inputs(run.config, turn):
+        path = spec.path(run, turn)
+        made = read_manifest(path)
+        if path in stale:
+            return f"input {spec.name} is stale"
+        if made is not None and made["fingerprint"] != recipe["inputs"].get(spec.name):
+            return f"input {spec.name} is another one"
+        if made is None and spec.name in recorded_places and recorded_places[spec.name] != str(path):
+            return f"input {spec.name} is at another place"
+    return _moved_sources(run, stage, turn, recorded_places)
+
+
+def _moved_sources(run: RunDirectory, stage: Stage, turn: Turn, recorded: dict[str, str]) -> str:
+    """Say which source of stage 1 lies elsewhere than when it was read: its content is then to be compared."""
+    if stage.number != 1:
+        return ""
+    data = run.config.data
+    wanted = {"train": data.train, "sft": data.sft} if turn.evaluation_set is None else data.evaluation_sets
+    for name, source in wanted.items():
+        if source is None or (turn.evaluation_set not in (None, name)):
+            continue
+        place = None if source.source == "synthetic" else str(Path(source.source))
+        if recorded.get(name) != place:
+            return f"data.{name}.source is at another place"
+    return ""
+
+
+def is_locked(output: Path) -> bool:
+    """Say whether a process holds the lock of an output, as this machine's kernel sees it; its lock is left alone."""
+    try:
+        inode = os.stat(output.with_name(output.name + ".lock")).st_ino
+        locks = Path("/proc/locks").read_text()
+    except OSError:
+        return partial_of(output).exists() and not Path("/proc/locks").exists()
+    return any(line.split()[5].rpartition(":")[2] == str(inode) for line in locks.splitlines() if "FLOCK" in line)

@@ -1,0 +1,41 @@
+# What run_all.sh needs around its commands: one run_all.sh per run, the log, and an end that leaves nothing running.
+# Sourced, with RUN, TODO, DRY_RUN and PATHS set by tools.start_run.
+
+lock_run() { # one run_all.sh at a time: the lock goes when this shell and what it started are gone
+  mkdir -p "$RUN"
+  exec 8>>"$RUN/.lock"
+  flock -n 8 || { echo "error: $RUN: in use by $(<"$RUN/.lock"): wait for it, or choose another --name" >&2; exit 2; }
+  echo "process $$ on $(hostname) since $(date '+%F %T')" >"$RUN/.lock"
+}
+
+CHILDREN=()
+finish() {
+  trap - EXIT INT TERM
+  ((${#CHILDREN[@]} == 0)) || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
+  if [[ -d $RUN/server ]]; then .venv/bin/python -m tools.sglang_server stop --server "$RUN/server" || true; fi
+}
+
+start() { # KEY COMMAND..., in the background, with its output in the log
+  local key=$1 shown
+  shift
+  printf -v shown '%q ' "$@"
+  echo "== $shown"
+  echo "$(date '+%F %T') run: == $shown" >>"$RUN/log.txt"
+  "$@" > >(python3 tools/log_lines.py "$RUN/log.txt" "stage $key") 2>&1 &
+  CHILDREN+=($!)
+}
+
+stage() { # KEY COMMAND..., if it is left to do
+  [[ " $TODO " == *" $1 "* ]] || return 0
+  if ((DRY_RUN)); then printf '%q ' "${@:2}"; printf '\n%s' "${PATHS[$1]}"; return; fi
+  start "$@"
+  wait "${CHILDREN[0]}"
+  CHILDREN=()
+}
+
+side_by_side() { # two commands after start: the first that fails ends the run, and finish() the other
+  wait -n "${CHILDREN[@]}"
+  local child
+  for child in "${CHILDREN[@]}"; do wait "$child"; done
+  CHILDREN=()
+}

@@ -1,0 +1,212 @@
+"""Write the measured numbers into README.md and docs/, from the files in docs/numbers/.
+
+    python -m tools.publish_numbers                              fill every marked block
+    python -m tools.publish_numbers --check                      change nothing; exit status 1 if a page is out of date
+    python -m tools.publish_numbers --take demo_seed1=runs/demo  first take a run's numbers into docs/numbers/NAME.json
+
+A page marks what is written into it by `<!-- numbers: NAME -->` and `<!-- end -->`. NAME is a table of TABLES below, or
+one value, `FILE.KEY FORMAT`, e.g. `demo_seed1.accuracy_papo percent`. So a number that stands on two pages has
+one source.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from megatron_papo.errors import UserError
+from megatron_papo.run.command_line import run
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(?P<start><!-- numbers: (?P<name>[^>]+?) -->)(?P<text>.*?)(?P<end><!-- end -->)", re.DOTALL)
+SEEDS = (1, 2, 3)
+TRAINING = ("accuracy", "kl_prcp", "kl_ref", "entropy", "clip_fraction_high", "cut_off")
+"""Metrics of a training step that the demo's page shows, as means over an iteration."""
+
+Numbers = dict[str, dict[str, Any]]
+"""The content of docs/numbers/: name of the file -> its JSON object."""
+
+
+def percent(value: float) -> str:
+    """Return 0.8555 as "85.5 %"; half a tenth is rounded to the even side, as Python does."""
+    return f"{100 * value:.1f} %"
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "percent": percent,
+    "seconds": "{:.1f} s".format,
+    "number": "{:g}".format,
+}
+
+
+def demo_seeds(numbers: Numbers) -> list[str]:
+    """Return the table of the demo's accuracies, a row per seed."""
+    lines = [
+        "| seed | cold start | after PAPO | gain | masked, cold start | masked, after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed in SEEDS:
+        demo = numbers[f"demo_seed{seed}"]
+        gain = 100 * (demo["accuracy_papo"] - demo["accuracy_cold_start"])
+        masked = percent(demo["accuracy_cold_start_masked"]), percent(demo["accuracy_papo_masked"])
+        cells = [percent(demo["accuracy_cold_start"]), percent(demo["accuracy_papo"]), f"{gain:+.1f}", *masked]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    return lines
+
+
+def demo_training(numbers: Numbers) -> list[str]:
+    """Return the table of the first seed's training, a row per iteration."""
+    lines = [
+        "| iteration | accuracy of the rollouts | KL_prcp | KL_ref | entropy | clipped high | cut off |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for number, row in enumerate(numbers["demo_seed1"]["training"], 1):
+        middle = [f"{row[name]:.3f}" for name in ("kl_prcp", "kl_ref", "entropy")]
+        cells = [percent(row["accuracy"]), *middle, percent(row["clip_fraction_high"]), percent(row["cut_off"])]
+        lines.append(f"| {number} | {' | '.join(cells)} |")
+    return lines
+
+
+def demo_accuracy(numbers: Numbers) -> list[str]:
+    """Return the table that the first seed's run ends with."""
+    demo = numbers["demo_seed1"]
+    lines = ["| held-out accuracy | with the picture | picture masked |", "|---|---|---|"]
+    for title, name in (("cold start", "cold_start"), ("after PAPO", "papo")):
+        lines.append(f"| {title} | {percent(demo[f'accuracy_{name}'])} | {percent(demo[f'accuracy_{name}_masked'])} |")
+    return lines
+
+
+def demo_seconds(numbers: Numbers) -> list[str]:
+    """Return the first seed's seconds, in all and by stage, as a sentence."""
+    demo = numbers["demo_seed1"]
+    stages = ", ".join(f"stage {name[len('stage')]} {seconds:.0f} s" for name, seconds in demo["seconds"].items())
+    return [f"The stages of a run took {demo['seconds_total'] / 60:.1f} minutes:", f"{stages}."]
+
+
+def guarded_runs(numbers: Numbers) -> list[str]:
+    """Return the table of the hacking guard: the demo at twenty times its gamma, and at its own."""
+    demos = [numbers[f"demo_seed{seed}"] for seed in SEEDS]
+    warned, guarded = numbers["gamma02_warn"], numbers["gamma02"]
+    accuracies = ", ".join(percent(demo["accuracy_papo"]) for demo in demos)
+    alarms = sum(demo["alarms"] for demo in demos)
+    return [
+        "| run | held-out accuracy | what the guard did |",
+        "|---|---|---|",
+        f"| cold start | {percent(demos[0]['accuracy_cold_start'])} | |",
+        f"| gamma 0.2, guard only warning | {percent(warned['accuracy_papo'])} | {alarms_of(warned)} |",
+        f"| gamma 0.2, guard | {percent(guarded['accuracy_papo'])} | {alarms_of(guarded)}: back to the checkpoint,"
+        " gamma 0.02 from then on |",
+        f"| gamma 0.01 (the demo), guard; seeds 1, 2, 3 | {accuracies} | {alarms} alarms in three runs |",
+    ]
+
+
+def alarms_of(run_numbers: dict[str, Any]) -> str:
+    """Return "9 alarms, the first at step 18"."""
+    count = run_numbers["alarms"]
+    return f"{count} alarm{'s' * (count != 1)}, the first at step {run_numbers['alarm_steps'][0]}"
+
+
+TABLES: dict[str, Callable[[Numbers], list[str]]] = {
+    function.__name__: function for function in (demo_seeds, demo_training, demo_accuracy, demo_seconds, guarded_runs)
+}
+
+
+def filled(page: Path, numbers: Numbers) -> str:
+    """Return the text of a page with every block filled. Raises UserError for a block that cannot be."""
+    text = page.read_text()
+    opened, closed = text.count("<!-- numbers:"), len(BLOCK.findall(text))
+    if opened != closed or text.count("<!-- end -->") != closed:
+        raise UserError(f"{page}: {opened} blocks are opened, {closed} end as they should with <!-- end -->")
+    for block in BLOCK.finditer(text):
+        if block["name"] not in TABLES and not text[: block.start()].rpartition("\n")[2].strip():
+            raise UserError(f"{page}: {block['name']} begins a line, which makes the line HTML: put a word before it")
+    return BLOCK.sub(lambda block: block["start"] + block_text(block["name"], numbers, page) + block["end"], text)
+
+
+def block_text(name: str, numbers: Numbers, page: Path) -> str:
+    """Return what stands between the two marks: a table on lines of its own, a value within its line."""
+    try:
+        if name in TABLES:
+            return "\n" + "\n".join(TABLES[name](numbers)) + "\n"
+        place, form = name.split()
+        file, key = place.split(".")
+        return FORMATS[form](numbers[file][key])
+    except (KeyError, ValueError, TypeError) as error:
+        known = ", ".join(TABLES)
+        raise UserError(
+            f"{page}: numbers: {name}: {type(error).__name__} {error}: expected one of {known}, or FILE.KEY FORMAT with"
+            f" a key of docs/numbers/FILE.json and a format of {', '.join(FORMATS)}"
+        )
+
+
+def read_numbers(directory: Path) -> Numbers:
+    """Return the content of docs/numbers/. Raises UserError where a file is no JSON object."""
+    numbers = {}
+    for path in sorted(directory.glob("*.json")):
+        try:
+            numbers[path.stem] = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {error}")
+        if not isinstance(numbers[path.stem], dict):
+            raise UserError(f"{path}: expected a JSON object")
+    return numbers
+
+
+def numbers_of_run(directory: Path) -> dict[str, Any]:
+    """Return what the pages may show of a run: its summary.json without paths, means of its training, its alarms."""
+    from megatron_papo.training.metrics_log import read_metrics
+
+    file = directory / "summary.json"
+    if not file.is_file():
+        raise UserError(f"{file}: not there: the run has not ended; bash run_all.sh --name {directory.name} goes on")
+    summary = json.loads(file.read_text())
+    summary.pop("paths", None)
+    stages = sorted((directory / "iterations").glob("*/megatron"))
+    rows = [read_metrics(stage / "metrics.jsonl") for stage in stages]
+    training = [{name: mean(step[name] for step in steps) for name in TRAINING} for steps in rows]
+    decisions = [json.loads(line) for stage in stages for line in (stage / "guard.jsonl").read_text().splitlines()]
+    alarms = {"alarms": len(decisions), "alarm_steps": [decision["step"] for decision in decisions]}
+    return summary | {"training": training} | alarms
+
+
+def take(directory: Path, choice: str) -> None:
+    """Write docs/numbers/NAME.json for `choice`, NAME=RUN."""
+    name, equals, path = choice.partition("=")
+    if not equals or not re.fullmatch(r"\w+", name):
+        raise UserError(f"--take {choice}: expected NAME=RUN, e.g. demo_seed1=runs/demo")
+    text = json.dumps(numbers_of_run(Path(path).expanduser()), indent=1)
+    (directory / f"{name}.json").write_text(text + "\n")
+
+
+def main() -> None:
+    """Fill the pages, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a page is out of date")
+    take_help = "take the numbers of a finished run into docs/numbers/NAME.json first (may be repeated)"
+    parser.add_argument("--take", action="append", default=[], metavar="NAME=RUN", help=take_help)
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="where README.md and docs/ are")
+    arguments = parser.parse_args()
+    if arguments.check and arguments.take:
+        parser.error("--check changes nothing: leave --take out")
+    docs = arguments.root / "docs"
+    for choice in arguments.take:
+        take(docs / "numbers", choice)
+    numbers = read_numbers(docs / "numbers")
+    changed = []
+    for page in (arguments.root / "README.md", *sorted(docs.glob("*.md"))):
+        text = filled(page, numbers)
+        if text != page.read_text():
+            changed.append(page)
+            if not arguments.check:
+                page.write_text(text)
+    for page in changed:
+        print(f"{page}: {'out of date: run python -m tools.publish_numbers' if arguments.check else 'written'}")
+    sys.exit(1 if arguments.check and changed else 0)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""What run_all.sh asks before it runs anything: which run this is, what is left to do, and where everything lies.
+
+    .venv/bin/python -m tools.start_run [arguments of run_all.sh] --write --caller "$PWD"
+
+Without --write it checks the arguments and prints the run's directory as a shell assignment, no more. With --write the
+run's config.yaml is written or brought up to date (run/run_config.py says what may change), and the assignments are
+printed that the loop of run_all.sh needs. With --dry-run nothing is written, and PATHS says what each command reads and
+makes. Mistakes in the configuration are found here, before anything runs.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_papo.config_notes import notes
+from megatron_papo.errors import UserError
+from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from megatron_papo.run.command_line import launcher, run
+from megatron_papo.run.run_config import settle_run, write_run
+from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stages import STAGES, paths
+from megatron_papo.run.state import State, states
+
+NUMBERS = range(1, 8)
+DEFAULT_CONFIG = Path("configs/demo.yaml")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the arguments of run_all.sh, and --write and --caller, which it adds. Mistakes are UserErrors."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--name")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--stages", default="all")
+    for flag in ("--resident", "--dry-run", "--write"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--caller", type=Path, default=Path.cwd())
+    try:
+        args, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        option = error.argument_name
+        raise UserError(
+            f"{option} needs a value: see --help" if "expected one" in str(error) else f"{error}: see --help"
+        )
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}: see --help")
+    if args.config is not None:
+        args.config = args.caller / args.config.expanduser()
+    args.name = name_of(args)
+    args.stages = parse_stages(args.stages)
+    return args
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """Return the run's name: --name, or that of the configuration file."""
+    name = args.name or (args.config or DEFAULT_CONFIG).stem
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        raise UserError(f"--name {name}: use letters, digits, dot, dash and underscore, and begin with no dot")
+    return name
+
+
+def parse_stages(text: str) -> list[int]:
+    """Return the stages that "1,4-6" or "all" names, in order."""
+    if text == "all":
+        return list(NUMBERS)
+    mistake = UserError(f"--stages {text}: expected numbers from 1 to 7 such as 1,2,4-6, or all")
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not re.fullmatch("[1-7]", first) or not re.fullmatch("[1-7]", last or first):
+            raise mistake
+        chosen |= set(range(int(first), int(last or first) + 1))
+    if not chosen:
+        raise mistake
+    return sorted(chosen)
+
+
+def key_of(state: State) -> str:
+    """Return what run_all.sh calls a command: its stage, and the iteration where it has one."""
+    number, iteration = state.stage.number, state.turn.iteration
+    return f"{number}" if iteration is None else f"{number}:{iteration}"
+
+
+def summary_of_done(rows: Sequence[State], todo: set[str]) -> str | None:
+    """Return one line on what is there already; None for a new run."""
+    done = [row for row in rows if row.word == "done"]
+    if not done:
+        return None
+    numbers = sorted({row.turn.iteration for row in rows if row.turn.iteration})
+    finished = [number for number in numbers if not any(key.endswith(f":{number}") for key in todo)]
+    seconds = sum(row.seconds for row in done)
+    words = f"{len(done)} of {len(rows)} outputs are there ({seconds / 60:.0f} minutes of work)"
+    if finished:
+        words += f", iterations {finished[0]} to {finished[-1]} complete"
+    return words + (": nothing to do" if not todo else ": skipped")
+
+
+def assignments(args: argparse.Namespace, directory: RunDirectory, rows: Sequence[State]) -> dict[str, str]:
+    """Return what run_all.sh must know, by the names of its variables."""
+    todo = [key_of(row) for row in rows if row.stage.number in args.stages and row.word != "done"]
+    if args.dry_run:
+        todo = [key_of(row) for row in rows if row.stage.number in args.stages]
+    together = {4, 5, 6}
+    if args.resident and together & set(args.stages) and not together <= set(args.stages):
+        raise UserError("--resident runs stages 4, 5 and 6 together: --stages leaves some of them out")
+    first = min((int(key.partition(":")[2]) for key in todo if key[0] in "456"), default=0)
+    config = directory.config
+    said = summary_of_done(rows, set(todo))
+    if said is not None and not args.dry_run:
+        print(f"{directory.root}: {said}", file=sys.stderr)
+    return {
+        "TODO": " ".join(dict.fromkeys(todo)),
+        "FIRST": str(first),
+        "ITERATIONS": str(config.iterations),
+        "SFT": " ".join(launcher(STAGES["stage2_sft"], config)),
+        "TRAIN": " ".join(launcher(STAGES["stage5_train"], config)),
+        "RESIDENT": str(int(args.resident)),
+        "SUMMARY": str(int(7 in args.stages)),
+    }
+
+
+def what_it_reads_and_makes(directory: RunDirectory, rows: Sequence[State]) -> dict[str, str]:
+    """Return, by key, the lines that --dry-run shows under a command."""
+    shown: dict[str, str] = {}
+    for row in rows:
+        inputs = paths(row.stage, directory, row.turn)
+        lines = "".join(f"    reads {name:<10} {path}\n" for name, path in inputs.items()) + f"    makes {row.output}\n"
+        shown[key_of(row)] = shown.get(key_of(row), "") + lines
+    return shown
+
+
+def main() -> None:
+    args = parse()
+    root = Path("runs") / args.name
+    if not args.write:
+        print(f"RUN={shlex.quote(str(root))} DRY_RUN={int(args.dry_run)}")
+        return
+    directory, differences = settle_run(root, DEFAULT_CONFIG, args.config, args.overrides, args.caller)
+    model = directory.config.model.path
+    if model is not None and Path(model).is_dir():
+        check_parallel_sizes(read_hf_config(Path(model)), directory.config.parallel)
+    rows = states(directory)
+    values = assignments(args, directory, rows)
+    if not args.dry_run:
+        write_run(directory, differences, os.environ.get("RUN_ALL", "bash run_all.sh"))
+        for change in differences:
+            print(f"{root}: {change.key}: {change.old} -> {change.new}", file=sys.stderr)
+        for note in notes(directory.config) if any(key[0] == "5" for key in values["TODO"].split()) else []:
+            print(f"note: {note}", file=sys.stderr)
+    print("\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items()))
+    if args.dry_run:
+        shown = what_it_reads_and_makes(directory, rows)
+        print("declare -A PATHS=(" + " ".join(f"[{key}]={shlex.quote(text)}" for key, text in shown.items()) + ")")
+
+
+if __name__ == "__main__":
+    run(main)
