@@ -41,7 +41,7 @@ read -ra TRAIN <<<"${TRAIN_LAUNCHER:-$TRAIN}"
 stage 1 $PYTHON -m stages.stage1_prepare_data --run "$RUN"
 
 # 2. Supervised cold start with DeepSpeed, if the configuration has one
-stage 2 "${SFT[@]}" -m stages.stage2_sft --run "$RUN"
+stage 2 "${SFT[@]}" -m -- stages.stage2_sft --run "$RUN"
 
 # 3. Hugging Face -> Megatron: the start of training and the frozen reference of KL_ref
 stage 3 $PYTHON -m stages.stage3_convert_to_megatron --run "$RUN"
@@ -51,7 +51,7 @@ stage 7:0 $PYTHON -m stages.stage7_evaluate --run "$RUN" --iteration 0
 
 if ((RESIDENT && FIRST && !DRY_RUN)); then # 4 and 5 side by side for all iterations; 5 does 6's work, 4 does 7's
   start 4 $PYTHON -m stages.stage4_rollout --run "$RUN" --iterations "$FIRST-$ITERATIONS"
-  start 5 "${TRAIN[@]}" -m stages.stage5_train --run "$RUN" --iterations "$FIRST-$ITERATIONS"
+  start 5 "${TRAIN[@]}" -m -- stages.stage5_train --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   side_by_side
   TODO=7:$ITERATIONS
 fi
@@ -59,7 +59,7 @@ fi
 # 4, 5, 6. Rollouts, PAPO, back to Hugging Face: once per iteration; 7 every evaluate_every iterations and at the end
 for ((i = 1; i <= ITERATIONS; i++)); do
   stage "4:$i" $PYTHON -m stages.stage4_rollout --run "$RUN" --iteration "$i"
-  stage "5:$i" "${TRAIN[@]}" -m stages.stage5_train --run "$RUN" --iteration "$i"
+  stage "5:$i" "${TRAIN[@]}" -m -- stages.stage5_train --run "$RUN" --iteration "$i"
   stage "6:$i" $PYTHON -m stages.stage6_convert_to_hf --run "$RUN" --iteration "$i"
   stage "7:$i" $PYTHON -m stages.stage7_evaluate --run "$RUN" --iteration "$i"
 done

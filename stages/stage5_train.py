@@ -47,8 +47,10 @@ from megatron_papo.training.inputs import TrainInputs
 from megatron_papo.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:  # torch and megatron take seconds to import: wrong configurations are told before
-    from megatron_papo.training.passes import Passes, PerRollout
+    from megatron_papo.training.forward_step import PerRollout, Seen
+    from megatron_papo.training.passes import Passes
     from megatron_papo.training.policy import Policy
+    from megatron_papo.training.rows import TrainingRollout
 
 
 def main() -> None:
@@ -257,8 +259,8 @@ def train(
         MetricsLog(directory, inputs.iteration) if speaks and directory is not None else nullcontext() as log,
     ):
         passes = Passes(config, policy.hf, steps, plan, collator, bar.update)
-        fixed, checks = sweep_rollouts(inputs, policy, passes, bar)
-        attempts = optimizer_steps(inputs, policy, passes, fixed, checks, log, bar)
+        constants, checks = sweep_rollouts(inputs, policy, passes, bar)
+        attempts = optimizer_steps(inputs, policy, passes, constants, checks, log, bar)
     return {
         "rollouts": len(rows),
         "steps": len(steps),
@@ -272,39 +274,58 @@ def train(
 def sweep_rollouts(
     inputs: TrainInputs, policy: "Policy", passes: "Passes", bar: tqdm
 ) -> tuple["PerRollout", dict[str, float]]:
-    """2 and 3. -> what stays fixed while the policy trains, and what that says about the rollouts."""
-    from megatron_papo.training.rollout_checks import check_old_policy, parity_gate
+    """2 and 3. -> what stays constant in the loss while the policy trains, and what that says about the rollouts."""
+    from megatron_papo.training.rollout_checks import compare_with_server, parity_sample, read_vocabulary
 
     started = time.time()
     checks: dict[str, float] = {}
     bar.set_description(f"iteration {inputs.iteration}: reference")
-    fixed = passes.sweep_reference(policy)
+    constants = passes.sweep_reference(policy)
     bar.set_description(f"iteration {inputs.iteration}: old policy")
-    fixed_by_policy, old = passes.sweep_policy(policy.model)
+    vocabulary = read_vocabulary(inputs.megatron / HF_FILES)
+    # The server's log-probs can be compared only where it had these weights.
+    fresh = all(row.rollout.staleness == 0 for row in passes.steps[0].all)
+    forbidden = vocabulary.forbidden if fresh else ()
+    constants_of_policy, old = passes.sweep_policy(policy.model, forbidden)
     if old is not None:
-        checks |= check_old_policy(passes.rows, old, passes.config.rollout.top_p)
-    if all(row.rollout.staleness == 0 for row in passes.steps[0].all):  # older weights have other log-probs
+        checks |= check_old_policy(passes, passes.rows, old, bar)
+    if fresh:
+        compared, seen = passes.rows, old
+        if seen is None:
+            compared = parity_sample(passes.rows)
+            seen = passes.sweep(policy.model, compared, ["original"], forbidden)["original"]
+        log_probs = seen.allowed_log_probs if forbidden else seen.log_probs
         limit = passes.config.training.max_rollout_log_prob_difference
-        original = lambda model, rows: passes.sweep(model, rows, ["original"])["original"]
-        checks |= parity_gate(policy.model, original, passes.rows, inputs.megatron / HF_FILES, limit)
-    return fixed | fixed_by_policy, checks | passes.account_sweeps(time.time() - started)
+        checks |= compare_with_server(compared, log_probs, limit, vocabulary.decode, "parity")
+    return constants | constants_of_policy, checks | passes.account_sweeps(time.time() - started)
+
+
+def check_old_policy(passes: "Passes", rows: list["TrainingRollout"], old: "Seen", bar: tqdm) -> dict[str, float]:
+    """What the old policy says about the server's log-probs and about the sampling; a bias that top_p makes is said
+    aloud."""
+    from megatron_papo.training.rollout_checks import compare_with_server, sampling_bias, sampling_bias_message
+
+    bias = sampling_bias(old)
+    message = sampling_bias_message(bias, passes.config.rollout.top_p)
+    if message is not None and collectives.is_reporting_rank():
+        bar.write(message)
+    return compare_with_server(rows, old.log_probs) | bias
 
 
 def optimizer_steps(
     inputs: TrainInputs,
     policy: "Policy",
     passes: "Passes",
-    fixed: "PerRollout",
+    constants: "PerRollout",
     checks: dict[str, float],
     log: MetricsLog | None,
     bar: tqdm,
 ) -> int:
     """4. The steps, once, or again with a lower gamma from where the guard has gone back to. -> how often they were
     tried."""
-    from megatron_papo.training.forward_step import loss_settings
+    from megatron_papo.training.loss_recipe import loss_recipe
     from megatron_papo.training.optimizer import learning_rate
     from megatron_papo.training.passes import step_statistics
-    from megatron_papo.training.rollout_checks import check_old_policy
 
     config, steps = passes.config, passes.steps
     guard = Guard(config.hacking_guard, config.objective, policy.state.get("guard"))
@@ -312,11 +333,11 @@ def optimizer_steps(
     while number < len(steps):
         bar.set_description(f"iteration {inputs.iteration}: step {number + 1}/{len(steps)}")
         started, step = time.time(), steps[number]
-        settings = loss_settings(config.objective, policy.state["step"], guard.kl_prcp_scale)
+        recipe = loss_recipe(config.objective, policy.state["step"], guard.kl_prcp_scale)
         rate = learning_rate(policy.state["step"], config.optimizer)
-        update = passes.update(policy, step, fixed, settings, rate)
-        if "old_log_probs" not in fixed:  # the one step of the iteration: what the update saw was the old policy
-            checks = checks | check_old_policy(step.own, update.seen, config.rollout.top_p)
+        update = passes.update(policy, step, constants, recipe, rate)
+        if "old_log_probs" not in constants:  # the one step of the iteration: what the update saw was the old policy
+            checks = checks | check_old_policy(passes, step.own, update.seen, bar)
         policy.state["step"] += 1
         number += 1
 
@@ -325,7 +346,7 @@ def optimizer_steps(
         decision = guard.observe(metrics, policy.state["step"], attempt)
         if log is not None:
             of_step = {"gradient_norm": update.gradient_norm, "learning_rate": rate, "seconds": seconds}
-            used = {"kl_prcp_coef": settings["kl_prcp_coef"], "guard_signs": len(guard.signs), "attempt": attempt}
+            used = {"kl_prcp_coef": recipe.coefficients.kl_prcp, "guard_signs": len(guard.signs), "attempt": attempt}
             log.write(policy.state["step"], metrics | step_statistics(step.all) | checks | of_step | used)
             if decision is not None:
                 log.write_decision(decision)

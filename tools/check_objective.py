@@ -18,9 +18,14 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_papo.config import ObjectiveConfig
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
+
+if TYPE_CHECKING:
+    import torch
 
 LIMIT = 1e-5
 METRIC_FLOOR, GRADIENT_FLOOR = 0.01, 0.01
@@ -97,11 +102,15 @@ def read_cases(path: Path) -> list[dict]:
     return cases
 
 
-def loss_options(case: dict) -> dict:
-    """papo_loss's options, in the authors' words on the left."""
+def objective_of(case: dict) -> dict:
+    """Return the fields of ObjectiveConfig that say what the case's options, in the authors' words, say."""
     over = case["over"]
     low, high, dual = case["clip"]
     annealing = case["metrics"].get("actor/kl_prcp_coef_annealing_discount", 1.0)
+
+    def where(switch: str, value: float) -> float | None:
+        return value if over.get(switch) else None
+
     return {
         "average": AVERAGES[case["loss_avg_mode"]],
         "clip_ratio_low": low,
@@ -111,31 +120,34 @@ def loss_options(case: dict) -> dict:
         "kl_ref_estimator": ESTIMATORS[over.get("kl_penalty", "low_var_kl")],
         "kl_prcp_coef": case["kl_prcp_coef"] * annealing,
         "kl_prcp_estimator": ESTIMATORS[over.get("kl_prcp_penalty", "low_var_kl")],
-        "kl_prcp_clip": over.get("kl_prcp_clipping", 0.2) if over.get("use_kl_prcp_clipping") else None,
-        "kl_prcp_top_p": over.get("kl_prcp_token_level_mask_top_p", 0.2)
-        if over.get("use_kl_prcp_token_level_mask")
-        else None,
-        "entropy_coef": over.get("ori_entropy_loss_coef", 0.01) * annealing
-        if over.get("use_ori_entropy_loss")
-        else 0.0,
-        "masked_image_entropy_coef": over.get("aug_entropy_loss_coef", 0.01) * annealing
-        if over.get("use_aug_entropy_loss")
-        else 0.0,
-        "sft_coef": over.get("sft_loss_coef", 1e-3) if over.get("use_sft_loss") else 0.0,
+        "kl_prcp_clip": where("use_kl_prcp_clipping", over.get("kl_prcp_clipping", 0.2)),
+        "kl_prcp_top_p": where("use_kl_prcp_token_level_mask", over.get("kl_prcp_token_level_mask_top_p", 0.2)),
+        "entropy_coef": where("use_ori_entropy_loss", over.get("ori_entropy_loss_coef", 0.01) * annealing) or 0.0,
+        "masked_image_entropy_coef": where("use_aug_entropy_loss", over.get("aug_entropy_loss_coef", 0.01) * annealing)
+        or 0.0,
+        "sft_coef": where("use_sft_loss", over.get("sft_loss_coef", 1e-3)) or 0.0,
     }
 
 
-def run_case(case: dict, **changes):
-    """-> {metric: float}, gradient [B, T, V] of one case through our objective; changes: options of papo_loss that
-    differ."""
+def run_case(case: dict, num_tokens: float | None = None, **changes: object) -> tuple[dict[str, float], "torch.Tensor"]:
+    """Run one case through our objective.
+
+    Args:
+        case: of the file.
+        num_tokens: the denominator of averages over tokens, where it is not the case's own number of tokens.
+        changes: fields of ObjectiveConfig that differ from the case's.
+
+    Returns our metrics and the gradient [B, T, V].
+    """
     import torch
 
     from megatron_papo.distributed import process_groups
 
     process_groups.hush_known_warnings()
     from megatron_papo.model.log_probs import token_statistics
-    from megatron_papo.objective.papo_loss import papo_loss
+    from megatron_papo.objective.papo_loss import MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
     from megatron_papo.training.collator import pad_responses
+    from megatron_papo.training.loss_recipe import loss_recipe
 
     process_groups.connect()
     over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)
@@ -148,29 +160,33 @@ def run_case(case: dict, **changes):
 
     logits = torch.tensor(case["logits"], dtype=torch.float32).requires_grad_()
     positions = mask.flatten().nonzero()[:, 0]
-    tokens = table("responses").flatten()[positions]
-    statistics = token_statistics(logits.flatten(0, 1), positions, tokens, torch.distributed.group.WORLD)
+    sampled = table("responses").flatten()[positions]
+    statistics = token_statistics(logits.flatten(0, 1), positions, sampled, torch.distributed.group.WORLD)
     correct = torch.tensor(case.get("correctness_mult_mask", [1.0] * len(mask)))[:, None]
-    loss, metrics = papo_loss(
-        pad_responses([statistics.log_probs], mask),
-        table("old_log_probs"),
-        table("advantages"),
-        mask,
-        ref_log_probs=table("ref_log_probs") if over.get("use_kl_loss", True) else None,
-        masked_image_log_probs=table("masked_log_probs") if over.get("use_kl_prcp", True) else None,
+    tokens = ResponseTokens(
+        log_probs=pad_responses([statistics.log_probs], mask),
+        old_log_probs=table("old_log_probs"),
+        advantages=table("advantages"),
+        mask=mask,
         correct=correct,
-        **dict(num_tokens=mask.sum().item(), num_sequences=len(mask), num_correct_tokens=(mask * correct).sum().item())
-        | loss_options(case)
-        | changes,
+        ref_log_probs=table("ref_log_probs") if over.get("use_kl_loss", True) else None,
+        masked_image=MaskedImageTokens(table("masked_log_probs")) if over.get("use_kl_prcp", True) else None,
     )
+    recipe = loss_recipe(ObjectiveConfig(**objective_of(case) | changes), step=0)
+    total = mask.sum().item() if num_tokens is None else num_tokens
+    counts = StepCounts(total, len(mask), (mask * correct).sum().item())
+    averages = recipe.averages(counts, counts, micro_batches_of_step=1)
+    loss, metrics = papo_loss(tokens, averages, recipe.coefficients, recipe.formulas)
     loss.backward()
     metrics["grad_norm"] = logits.grad.norm()
     return {name: value.item() for name, value in metrics.items()}, logits.grad
 
 
-def errors_of(case: dict, **changes) -> dict[str, float]:
-    """Largest relative error of loss, metrics and gradient. Raises UserError where a metric of theirs is one that we
-    lack."""
+def errors_of(case: dict, **changes: object) -> dict[str, float]:
+    """Return the largest relative error of loss, metrics and gradient; changes: as run_case takes them.
+
+    Raises UserError where a metric of theirs is one that we lack.
+    """
     import torch
 
     metrics, gradient = run_case(case, **changes)
@@ -182,10 +198,10 @@ def errors_of(case: dict, **changes) -> dict[str, float]:
             raise UserError(f"metric {theirs} has no counterpart here")
         ours, sign = METRICS[theirs]
         if theirs == "actor/entropy_loss" and case["loss_avg_mode"] == "seq":
-            value, found = _entropy_in_sequence_average(case, value)
+            expected_value, our_value = _entropy_in_sequence_average(case, value)
         else:
-            found = metrics[ours]
-        error = _not_finite_is_infinite(abs(found - sign * value) / (abs(value) + METRIC_FLOOR))
+            expected_value, our_value = value, metrics[ours]
+        error = _not_finite_is_infinite(abs(our_value - sign * expected_value) / (abs(expected_value) + METRIC_FLOOR))
         kind = "loss" if ours == "loss" else "metrics"
         errors[kind] = max(errors[kind], error)
     expected = torch.tensor(case["grad"])
@@ -195,17 +211,16 @@ def errors_of(case: dict, **changes) -> dict[str, float]:
 
 
 def _entropy_in_sequence_average(case: dict, value: float) -> tuple[float, float]:
-    """Their logged entropy follows the loss's average, ours is always over tokens: -> theirs, ours averaged their
-    way."""
+    """Return their logged entropy, which follows the loss's average, and ours, else over tokens, averaged their way."""
     import torch
 
-    from megatron_papo.objective.papo_loss import average_weights
+    from megatron_papo.objective.papo_loss import StepCounts, sequence_average
 
     mask = torch.tensor(case["response_mask"], dtype=torch.float32)
     log_probs = torch.log_softmax(torch.tensor(case["logits"]), -1).gather(
         -1, torch.tensor(case["responses"])[..., None]
     )[..., 0]
-    weights = average_weights(mask, "sequence", num_tokens=mask.sum().item(), num_sequences=len(mask))
+    weights = sequence_average(mask, StepCounts(mask.sum().item(), len(mask)))
     return value, (weights * -log_probs).sum().item()
 
 

@@ -379,8 +379,8 @@ class Megatron:
         from megatron_papo.distributed import process_groups
         from megatron_papo.objective.rollout_mismatch import sampling_bias_metrics, sampling_bias_sums
         from megatron_papo.training.collator import Collator
-        from megatron_papo.training.forward_step import compute_log_probs
-        from megatron_papo.training.rollout_checks import only_allowed_tokens, worst_tokens
+        from megatron_papo.training.forward_step import PassSettings, sweep
+        from megatron_papo.training.rollout_checks import worst_tokens
         from megatron_papo.training.rows import make_rows
 
         rows = make_rows(rollouts, [0.0] * len(rollouts), self.root, self.config, self.hf, Path("rollouts"))
@@ -393,16 +393,18 @@ class Megatron:
             dtype=self.dtype,
             rotary_positions=rotary_positions,
         )
-        with only_allowed_tokens(self.model, self.forbidden):
-            ours = compute_log_probs(
-                self.model, collator, rows, ROLLOUTS_PER_BATCH, self.config.rollout.temperature, lambda count: None
-            )
-        log_probs = torch.cat([values.cpu() for values in ours["log_probs"]])
-        entropy = torch.cat([values.cpu() for values in ours["entropy"]])
+        settings = PassSettings(ROLLOUTS_PER_BATCH, self.config.rollout.temperature)
+        seen = sweep(self.model, collator, rows, settings, forbidden=self.forbidden)["original"]
+        if self.forbidden:
+            by_rollout, entropies = seen.allowed_log_probs, seen.allowed_entropy
+        else:
+            by_rollout, entropies = seen.log_probs, seen.entropy
+        log_probs = torch.cat([values.cpu() for values in by_rollout])
+        entropy = torch.cat([values.cpu() for values in entropies])
         theirs = torch.tensor([value for row in rows for value in row.rollout.rollout_log_probs])
         difference = (log_probs.double() - theirs.double()).abs()
         bias = sampling_bias_metrics(sampling_bias_sums(log_probs, entropy))
-        worst = [one.in_context(self.decode) for one in worst_tokens(rows, ours["log_probs"])]
+        worst = [one.in_context(self.decode) for one in worst_tokens(rows, by_rollout)]
         return Outcome(len(difference), difference.mean().item(), difference.max().item(), *bias.values(), worst)
 
     def move_weights(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_papo.checkpoint import config_json, hf_files, proof
-from megatron_papo.checkpoint.hashed_files import HashedWriter, ahead, new_tensor_hash, tensor_bytes, tensor_hash
+from megatron_papo.checkpoint.hashed_files import ahead, new_tensor_hash, tensor_bytes, tensor_hash
 from megatron_papo.checkpoint.hf_files import HFCheckpoint, TensorInfo
 from megatron_papo.checkpoint.layouts import LAYOUTS
 from megatron_papo.checkpoint.name_map import Piece, disk_name, pieces
@@ -54,8 +54,10 @@ class MegatronCheckpoint:
     """A Megatron checkpoint of this project, seen as the Hugging Face tensors it holds. Raises UserError if it is not
     complete."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, proof_read: dict | None = None):
+        """Open a directory. proof_read: its proof, where the caller has read it."""
         self.directory = Path(directory)
+        self._proof = proof_read
         self.stored = TorchDistCheckpoint(self.directory)
         self.hf = read_hf_config(self.directory / HF_FILES)
         self.headers = hf_files.load_headers(self.directory / HF_FILES)
@@ -70,6 +72,16 @@ class MegatronCheckpoint:
         require_same_names(self.directory / HF_FILES / hf_files.HEADERS, names, set(self.tensors))
         self.piece_of = {name: piece for piece in self.pieces for name in piece.hf_shapes}
         self._last: tuple[Piece, dict[str, torch.Tensor]] | None = None
+
+    @property
+    def proof(self) -> dict | None:
+        """The proof of the conversion that made it, read when it is asked for; None of a checkpoint that was trained.
+
+        Raises UserError where it is damaged or failed.
+        """
+        if self._proof is None and (self.directory / proof.PROOF).exists():
+            self._proof = proof.require_proof(self.directory)
+        return self._proof
 
     def _check(self) -> None:
         expected = {piece.megatron: _stored_shape(piece) for piece in self.pieces}
@@ -261,14 +273,9 @@ def megatron_to_hf(
     if shard_bytes is not None:
         hf_files.write_index(target, headers, infos)
     reader = _InHFOrder(checkpoint, dtype, progress)
-    written = {}
-    for file, header in headers.items():
-        with HashedWriter(target / file) as writer:
-            writer.write(len(header.encode()).to_bytes(8, "little") + header.encode())
-            blocks = (block for name in hf_files.names_in_order(header) for block in reader.blocks(disk_name(name)))
-            for block in ahead(blocks):
-                writer.write(tensor_bytes(block))
-        written[file] = writer.sha256
+    written = hf_files.write_weights(
+        target, headers, lambda names: ahead(block for name in names for block in reader.blocks(name))
+    )
     read_back = _read_back_hf(HFCheckpoint(target), checkpoint, progress)
     proof.write_proof(
         target, "megatron_to_hf", proof.small_file_hashes(checkpoint.directory), dtype, reader.hashes, read_back
@@ -287,7 +294,7 @@ class _InHFOrder:
         self.checkpoint, self.dtype, self.progress = checkpoint, dtype, progress
         self.hashes: dict[str, str] = {}
         """By piece, of what was read, in the dtype that is written."""
-        self._proved = proof.proved_tensors(checkpoint.directory)
+        self._proved = proof.proved_tensors(checkpoint.proof)
         self._held = _Held()
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:

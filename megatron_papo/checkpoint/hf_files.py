@@ -8,13 +8,13 @@ Nothing is unpickled.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint.hashed_files import HashedReader, cannot_write, open_for_reading, read_into, tensor_bytes
+from megatron_papo.checkpoint.hashed_files import HashedReader, HashedWriter, open_for_reading, read_into, tensor_bytes
 from megatron_papo.checkpoint.model_files import INDEX, SINGLE, in_short, read_index, weight_files
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.checkpoint.proof import PROOF
@@ -251,52 +251,34 @@ def load_headers(directory: Path) -> dict[str, str]:
         )
 
 
-class SafetensorsWriter:
-    """Writes the files of a checkpoint in place, in any order of tensors, holding one tensor at a time.
+def write_weights(
+    directory: Path, headers: dict[str, str], tensors: Callable[[list[str]], Iterable[torch.Tensor]]
+) -> dict[str, str]:
+    """Write the safetensors files of a checkpoint, each from beginning to end, and return their sha256 by name.
 
-    headers: of the original files. dtypes: official name -> dtype to write; where one differs from the header, the file
-    gets a new header.
+    Args:
+        directory: of the checkpoint.
+        headers: file -> header, as headers_for makes them.
+        tensors: returns the data of the tensors of these official names in this order, whole or in blocks of rows.
+
+    Raises UserError where the data is not what the header announces, or a file system refuses.
     """
+    hashes = {}
+    for file, header in headers.items():
+        size = 8 + len(header.encode()) + sum(_num_bytes(entry) for entry in header_entries(header).values())
+        with HashedWriter(directory / file) as writer:
+            writer.write(len(header.encode()).to_bytes(8, "little") + header.encode())
+            for block in tensors([disk_name(name) for name in names_in_order(header)]):
+                writer.write(tensor_bytes(block))
+        if writer.position != size:
+            raise UserError(f"{directory / file}: {writer.position} bytes of data for {size}: the models do not match")
+        hashes[file] = writer.sha256
+    return hashes
 
-    def __init__(self, directory: Path, headers: dict[str, str], dtypes: dict[str, torch.dtype]):
-        self.directory = directory
-        self._places: dict[str, list[tuple[Path, int, tuple]]] = {}
-        self._remaining: set[str] = set()
-        for file, header in headers.items():
-            self._start(directory / file, _with_dtypes(header, dtypes))
-        self.num_bytes = sum(path.stat().st_size for path in (directory / file for file in headers))
 
-    def _start(self, path: Path, header: str) -> None:
-        data = header.encode()
-        entries = header_entries(header)
-        with open(path, "wb") as stream:
-            stream.write(len(data).to_bytes(8, "little") + data)
-            stream.truncate(8 + len(data) + max((entry["data_offsets"][1] for entry in entries.values()), default=0))
-        for name, entry in entries.items():
-            self._places[disk_name(name)] = (path, 8 + len(data) + entry["data_offsets"][0], tuple(entry["shape"]))
-            self._remaining.add(disk_name(name))
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """By official name."""
-        path, offset, shape = self._places[name]
-        if tuple(tensor.shape) != shape:
-            raise UserError(
-                f"{path}: {name} has shape {list(tensor.shape)}, the original {list(shape)}: the checkpoints do not"
-                " match"
-            )
-        try:
-            with open(path, "r+b") as stream:
-                stream.seek(offset)
-                stream.write(tensor_bytes(tensor))
-        except OSError as error:
-            raise cannot_write(path, error)
-        self._remaining.remove(name)
-
-    def close(self) -> None:
-        if self._remaining:
-            raise UserError(
-                f"{self.directory}: no data for {', '.join(sorted(self._remaining)[:8])}: the checkpoints do not match"
-            )
+def _num_bytes(entry: dict) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
 
 
 def _with_dtypes(header: str, dtypes: dict[str, torch.dtype]) -> str:

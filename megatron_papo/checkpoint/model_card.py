@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_papo.run.stage_output import read_manifest
+from megatron_papo.checkpoint.convert import MegatronCheckpoint
 
 BASE_CARD = "README_base_model.md"
 """The card of the model that training started from, kept beside the new one."""
@@ -27,14 +27,15 @@ _SETTINGS = (
 )
 
 
-def write_model_card(directory: Path, megatron: Path, checkpoint) -> None:
-    """Writes the card of a trained checkpoint into `directory`; one that was only converted keeps the card it came
-    with.
+def write_model_card(directory: Path, manifest: dict, checkpoint: MegatronCheckpoint) -> None:
+    """Write the card of a trained checkpoint into `directory`; one that was only converted keeps the card it came with.
 
-    megatron: the source, checkpoint: it as opened.
+    Args:
+        directory: of the export.
+        manifest: of the Megatron checkpoint; empty where it has none.
+        checkpoint: the Megatron checkpoint.
     """
     step = checkpoint.stored.common.get("state", {}).get("step")
-    manifest = read_manifest(megatron)
     if step is None:
         return
     path = directory / "README.md"
@@ -42,10 +43,21 @@ def write_model_card(directory: Path, megatron: Path, checkpoint) -> None:
     if path.is_file():
         front = {key: value for key, value in _front_matter(path.read_text()).items() if key in _CARRIED}
         path.rename(directory / BASE_CARD)
-    path.write_text(model_card(checkpoint, step, manifest or {}, front, (directory / BASE_CARD).exists()))
+    path.write_text(model_card(checkpoint, step, manifest, front, (directory / BASE_CARD).exists()))
 
 
-def model_card(checkpoint, step: int, manifest: dict, front: dict, has_base_card: bool) -> str:
+def model_card(
+    checkpoint: MegatronCheckpoint, step: int, manifest: dict, front: dict[str, object], has_base_card: bool
+) -> str:
+    """Return the text of the card.
+
+    Args:
+        checkpoint: the Megatron checkpoint.
+        step: how many optimizer steps it has behind it.
+        manifest: of the Megatron checkpoint.
+        front: what the base model's card says in its front matter and the new one repeats.
+        has_base_card: whether the base model's card lies beside the new one.
+    """
     parameters = sum(info.num_bytes // info.dtype.itemsize for info in checkpoint.tensors.values())
     front = {
         **front,

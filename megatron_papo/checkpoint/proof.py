@@ -6,9 +6,13 @@ of what came out of the finished checkpoint, read again from disk and taken back
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import file_hash, git_commit, read_manifest
+
+if TYPE_CHECKING:
+    import torch
 
 PROOF = "proof.json"
 VERSION = 2
@@ -19,11 +23,22 @@ MADE_BY_CONVERSION = {"stage3_convert_to_megatron": "hf_to_megatron", "stage6_co
 
 
 def write_proof(
-    directory: Path, conversion: str, files: dict[str, str], dtype, source: dict[str, str], read_back: dict[str, str]
+    directory: Path,
+    conversion: str,
+    files: dict[str, str],
+    dtype: "torch.dtype | None",
+    source: dict[str, str],
+    read_back: dict[str, str],
 ) -> None:
-    """Writes proof.json. Raises UserError, naming tensors, if the checkpoint does not hold what was converted.
+    """Write proof.json. Raises UserError, naming tensors, if the checkpoint does not hold what was converted.
 
-    files: of the source, name -> sha256. dtype: what was converted to, or None. source, read_back: by tensor.
+    Args:
+        directory: of the finished checkpoint.
+        conversion: hf_to_megatron or megatron_to_hf.
+        files: name -> sha256, of the source's.
+        dtype: what was converted to; None: each tensor's own.
+        source: tensor -> hash of what was read, in the dtype that was written.
+        read_back: tensor -> hash of what the finished checkpoint holds.
     """
     wrong = sorted(name for name in source.keys() | read_back.keys() if source.get(name) != read_back.get(name))
     rows = {
@@ -49,8 +64,10 @@ def write_proof(
 
 
 def require_proof(directory: Path) -> dict:
-    """The proof that the checkpoint's conversion kept every tensor. Raises UserError if it is missing, damaged or
-    failed."""
+    """Return the proof that the checkpoint's conversion kept every tensor.
+
+    Raises UserError if it is missing, damaged or failed.
+    """
     path = Path(directory) / PROOF
     try:
         proof = json.loads(path.read_text())
@@ -73,28 +90,26 @@ def require_proof(directory: Path) -> dict:
     return proof
 
 
-def require_proof_if_converted(directory: Path) -> None:
-    """require_proof of a checkpoint that a conversion made, which its manifest (or its proof) says; others need
-    none."""
-    directory = Path(directory)
-    manifest = read_manifest(directory)
+def require_proof_if_converted(directory: Path) -> dict | None:
+    """Return require_proof of a checkpoint that a conversion made, and None for others, which need none."""
+    return require_proof_if_made_by_conversion(directory, read_manifest(directory))
+
+
+def require_proof_if_made_by_conversion(directory: Path, manifest: dict | None) -> dict | None:
+    """Do so where the manifest has been read already; without one, a proof.json says that it was a conversion."""
     made_by = None if manifest is None else manifest.get("stage")
-    if made_by in MADE_BY_CONVERSION or (directory / PROOF).exists():
-        require_proof(directory)
+    return require_proof(directory) if made_by in MADE_BY_CONVERSION or (directory / PROOF).exists() else None
 
 
-def proved_tensors(directory: Path) -> dict[str, str]:
-    """Official name -> hash, of a Megatron checkpoint that was converted from Hugging Face; nothing of one that was
-    trained."""
-    if not (Path(directory) / PROOF).exists():
-        return {}
-    proof = require_proof(directory)
-    if proof["conversion"] != "hf_to_megatron":
+def proved_tensors(proof: dict | None) -> dict[str, str]:
+    """Return official name -> hash, as the proof of a conversion to Megatron says; nothing where it is another's."""
+    if proof is None or proof["conversion"] != "hf_to_megatron":
         return {}
     return {name: row["read_back_xxh3_128"] for name, row in proof["tensors"].items()}
 
 
 def small_file_hashes(directory: Path) -> dict[str, str]:
-    """sha256 of the files of a Megatron checkpoint that say what is where; its tensors are hashed one by one."""
+    """Return the sha256 of the files of a Megatron checkpoint that say what is where, by name; its tensors are hashed
+    one by one."""
     names = [".metadata", "common.pt", "metadata.json"]
     return {name: file_hash(directory / name) for name in names}

@@ -89,6 +89,16 @@ class TorchDistCheckpoint:
         """(offsets, sizes, file) of the parts in which a tensor was saved."""
         return [(chunk.offsets, chunk.sizes, chunk.place.relative_path) for chunk in self._chunks[key]]
 
+    def checksums(self, key: str) -> list[list[int]]:
+        """Return, for each part in which a tensor was saved, its offsets and sizes and the CRC-32 of its data, as the
+        files say; the data is not read."""
+        rows = []
+        for chunk in sorted(self._chunks[key], key=lambda chunk: chunk.offsets):
+            with _opened(self.directory / chunk.place.relative_path) as (file, path):
+                data = chunk.find(file, path, self.tensors[key].dtype)
+            rows.append([*chunk.offsets, *chunk.sizes, data.crc])
+        return rows
+
     def read(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """A whole tensor, or one index of its first axis (`layer`); of that, the rows [first, last) of the first
         remaining axis.

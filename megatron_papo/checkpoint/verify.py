@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 
 from megatron_papo.checkpoint.hashed_files import new_tensor_hash, tensor_bytes
-from megatron_papo.checkpoint.proof import require_proof as require_proof
 
 
 def differences(first, second, progress=lambda count: None) -> Iterator[str]:

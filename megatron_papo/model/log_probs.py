@@ -6,7 +6,7 @@ for the backward pass: probabilities are computed again there, chunk by chunk, s
 logits' size and dtype plus a few chunks. Arithmetic in fp32 whatever the dtype of the logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,14 +30,17 @@ theirs."""
 
 
 class TokenStatistics(NamedTuple):
-    """Of the distributions that predict each response token, fp32."""
+    """What the last stage says about the distributions that predict the response tokens, fp32."""
 
     log_probs: Tensor
-    """[N] of the token itself."""
+    """[N], of the token itself."""
     entropy: Tensor
-    """[N] over the whole vocabulary, in nats."""
-    kl: Tensor | None
+    """[N], over the whole vocabulary, in nats."""
+    kl: Tensor | None = None
     """[N / 2] KL(first half || second half), where it was asked for."""
+    allowed_log_probs: Tensor | None = None
+    """[N] log_probs over the tokens that are not forbidden, without gradient; None where none is."""
+    allowed_entropy: Tensor | None = None
 
 
 def token_statistics(
@@ -49,22 +52,34 @@ def token_statistics(
     temperature: float = 1.0,
     kl_of_halves: bool = False,
     second_half_gradient: bool = True,
+    forbidden: Sequence[int] = (),
 ) -> TokenStatistics:
-    """[M, V / tp] logits, [N] rows of it, [N] tokens -> TokenStatistics. Gradient flows through all three into the
-    logits.
+    """Return log-probs, entropy and KL of the response tokens. Gradient flows through all three into the logits.
 
-    logits: this rank's slice of the vocabulary, before the temperature. positions: the row that predicts each token.
-    kl_of_halves: positions are two halves, the same tokens under two policies (the picture and the masked picture);
-    then
-
-        kl = sum_v pi(v) d(v),   d = clamp(log pi - log pi_other, -20, 20)
-
-    second_half_gradient: False treats the second half as constants. Every rank of the group gets the same values.
+    Args:
+        logits: [M, V / tp], this rank's slice of the vocabulary, before the temperature.
+        positions: [N], the row of the logits that predicts each token.
+        tokens: [N] ids in the whole vocabulary.
+        group: the tensor-parallel ranks, each of which gets the same values.
+        temperature: what the logits are divided by.
+        kl_of_halves: positions are two halves, the same tokens under two policies (the picture and the masked
+            picture); then kl = sum_v pi(v) d(v),   d = clamp(log pi - log pi_other, -20, 20)
+        second_half_gradient: False treats the second half as constants.
+        forbidden: token ids that the rollout engine never samples. If there are any, the same is also said about the
+            distributions over all other tokens; a forbidden token has log-prob -inf there.
     """
     log_probs, entropy, kl = _TokenStatistics.apply(
         logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient
     )
-    return TokenStatistics(log_probs, entropy, kl if kl_of_halves else None)
+    statistics = TokenStatistics(log_probs, entropy, kl if kl_of_halves else None)
+    if not forbidden:
+        return statistics
+    with torch.no_grad():
+        local, is_local = _local_tokens(logits, tokens, group)
+        log_total, target, allowed_entropy = _sums(
+            logits, positions, local, is_local, temperature, group, _local_ids(logits, forbidden, group)
+        )
+    return statistics._replace(allowed_log_probs=target - log_total, allowed_entropy=allowed_entropy)
 
 
 def output_token_statistics(
@@ -76,19 +91,30 @@ def output_token_statistics(
     temperature: float = 1.0,
     kl_of_halves: bool = False,
     second_half_gradient: bool = True,
+    forbidden: Sequence[int] = (),
     chunk_elements: int = OUTPUT_CHUNK_ELEMENTS,
 ) -> TokenStatistics:
-    """token_statistics of logits = hidden weight^T that never exist whole. [N, h], [V / tp, h], [N] -> TokenStatistics.
+    """Return token_statistics of logits = hidden weight^T that never exist whole.
 
-    hidden: the state that predicts each token, the same on every rank of the group, and so is its gradient. Tokens go
-    through the output layer in chunks of chunk_elements logits, which are computed again in the backward pass: memory
-    does not grow with N x V.
+    Args:
+        hidden: [N, h], the state that predicts each token, the same on every rank of the group, and so is its gradient.
+        weight: [V / tp, h], this rank's slice of the output layer.
+        tokens: [N] ids in the whole vocabulary.
+        group, temperature, kl_of_halves, second_half_gradient, forbidden: as in token_statistics.
+        chunk_elements: logits that exist at once. They are computed again, chunk by chunk, in the backward pass, so
+            that memory does not grow with N x V.
     """
 
     def of_chunk(hidden: Tensor, weight: Tensor, tokens: Tensor) -> TokenStatistics:
-        options = dict(temperature=temperature, kl_of_halves=kl_of_halves, second_half_gradient=second_half_gradient)
         return token_statistics(
-            F.linear(hidden, weight), torch.arange(len(tokens), device=tokens.device), tokens, group, **options
+            F.linear(hidden, weight),
+            torch.arange(len(tokens), device=tokens.device),
+            tokens,
+            group,
+            temperature=temperature,
+            kl_of_halves=kl_of_halves,
+            second_half_gradient=second_half_gradient,
+            forbidden=forbidden,
         )
 
     hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
@@ -108,31 +134,50 @@ def output_token_statistics(
         )
 
     def joined(values: list[Tensor]) -> Tensor:
-        halves = zip(*(value.chunk(2) for value in values)) if pairs else [values]
-        return torch.cat([value for half in halves for value in half])
+        if not pairs:
+            return torch.cat(values)
+        first, second = zip(*(value.chunk(2) for value in values), strict=True)
+        return torch.cat([*first, *second])
 
-    kl = torch.cat([part.kl for part in parts]) if kl_of_halves else None
-    return TokenStatistics(joined([part.log_probs for part in parts]), joined([part.entropy for part in parts]), kl)
+    return TokenStatistics(
+        joined([part.log_probs for part in parts]),
+        joined([part.entropy for part in parts]),
+        torch.cat([part.kl for part in parts]) if kl_of_halves else None,
+        joined([part.allowed_log_probs for part in parts]) if forbidden else None,
+        joined([part.allowed_entropy for part in parts]) if forbidden else None,
+    )
+
+
+def _local_tokens(logits: Tensor, tokens: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the tokens' places in this rank's slice of the vocabulary, and which of them lie there."""
+    local = tokens - group.rank() * logits.shape[-1]
+    is_local = (local >= 0) & (local < logits.shape[-1])
+    return local.clamp(0, logits.shape[-1] - 1), is_local
+
+
+def _local_ids(logits: Tensor, token_ids: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Return the places of those token ids that lie in this rank's slice of the vocabulary."""
+    first, size = group.rank() * logits.shape[-1], logits.shape[-1]
+    local = [token - first for token in token_ids if first <= token < first + size]
+    return torch.tensor(local, dtype=torch.long, device=logits.device)
 
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient):
-        local = tokens - group.rank() * logits.shape[-1]
-        mine = (local >= 0) & (local < logits.shape[-1])
-        local = local.clamp(0, logits.shape[-1] - 1)
-        log_total, target, entropy = _sums(logits, positions, local, mine, temperature, group)
+        local, is_local = _local_tokens(logits, tokens, group)
+        log_total, target, entropy = _sums(logits, positions, local, is_local, temperature, group)
         kl = unclamped = logits.new_zeros(0, dtype=torch.float32)
         if kl_of_halves:
             kl, unclamped = _kl_sums(logits, positions, log_total, temperature, group)
-        ctx.save_for_backward(logits, positions, local, mine, log_total, entropy, kl, unclamped)
+        ctx.save_for_backward(logits, positions, local, is_local, log_total, entropy, kl, unclamped)
         ctx.temperature, ctx.second_half_gradient = temperature, second_half_gradient
         ctx.set_materialize_grads(False)
         return target - log_total, entropy, kl
 
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropy, grad_kl):
-        logits, positions, local, mine, log_total, entropy, kl, unclamped = ctx.saved_tensors
+        logits, positions, local, is_local, log_total, entropy, kl, unclamped = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
         half = len(positions) // 2
 
@@ -153,7 +198,7 @@ class _TokenStatistics(torch.autograd.Function):
             else:
                 values.zero_()
             if grad_log_probs is not None:
-                values.scatter_add_(-1, local[rows, None], (grad_log_probs[rows] * mine[rows])[:, None])
+                values.scatter_add_(-1, local[rows, None], (grad_log_probs[rows] * is_local[rows])[:, None])
             return values
 
         if grad_kl is None:
@@ -191,25 +236,40 @@ def _log_softmax(logits: Tensor, positions: Tensor, log_total: Tensor, temperatu
     return _scaled(logits, positions, temperature).sub_(log_total[:, None]).clamp_(min=LOWEST)
 
 
-def _sums(logits, positions, local, mine, temperature, group) -> tuple[Tensor, Tensor, Tensor]:
-    """[N] log of the sum of exponentials, [N] the token's logit, [N] entropy: over the whole vocabulary.
+def _sums(
+    logits: Tensor,
+    positions: Tensor,
+    local: Tensor,
+    is_local: Tensor,
+    temperature: float,
+    group: ProcessGroup,
+    forbidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return [N] log of the sum of exponentials, [N] the token's logit, [N] entropy, over the whole vocabulary.
 
     Each rank sums relative to its own maximum m; the ranks' sums are then brought to the common one.
+
+    Args:
+        logits, positions, temperature, group: as in token_statistics.
+        local, is_local: [N] the tokens' places in this rank's slice, and which of them lie there.
+        forbidden: columns of the logits that are taken for -inf.
     """
-    mine_of_rank = logits.new_empty(4, len(positions), dtype=torch.float32)
-    maximum, total, weighted, target = mine_of_rank
+    of_rank = logits.new_empty(4, len(positions), dtype=torch.float32)
+    maximum, total, weighted, target = of_rank
     for rows in _chunks(len(positions), logits):
         scaled = _scaled(logits, positions[rows], temperature)
-        target[rows] = torch.where(mine[rows], scaled.gather(-1, local[rows, None])[:, 0], 0.0)
+        if forbidden is not None:
+            scaled.index_fill_(-1, forbidden, -torch.inf)
+        target[rows] = torch.where(is_local[rows], scaled.gather(-1, local[rows, None])[:, 0], 0.0)
         maximum[rows] = scaled.amax(-1).clamp_(min=torch.finfo(torch.float32).min / 4)  # a shard may be all -inf
         shifted = scaled.sub_(maximum[rows, None]).clamp_(min=LOWEST)
         exponentials = shifted.exp()
         total[rows] = exponentials.sum(-1)
         weighted[rows] = exponentials.mul_(shifted).sum(-1)
-    ranks = [mine_of_rank]
+    ranks = [of_rank]
     if group.size() > 1:
-        ranks = [torch.empty_like(mine_of_rank) for _ in range(group.size())]
-        all_gather(ranks, mine_of_rank, group=group)
+        ranks = [torch.empty_like(of_rank) for _ in range(group.size())]
+        all_gather(ranks, of_rank, group=group)
     maximum, total, weighted, target = torch.stack(ranks).unbind(1)
     common = maximum.max(0).values
     below = (maximum - common).clamp(min=LOWEST)

@@ -67,6 +67,7 @@ class Responses:
     temperature: float
     kl_of_halves: bool = False
     second_half_gradient: bool = True
+    forbidden: tuple[int, ...] = ()
     """See model.log_probs.token_statistics."""
 
 
@@ -170,6 +171,7 @@ class Qwen2_5_VL(MegatronModule):
             temperature=responses.temperature,
             kl_of_halves=responses.kl_of_halves,
             second_half_gradient=responses.second_half_gradient,
+            forbidden=responses.forbidden,
         )
 
     def _embed(self, input_ids, pixel_values, image_grids, pictures) -> torch.Tensor:

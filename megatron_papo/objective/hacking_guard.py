@@ -29,35 +29,51 @@ LOWEST_CLIP_FRACTION = 0.01
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guard knows after some steps. kl_prcp_scale: what it has multiplied gamma by so far."""
+    """What the guard knows after some steps."""
 
     steps: int = 0
     baseline: dict[str, float] = field(default_factory=dict)
     recent: dict[str, float] = field(default_factory=dict)
     alarming_steps: int = 0
-    """In a row, up to now."""
+    """Alarming steps in a row, up to now."""
     cooldown: int = 0
     """Steps left in which no alarm is raised."""
     kl_prcp_scale: float = 1.0
+    """What it has multiplied gamma by so far."""
     interventions: int = 0
 
     def as_dict(self) -> dict:
-        """Plain data; GuardState(**it) is the state again."""
+        """Return plain data from which GuardState(**data) makes the state again."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """When a sign is up and when signs make an alarm: see the module."""
+
+    warmup_steps: int
+    level_factor: float
+    variance_factor: float
+    clip_fraction_factor: float
+    entropy_factor: float
+    signs_needed: int
+    patience_steps: int
+    cooldown_steps: int
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """About one step. ratios: recent / baseline of every quantity ({} during the warm-up); signs: those over their
-    factor."""
+    """What the guard thinks of one step."""
 
     ratios: dict[str, float]
+    """Recent value / baseline of every quantity; {} during the warm-up."""
     signs: tuple[str, ...]
+    """The quantities over their factor."""
     alarm: bool
 
 
 def watched_quantities(metrics: dict[str, float]) -> dict[str, float]:
-    """The guard's input from an optimizer step's metrics (objective.papo_loss.finish_metrics)."""
+    """Return the guard's input from an optimizer step's metrics (objective.papo_loss.finish_metrics)."""
     return {
         "kl_prcp": metrics["kl_prcp_mean"],
         "kl_prcp_variance": metrics["kl_prcp_variance"],
@@ -67,51 +83,39 @@ def watched_quantities(metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def observe(
-    state: GuardState,
-    quantities: dict[str, float],
-    *,
-    warmup_steps: int,
-    level_factor: float,
-    variance_factor: float,
-    clip_fraction_factor: float,
-    entropy_factor: float,
-    signs_needed: int,
-    patience_steps: int,
-    cooldown_steps: int,
-) -> tuple[GuardState, Verdict]:
-    """The state after one more step, and what to think of the step."""
+def observe(state: GuardState, quantities: dict[str, float], thresholds: Thresholds) -> tuple[GuardState, Verdict]:
+    """Return the state after one more step, and what to think of the step."""
     recent = _moved(state.recent, quantities, 1 / RECENT_STEPS)
     steps = state.steps + 1
-    if steps <= warmup_steps:
+    if steps <= thresholds.warmup_steps:
         baseline = _moved(state.baseline, quantities, 1 / steps)
         return replace(state, steps=steps, baseline=baseline, recent=recent), Verdict({}, (), False)
 
     floors = {"clip_fraction_high": LOWEST_CLIP_FRACTION}
     ratios = {name: recent[name] / max(state.baseline[name], floors.get(name, 1e-12)) for name in recent}
     up = {
-        "kl_prcp": ratios["kl_prcp"] > level_factor,
-        "kl_prcp_variance": ratios["kl_prcp_variance"] > variance_factor,
-        "clip_fraction_high": ratios["clip_fraction_high"] > clip_fraction_factor,
-        "entropy": min(ratios["entropy"], ratios["masked_image_entropy"]) > entropy_factor,
+        "kl_prcp": ratios["kl_prcp"] > thresholds.level_factor,
+        "kl_prcp_variance": ratios["kl_prcp_variance"] > thresholds.variance_factor,
+        "clip_fraction_high": ratios["clip_fraction_high"] > thresholds.clip_fraction_factor,
+        "entropy": min(ratios["entropy"], ratios["masked_image_entropy"]) > thresholds.entropy_factor,
     }
     signs = tuple(name for name, is_up in up.items() if is_up)
-    alarming = len(signs) >= signs_needed and (up["kl_prcp"] or up["kl_prcp_variance"])
+    alarming = len(signs) >= thresholds.signs_needed and (up["kl_prcp"] or up["kl_prcp_variance"])
     in_a_row = state.alarming_steps + 1 if alarming else 0
-    alarm = in_a_row >= patience_steps and state.cooldown == 0
+    alarm = in_a_row >= thresholds.patience_steps and state.cooldown == 0
     after = replace(
         state,
         steps=steps,
         baseline=state.baseline if signs else _moved(state.baseline, quantities, 1 / BASELINE_STEPS),
         recent=recent,
         alarming_steps=0 if alarm else in_a_row,
-        cooldown=cooldown_steps if alarm else max(state.cooldown - 1, 0),
+        cooldown=thresholds.cooldown_steps if alarm else max(state.cooldown - 1, 0),
     )
     return after, Verdict(ratios, signs, alarm)
 
 
 def lowered(state: GuardState, factor: float) -> GuardState:
-    """The state after gamma was multiplied by factor once more."""
+    """Return the state after gamma was multiplied by factor once more."""
     return replace(state, kl_prcp_scale=state.kl_prcp_scale * factor, interventions=state.interventions + 1)
 
 

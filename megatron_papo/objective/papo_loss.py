@@ -16,6 +16,9 @@ micro-batch size. A caller who wants that (`average: micro_batch`) passes each m
 of micro-batches.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
@@ -26,46 +29,108 @@ LOWEST_LOG_PROB = -1e4
 can hold."""
 
 
-def average_weights(response_mask: Tensor, average: str, *, num_tokens: float, num_sequences: float) -> Tensor:
-    """Weights w with sum(w * x) = the average of x over the optimizer step. [B, T] -> [B, T].
+@dataclass(frozen=True)
+class MaskedImageTokens:
+    """What the policy says about the response tokens when it sees the masked picture. Tensors [B, T]."""
 
-    token: 1 / num_tokens on response tokens. sequence: each rollout's token mean, then the mean over num_sequences
-    rollouts; an empty response contributes 0. num_tokens, num_sequences: of the WHOLE step, all micro-batches and
-    ranks.
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    """Over the whole vocabulary."""
+    exact_kl: Tensor | None = None
+    """KL(pi_theta || pi_mask) over the whole vocabulary, for the formula exact_kl_prcp."""
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """The response tokens of a micro-batch of B rollouts. Tensors [B, T]; what stands on padding does not matter.
+
+    Gradient flows into whatever requires it: a cached masked-image branch does not.
     """
-    if average == "token":
-        return response_mask / max(num_tokens, 1)
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    """[B, T], or [B, 1] where all tokens of a rollout share one."""
+    mask: Tensor
+    """1.0 on the response tokens that count."""
+    correct: Tensor | None = None
+    """[B, 1] of 0 and 1: rollouts whose answer is right; for Coefficients.sft."""
+    entropy: Tensor | None = None
+    """Over the whole vocabulary."""
+    ref_log_probs: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
+    """As the rollout engine said; for Formulas.importance_weights."""
+    masked_image: MaskedImageTokens | None = None
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Denominators: counts over a whole optimizer step, all its micro-batches and data-parallel ranks."""
+
+    tokens: float
+    """Response tokens."""
+    sequences: float
+    """Rollouts."""
+    correct_tokens: float = 0
+    """Response tokens of correct rollouts."""
+
+
+def token_average(response_mask: Tensor, counts: StepCounts) -> Tensor:
+    """Return weights w with sum(w * x) = the mean of x over the step's response tokens. [B, T] -> [B, T].
+
+    counts: of the WHOLE step, all micro-batches and ranks.
+    """
+    return response_mask / max(counts.tokens, 1)
+
+
+def sequence_average(response_mask: Tensor, counts: StepCounts) -> Tensor:
+    """Return weights w with sum(w * x) = the mean over the step's rollouts of their token means. [B, T] -> [B, T].
+
+    An empty response contributes 0. counts: of the WHOLE step, all micro-batches and ranks.
+    """
     lengths = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return response_mask / lengths / max(num_sequences, 1)
+    return response_mask / lengths / max(counts.sequences, 1)
 
 
-def log_ratios(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor, level: str) -> Tensor:
-    """log pi - log pi_old, clamped to [-20, 20]. [B, T] x 3 -> [B, T].
+def token_log_ratios(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+    """Return log pi - log pi_old of each token, clamped to [-20, 20]. [B, T] x 3 -> [B, T]."""
+    return (log_probs - old_log_probs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
-    token: of each token. sequence: the mean over each rollout's tokens, on all of them (GSPO, arXiv 2507.18071,
-    equation 7); its gradient flows into every token of the rollout.
+
+def sequence_log_ratios(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+    """Return the mean of log pi - log pi_old over each rollout's tokens, on all of them. [B, T] x 3 -> [B, T].
+
+    GSPO, arXiv 2507.18071, equation 7; clamped to [-20, 20]. Its gradient flows into every token of the rollout.
     """
-    log_ratio = log_probs - old_log_probs
-    if level == "sequence":
-        lengths = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
-        log_ratio = ((log_ratio * response_mask).sum(dim=1, keepdim=True) / lengths).expand_as(response_mask)
-    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    lengths = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    means = ((log_probs - old_log_probs) * response_mask).sum(dim=1, keepdim=True) / lengths
+    return means.expand_as(response_mask).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+@dataclass(frozen=True)
+class ClipRatios:
+    """How far the ratio may leave 1: down to 1 - low, up to 1 + high; `dual` bounds it where the advantage is
+    negative."""
+
+    low: float
+    high: float
+    dual: float
 
 
 def clipped_policy_loss(
-    log_ratio: Tensor, advantages: Tensor, *, clip_ratio_low: float, clip_ratio_high: float, clip_ratio_dual: float
+    log_ratio: Tensor, advantages: Tensor, clip_ratios: ClipRatios
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's clipped loss with dual clip, per token. [B, T] x 2 -> loss, clipped_high, clipped_dual [B, T].
+    """Return PPO's clipped loss with dual clip, per token. [B, T] x 2 -> loss, clipped_high, clipped_dual [B, T].
 
         max(-A r, -A clip(r, 1 - low, 1 + high)),  then min(that, -A c) where A < 0        r = exp(log_ratio)
 
     clipped_high and clipped_dual are 1.0 where the clip, or the dual clip (arXiv 1912.09729), decided.
     """
-    low, high = torch.log1p(torch.tensor([-clip_ratio_low, clip_ratio_high], dtype=torch.float64)).tolist()
+    low, high = torch.log1p(torch.tensor([-clip_ratios.low, clip_ratios.high], dtype=torch.float64)).tolist()
     unclipped = -advantages * log_ratio.exp()
     clipped = -advantages * log_ratio.clamp(low, high).exp()
     loss = torch.maximum(unclipped, clipped)
-    bound = -advantages * clip_ratio_dual
+    bound = -advantages * clip_ratios.dual
     negative = advantages < 0
     clipped_high = (unclipped < clipped).to(loss.dtype)
     clipped_dual = (negative & (loss > bound)).to(loss.dtype)
@@ -73,7 +138,7 @@ def clipped_policy_loss(
 
 
 def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tensor, cap: float) -> Tensor:
-    """min(pi_old / pi_rollout, cap) per token, a constant. [B, T], [B, T] -> [B, T].
+    """Return min(pi_old / pi_rollout, cap) per token, a constant. [B, T], [B, T] -> [B, T].
 
     Corrects for the rollout engine's policy being another one than the trainer's, numerically or because it is older
     (truncated importance sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
@@ -84,24 +149,24 @@ def truncated_importance_weights(old_log_probs: Tensor, rollout_log_probs: Tenso
 
 
 def kl_k1(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Per-token k1 estimate of KL(pi_theta || pi_other): log pi_theta - log pi_other. [B, T], [B, T] -> [B, T], any
-    sign."""
+    """Return the per-token k1 estimate of KL(pi_theta || pi_other): log pi_theta - log pi_other. [B, T] x 2 -> [B, T],
+    any sign."""
     return log_probs - other_log_probs
 
 
 def kl_abs(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """|log pi_theta - log pi_other|, non-negative; not an estimate of a KL. [B, T], [B, T] -> [B, T]."""
+    """Return |log pi_theta - log pi_other|, non-negative; not an estimate of a KL. [B, T], [B, T] -> [B, T]."""
     return (log_probs - other_log_probs).abs()
 
 
 def kl_k2(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Per-token k2 estimate of KL(pi_theta || pi_other): (log pi_theta - log pi_other)^2 / 2 (Schulman 2020). [B, T] x
-    2 -> [B, T]."""
+    """Return the per-token k2 estimate of KL(pi_theta || pi_other): (log pi_theta - log pi_other)^2 / 2. [B, T] x 2 ->
+    [B, T], Schulman 2020."""
     return 0.5 * (log_probs - other_log_probs).square()
 
 
 def kl_k3(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
-    """Per-token k3 estimate of KL(pi_theta || pi_other). [B, T], [B, T] -> [B, T], non-negative.
+    """Return the per-token k3 estimate of KL(pi_theta || pi_other). [B, T], [B, T] -> [B, T], non-negative.
 
         k3 = exp(d) - d - 1,   d = log pi_other - log pi_theta        Schulman 2020
 
@@ -115,11 +180,49 @@ def kl_k3(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     return (d.exp() - d - 1).clamp(-KL_LIMIT, KL_LIMIT)
 
 
-KL_ESTIMATORS = {"k1": kl_k1, "abs": kl_abs, "k2": kl_k2, "k3": kl_k3}
+@dataclass(frozen=True)
+class TruncatedImportanceWeights:
+    """truncated_importance_weights with a cap."""
+
+    cap: float
+
+    def __call__(self, old_log_probs: Tensor, rollout_log_probs: Tensor) -> Tensor:
+        return truncated_importance_weights(old_log_probs, rollout_log_probs, self.cap)
+
+
+@dataclass(frozen=True)
+class EstimatedKL:
+    """KL_prcp per token by an estimator of the sampled tokens' log-probs."""
+
+    estimator: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, log_probs: Tensor, masked_image: MaskedImageTokens) -> Tensor:
+        return self.estimator(log_probs, masked_image.log_probs)
+
+
+def exact_kl_prcp(log_probs: Tensor, masked_image: MaskedImageTokens) -> Tensor:
+    """Return KL_prcp per token as the sum over the whole vocabulary, which the model's last stage has computed."""
+    return _given(masked_image.exact_kl, "exact_kl")
+
+
+def sampled_entropy(log_probs: Tensor, entropy: Tensor | None) -> Tensor:
+    """Return -log pi of the sampled tokens, an unbiased estimate of the entropy. [B, T]."""
+    return -log_probs
+
+
+def exact_entropy(log_probs: Tensor, entropy: Tensor | None) -> Tensor:
+    """Return the entropy over the whole vocabulary, which the model's last stage has computed. [B, T]."""
+    return _given(entropy, "entropy")
+
+
+def _given(values: Tensor | None, name: str) -> Tensor:
+    if values is None:
+        raise ValueError(f"the formulas need {name}, which was not given")
+    return values
 
 
 def top_share(values: Tensor, response_mask: Tensor, share: float) -> Tensor:
-    """1.0 on the `share` of each rollout's response tokens with the largest values, else 0.0. [B, T], [B, T] -> [B, T].
+    """Return 1.0 on the `share` of each rollout's response tokens with the largest values, else 0.0. [B, T] x 2.
 
     The threshold is the (1 - share) quantile (linear interpolation) over that rollout's response tokens; ties are kept.
     """
@@ -129,15 +232,15 @@ def top_share(values: Tensor, response_mask: Tensor, share: float) -> Tensor:
 
 
 def selected_kl(values: Tensor, response_mask: Tensor, top_p: float | None, clip: float | None) -> Tensor:
-    """KL_prcp per token with what the options leave of it: the top_p share of each rollout's tokens, then clamped to
-    [0, clip]."""
+    """Return what two options leave of KL_prcp per token: the top_p share of each rollout's tokens, clamped to [0,
+    clip]."""
     if top_p is not None:
         values = values * top_share(values, response_mask, top_p)
     return values if clip is None else values.clamp(0.0, clip)
 
 
 def annealed_kl_prcp_coef(step: int, start: float, end: float, steps: int) -> float:
-    """gamma at optimizer step 0, 1, ... of the run: linear from start to end over `steps` steps, then constant.
+    """Return gamma at optimizer step 0, 1, ... of the run: linear from start to end over `steps` steps, then constant.
 
     The entropy coefficients are scaled by the same factor, annealed / start. Differs: the authors' code advances once
     per iteration.
@@ -145,114 +248,150 @@ def annealed_kl_prcp_coef(step: int, start: float, end: float, steps: int) -> fl
     return start + (end - start) * min(step / steps, 1.0)
 
 
-def papo_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    *,
-    ref_log_probs: Tensor | None = None,
-    masked_image_log_probs: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None,
-    entropy: Tensor | None = None,
-    masked_image_entropy: Tensor | None = None,
-    exact_kl_prcp: Tensor | None = None,
-    correct: Tensor | None = None,
-    num_tokens: float,
-    num_sequences: float,
-    num_correct_tokens: float = 0,
-    average: str = "token",
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    clip_ratio_dual: float,
-    ratio_level: str = "token",
-    importance_sampling_cap: float | None = None,
-    kl_ref_coef: float = 0.0,
-    kl_ref_estimator: str = "k3",
-    kl_prcp_coef: float = 0.0,
-    kl_prcp_estimator: str = "k3",
-    kl_prcp_clip: float | None = None,
-    kl_prcp_top_p: float | None = None,
-    entropy_coef: float = 0.0,
-    masked_image_entropy_coef: float = 0.0,
-    entropy_estimator: str = "sampled",
-    sft_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """One micro-batch's contribution to the loss of the optimizer step, and to its metrics. Tensors [B, T] -> scalar,
-    {name: scalar}.
+@dataclass(frozen=True)
+class Averages:
+    """What is averaged how: counts of the step, and the weights that the terms of the loss are summed with.
 
-    advantages: [B, T], or [B, 1] where all tokens of a rollout share one. num_tokens, num_sequences: response tokens
-    and rollouts of the whole step; num_correct_tokens: response tokens of its correct rollouts (correct: [B, 1] of 0
-    and 1). A tensor may be None when no option with a weight needs it: ref_log_probs for kl_ref_coef,
-    masked_image_log_probs for kl_prcp_coef and masked_image_entropy_coef, rollout_log_probs for
-    importance_sampling_cap, entropy and masked_image_entropy (over the vocabulary) for entropy_estimator `exact`,
-    exact_kl_prcp for the KL_prcp estimator `exact`. Gradient flows into whatever requires it: a cached masked-image
-    branch does not. Entropies and clip fractions are averages over tokens whatever `average` says. The metrics are
-    contributions too: sum them over micro-batches and ranks, then call finish_metrics.
+    Entropies, clip fractions and the variance of KL_prcp are averages over tokens, whatever `of_loss` is.
     """
-    mask = response_mask.bool()
 
-    def clean(values: Tensor | None) -> Tensor | None:
-        """Padding must not bring inf or nan into a sum, nor a forbidden token its -inf."""
-        return None if values is None else torch.where(mask, values, 0.0).clamp(min=LOWEST_LOG_PROB)
+    counts: StepCounts
+    of_loss: Callable[[Tensor, StepCounts], Tensor] = token_average
+    """token_average or sequence_average."""
 
-    log_probs, old_log_probs, ref_log_probs = clean(log_probs), clean(old_log_probs), clean(ref_log_probs)
-    weights = average_weights(response_mask, average, num_tokens=num_tokens, num_sequences=num_sequences)
-    token_weights = average_weights(response_mask, "token", num_tokens=num_tokens, num_sequences=num_sequences)
 
-    policy, clipped_high, clipped_dual = clipped_policy_loss(
-        log_ratios(log_probs, old_log_probs, response_mask, ratio_level),
-        advantages,
-        clip_ratio_low=clip_ratio_low,
-        clip_ratio_high=clip_ratio_high,
-        clip_ratio_dual=clip_ratio_dual,
-    )
-    if importance_sampling_cap is not None:
-        policy = policy * truncated_importance_weights(old_log_probs, clean(rollout_log_probs), importance_sampling_cap)
-    terms = {"policy_loss": (weights * policy).sum(), "entropy_sampled": (token_weights * -log_probs).sum()}
-    if entropy is not None:
-        terms["entropy"] = (token_weights * clean(entropy)).sum()
-    loss = terms["policy_loss"] + entropy_coef * terms["entropy" if entropy_estimator == "exact" else "entropy_sampled"]
+@dataclass(frozen=True)
+class Coefficients:
+    """Weights of the loss's terms; a term with weight 0 is still computed where its tensors are given, and logged."""
 
-    if ref_log_probs is not None:
-        terms["kl_ref"] = (weights * KL_ESTIMATORS[kl_ref_estimator](log_probs, ref_log_probs)).sum()
-        loss = loss + kl_ref_coef * terms["kl_ref"]
+    kl_ref: float = 0.0
+    """beta"""
+    kl_prcp: float = 0.0
+    """gamma"""
+    entropy: float = 0.0
+    """eta_1"""
+    masked_image_entropy: float = 0.0
+    """eta_2"""
+    sft: float = 0.0
 
-    if masked_image_log_probs is not None:
-        masked_image_log_probs = clean(masked_image_log_probs)
-        exact = kl_prcp_estimator == "exact"
-        per_token = (
-            clean(exact_kl_prcp) if exact else KL_ESTIMATORS[kl_prcp_estimator](log_probs, masked_image_log_probs)
-        )
-        terms["kl_prcp"] = (weights * selected_kl(per_token, response_mask, kl_prcp_top_p, kl_prcp_clip)).sum()
-        terms["masked_image_entropy_sampled"] = (token_weights * -masked_image_log_probs).sum()
-        if masked_image_entropy is not None:
-            terms["masked_image_entropy"] = (token_weights * clean(masked_image_entropy)).sum()
-        masked_entropy = terms[
-            "masked_image_entropy" if entropy_estimator == "exact" else "masked_image_entropy_sampled"
-        ]
-        loss = loss - kl_prcp_coef * terms["kl_prcp"] + masked_image_entropy_coef * masked_entropy
+
+@dataclass(frozen=True)
+class Formulas:
+    """How each term is computed from the tokens."""
+
+    clip_ratios: ClipRatios
+    log_ratios: Callable[[Tensor, Tensor, Tensor], Tensor] = token_log_ratios
+    """token_log_ratios or sequence_log_ratios."""
+    importance_weights: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(old_log_probs, rollout_log_probs) -> the weight of each token's policy loss, e.g. TruncatedImportanceWeights."""
+    kl_ref: Callable[[Tensor, Tensor], Tensor] = kl_k3
+    """kl_k1, kl_abs, kl_k2 or kl_k3."""
+    kl_prcp: Callable[[Tensor, MaskedImageTokens], Tensor] = EstimatedKL(kl_k3)
+    """EstimatedKL of an estimator, or exact_kl_prcp."""
+    kl_prcp_top_p: float | None = None
+    """Keep only this share of each rollout's tokens, those with the largest KL_prcp."""
+    kl_prcp_clip: float | None = None
+    """Clamp each token's KL_prcp to [0, this]."""
+    entropy: Callable[[Tensor, Tensor | None], Tensor] = sampled_entropy
+    """sampled_entropy or exact_entropy, for both branches."""
+
+
+def papo_loss(
+    tokens: ResponseTokens, averages: Averages, coefficients: Coefficients, formulas: Formulas
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return one micro-batch's contribution to the loss of the optimizer step, and to its metrics.
+
+        policy loss  +  beta KL_ref  -  gamma KL_prcp  +  eta_1 H  +  eta_2 H_mask  +  sft
+
+    Args:
+        tokens: the micro-batch. A tensor may be None where no formula with a weight needs it.
+        averages: the denominators of the whole step.
+        coefficients: beta, gamma, ... at this step.
+        formulas: how each term is computed.
+
+    The metrics are contributions too: sum them over micro-batches and ranks, then call finish_metrics. Raises
+    ValueError where a formula's tensor was not given.
+    """
+    t = _clean(tokens)
+    loss_weights = averages.of_loss(t.mask, averages.counts)
+    token_weights = token_average(t.mask, averages.counts)
+
+    log_ratio = formulas.log_ratios(t.log_probs, t.old_log_probs, t.mask)
+    policy, clipped_high, clipped_dual = clipped_policy_loss(log_ratio, t.advantages, formulas.clip_ratios)
+    if formulas.importance_weights is not None:
+        rollout_log_probs = _given(t.rollout_log_probs, "rollout_log_probs")
+        policy = policy * formulas.importance_weights(t.old_log_probs, rollout_log_probs)
+    terms = {"policy_loss": (loss_weights * policy).sum()}
+    loss = terms["policy_loss"]
+    loss = loss + coefficients.entropy * (token_weights * formulas.entropy(t.log_probs, t.entropy)).sum()
+
+    if t.ref_log_probs is not None:
+        terms["kl_ref"] = (loss_weights * formulas.kl_ref(t.log_probs, t.ref_log_probs)).sum()
+        loss = loss + coefficients.kl_ref * terms["kl_ref"]
+
+    if t.masked_image is not None:
+        per_token = formulas.kl_prcp(t.log_probs, t.masked_image)
+        selected = selected_kl(per_token, t.mask, formulas.kl_prcp_top_p, formulas.kl_prcp_clip)
+        terms["kl_prcp"] = (loss_weights * selected).sum()
+        masked_entropy = formulas.entropy(t.masked_image.log_probs, t.masked_image.entropy)
+        loss = loss - coefficients.kl_prcp * terms["kl_prcp"]
+        loss = loss + coefficients.masked_image_entropy * (token_weights * masked_entropy).sum()
         terms["kl_prcp_mean"] = (token_weights * per_token).sum()
         terms["kl_prcp_second_moment"] = (token_weights * per_token.square()).sum()
 
-    if sft_coef > 0:
-        sft_weights = average_weights(
-            response_mask * correct, "token", num_tokens=num_correct_tokens, num_sequences=num_sequences
-        )
-        terms["sft_loss"] = (sft_weights * -log_probs).sum()
-        loss = loss + sft_coef * terms["sft_loss"]
+    if coefficients.sft > 0:
+        of_correct = StepCounts(averages.counts.correct_tokens, averages.counts.sequences)
+        sft_weights = token_average(t.mask * _given(t.correct, "correct"), of_correct)
+        terms["sft_loss"] = (sft_weights * -t.log_probs).sum()
+        loss = loss + coefficients.sft * terms["sft_loss"]
 
+    terms |= _entropies(t, token_weights)
     terms |= {
         "loss": loss,
         "clip_fraction_high": (token_weights * clipped_high).sum(),
         "clip_fraction_dual": (token_weights * clipped_dual).sum(),
-        "kl_old": -(token_weights * log_ratios(log_probs, old_log_probs, response_mask, "token")).sum(),
+        "kl_old": -(token_weights * token_log_ratios(t.log_probs, t.old_log_probs, t.mask)).sum(),
     }
     return loss, {name: value.detach() for name, value in terms.items()}
 
 
+def _entropies(t: ResponseTokens, token_weights: Tensor) -> dict[str, Tensor]:
+    """Return both estimates of both branches' entropies, as far as they can be computed."""
+    entropies: dict[str, Tensor | None] = {"entropy_sampled": -t.log_probs, "entropy": t.entropy}
+    if t.masked_image is not None:
+        entropies["masked_image_entropy_sampled"] = -t.masked_image.log_probs
+        entropies["masked_image_entropy"] = t.masked_image.entropy
+    return {name: (token_weights * values).sum() for name, values in entropies.items() if values is not None}
+
+
+def _clean(tokens: ResponseTokens) -> ResponseTokens:
+    """Return the tokens without inf or nan: padding must not bring one into a sum, nor a forbidden token its -inf."""
+    mask = tokens.mask.bool()
+
+    def clean(values: Tensor) -> Tensor:
+        return torch.where(mask, values, 0.0).clamp(min=LOWEST_LOG_PROB)
+
+    def clean_if_given(values: Tensor | None) -> Tensor | None:
+        return None if values is None else clean(values)
+
+    masked_image = tokens.masked_image
+    if masked_image is not None:
+        masked_image = MaskedImageTokens(
+            clean(masked_image.log_probs), clean_if_given(masked_image.entropy), clean_if_given(masked_image.exact_kl)
+        )
+    return replace(
+        tokens,
+        log_probs=clean(tokens.log_probs),
+        old_log_probs=clean(tokens.old_log_probs),
+        entropy=clean_if_given(tokens.entropy),
+        ref_log_probs=clean_if_given(tokens.ref_log_probs),
+        rollout_log_probs=clean_if_given(tokens.rollout_log_probs),
+        masked_image=masked_image,
+    )
+
+
 def finish_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """The metrics of an optimizer step from the sums of papo_loss's contributions.
+    """Return the metrics of an optimizer step from the sums of papo_loss's contributions.
 
     kl_prcp_mean and kl_prcp_variance: over the response tokens of the step, of the estimate before kl_prcp_top_p and
     kl_prcp_clip.

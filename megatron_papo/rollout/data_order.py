@@ -6,10 +6,15 @@ from megatron_papo.seeds import derive_seed
 
 
 def prompts_at(num_prompts: int, first_position: int, count: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index of the prompt) at `count` positions from first_position on; positions, epochs and indices count
-    from 0.
+    """Return (epoch, index of the prompt) at each of `count` positions; all of them count from 0.
 
-    Each epoch is a permutation of all prompts. An iteration draws from where the one before stopped.
+    Each epoch is a permutation of all prompts. An iteration draws from where the iteration before stopped.
+
+    Args:
+        num_prompts: how many there are.
+        first_position: in the epochs laid end to end.
+        count: how many are drawn.
+        seed: of the run.
     """
     orders: dict[int, list[int]] = {}
     drawn = []

@@ -1,8 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group that is all right or all wrong does not say which
-response is better.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2).
 
-Rounds of groups are sampled until the batch is full of groups in between. The rounds come from an iterator that samples
-when it is asked: nothing here knows of servers or files.
+A group that is all right or all wrong does not say which response is better: rounds of groups are sampled until the
+batch is full of groups in between. The rounds come from an iterator that samples when it is asked: nothing here knows
+of servers or files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,8 +37,7 @@ def one_round(groups: Sequence[Group]) -> Batch:
 
 
 def fill_batch(rounds: Iterator[Sequence[Group]], wanted: int, settings: DynamicSamplingConfig) -> Batch:
-    """Take rounds until `wanted` groups have an accuracy strictly between the limits, and keep the first `wanted` of
-    those.
+    """Take rounds until `wanted` groups have an accuracy strictly between the limits, and keep the first of those.
 
     No round is taken that is not needed. Raises UserError if the batch is not full after settings.max_rounds. Differs:
     where no group of a round qualifies, the authors' code (ray_trainer.py, _make_batch_data) keeps all groups of the

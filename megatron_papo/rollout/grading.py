@@ -1,12 +1,16 @@
-"""What runs in a grading process: mathruler on one answer. Imports nothing else, so that a replaced process is back
-within a second."""
+"""What runs in a grading process: mathruler on one answer.
+
+It imports nothing else, so that a replaced process is back within a second.
+"""
+
+from types import ModuleType
 
 MEMORY_LIMIT_BYTES = 4 << 30
 """Address space of a grading process: sympy asked for 9**9**9 takes all the memory it can get."""
 
 
 def prepare() -> None:
-    """First thing in a new process, before any answer's time limit runs."""
+    """Prepare a new process, before any answer's time limit runs: no secrets, little memory, mathruler imported."""
     import os
     import resource
 
@@ -18,7 +22,7 @@ def prepare() -> None:
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """mathruler's grade of the last boxed content. Model text that makes its parser raise is a wrong answer."""
+    """Return mathruler's grade of the last boxed content. Model text that makes its parser raise is a wrong answer."""
     grader = _grader()
     try:
         return bool(grader.grade_answer(grader.extract_boxed_content(response), answer))
@@ -26,8 +30,8 @@ def is_correct(response: str, answer: str) -> bool:
         return False
 
 
-def _grader():
-    """mathruler with a parser that does not run what it parses.
+def _grader() -> ModuleType:
+    """Return mathruler's grader with a parser that does not run what it parses.
 
     Differs: mathruler hands the response, and the answer of the data, to sympy's parse_expr, which is Python's eval.
     Its guard, at most two different letters beside sqrt and frac, lets Roman numeral letters through, which Python

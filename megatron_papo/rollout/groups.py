@@ -1,5 +1,4 @@
-"""The groups of an iteration: the requests for the prompts that were drawn, the graded responses, the records of stage
-4."""
+"""The groups of an iteration: requests for the prompts that were drawn, graded responses, the records of stage 4."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

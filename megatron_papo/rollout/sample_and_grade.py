@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from megatron_papo.config import RewardConfig, ServerConfig
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.errors import UserError
 from megatron_papo.rollout.groups import Graded
 from megatron_papo.rollout.rewards import Grader, Submitted
+from megatron_papo.run.console import progress_bar
 from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
 from megatron_papo.sglang.requests import Request, Sample, Sampling
@@ -107,7 +107,7 @@ def sample_and_grade(
     texts = [""] * len(requests)
     missing = Counter(request.group for request in requests)
     counts: Counter[str] = Counter()
-    with Grader(sampler.reward) as grader, tqdm(total=len(requests), desc=title, unit=" samples", mininterval=1) as bar:
+    with Grader(sampler.reward) as grader, progress_bar(len(requests), title, "samples") as bar:
 
         def on_sample(index: int, sample: Sample) -> None:
             group, cut_off = requests[index].group, sample.finish_reason == "length"

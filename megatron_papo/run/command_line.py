@@ -221,7 +221,9 @@ def launcher(stage: Stage, config: Config) -> list[str]:
 
 def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str:
     """Return a stage's command line as it can be typed."""
-    return shlex.join([*launcher(stage, config), "-m", f"stages.{stage.name}"]) + " " + " ".join(arguments)
+    # torchrun takes --run for the start of its own --run-path, unless `--` stands before the program
+    module = ["-m", f"stages.{stage.name}"] if stage.processes is None else ["-m", "--", f"stages.{stage.name}"]
+    return shlex.join([*launcher(stage, config), *module]) + " " + " ".join(arguments)
 
 
 def run(main: Callable[[], None]) -> None:

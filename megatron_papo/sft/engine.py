@@ -4,11 +4,20 @@ checkpoint."""
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from megatron_papo.checkpoint.hf_files import HFCheckpoint, SafetensorsWriter, copy_small_files, correct_config
+from megatron_papo.checkpoint.hf_files import (
+    HFCheckpoint,
+    TensorInfo,
+    copy_small_files,
+    correct_config,
+    headers_for,
+    names_in_order,
+    write_weights,
+)
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.config import ModelConfig, SftConfig
 from megatron_papo.distributed import process_groups
@@ -71,30 +80,41 @@ class SftEngine:
         torch.distributed.all_reduce(loss)
         return float(loss), float(self.engine.get_global_grad_norm())
 
-    def save(self, directory: Path | None) -> None:
-        """Writes a Hugging Face checkpoint with the source's files, tensor names and order. directory: None on all
-        ranks but one.
+    def save(self, directory: Path | None) -> dict[str, str]:
+        """Write a Hugging Face checkpoint with the source's files, tensor names and order, and return the sha256 of its
+        weight files by name.
 
         One tensor at a time: with ZeRO-3 each is gathered from the ranks, written and forgotten.
+
+        Args:
+            directory: existing; None on all ranks but one, which return {}.
+
+        Raises UserError where the model is not the source's, or a file system refuses.
         """
         parameters = {
             disk_name(name): parameter
             for name, parameter in self.engine.module.model.state_dict(keep_vars=True).items()
         }
         _check_names(set(self.source.tensors), set(parameters), self.source.directory)
-        names = list(self.source.tensors)
-        dtypes = {name: parameters[name].dtype for name in names}
-        writer = None
-        if directory is not None:
-            copy_small_files(self.source.directory, directory)
-            correct_config(directory, set(dtypes.values()), self.source.headers, self.source.hf.tie_word_embeddings)
-            writer = SafetensorsWriter(directory, self.source.headers, dtypes)
-        for name in names:
-            with self.deepspeed.zero.GatheredParameters([parameters[name]], enabled=self.config.zero_stage == 3):
-                if writer is not None:
-                    writer.write(name, parameters[name].detach().cpu())
-        if writer is not None:
-            writer.close()
+        infos = {name: TensorInfo(parameters[name].dtype, info.shape) for name, info in self.source.tensors.items()}
+        headers = headers_for(self.source.headers, infos, shard_bytes=None)
+
+        def gathered(names: list[str]) -> Iterator[torch.Tensor]:
+            for name in names:
+                with self.deepspeed.zero.GatheredParameters([parameters[name]], enabled=self.config.zero_stage == 3):
+                    if tuple(parameters[name].shape) != infos[name].shape:
+                        raise UserError(f"{self.source.directory}: {name} has another shape than the model in memory")
+                    yield parameters[name].detach().cpu()
+
+        if directory is None:
+            for header in headers.values():  # the same collectives in the same order
+                for _ in gathered([disk_name(name) for name in names_in_order(header)]):
+                    pass
+            return {}
+        copy_small_files(self.source.directory, directory)
+        dtypes = {info.dtype for info in infos.values()}
+        correct_config(directory, dtypes, self.source.headers, self.source.hf.tie_word_embeddings)
+        return write_weights(directory, headers, gathered)
 
 
 def _load(directory: Path, model: ModelConfig, settings: dict, tied: bool) -> torch.nn.Module:

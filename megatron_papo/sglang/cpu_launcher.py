@@ -22,6 +22,8 @@ import importlib.util
 import os
 import sys
 import types
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",  # what SGLang's is_cpu() tests
@@ -41,6 +43,7 @@ if IS_MAIN:  # before torch and sglang are imported
         os.environ.setdefault(_name, _value)
 
 import torch  # noqa: E402 after the environment that it reads
+from torch import Tensor  # noqa: E402
 
 DEFAULTS = {
     "--device": "cpu",
@@ -60,8 +63,8 @@ TILE_ROWS = 32
 
 
 # --- sgl_kernel: names resolve, calls raise; the one kernel that seeded sampling needs is real
-def _missing(name):
-    def missing(*args, **kwargs):
+def _missing(name: str) -> Callable[..., NoReturn]:
+    def missing(*args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError(f"sgl_kernel.{name}: compiled SGLang kernels are not available on this CPU")
 
     missing.__name__ = name
@@ -69,7 +72,7 @@ def _missing(name):
 
 
 class _KernelModule(types.ModuleType):
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
             raise AttributeError(name)
         return _missing(name)
@@ -78,12 +81,12 @@ class _KernelModule(types.ModuleType):
 _32_BITS = 0xFFFFFFFF
 
 
-def _multiply_32(a, constant):
-    """a * constant mod 2**32 for int64 tensors below 2**32, without overflow."""
+def _multiply_32(a: Tensor, constant: int) -> Tensor:
+    """Return a * constant mod 2**32 for int64 tensors below 2**32, without overflow."""
     return ((a * (constant & 0xFFFF)) + (((a * (constant >> 16)) & 0xFFFF) << 16)) & _32_BITS
 
 
-def _murmur_round(state, word):
+def _murmur_round(state: Tensor, word: Tensor) -> Tensor:
     word = _multiply_32(word, 0xCC9E2D51)
     word = ((word << 15) | (word >> 17)) & _32_BITS
     state = state ^ _multiply_32(word, 0x1B873593)
@@ -91,9 +94,11 @@ def _murmur_round(state, word):
     return (state * 5 + 0xE6546B64) & _32_BITS
 
 
-def murmur_hash32(seed, positions, columns):
-    """MurmurHash3 of (seed, position, column): uint64 [B], int [B], int [V] -> uint32 [B, V]. Bit-equal to SGLang's
-    Triton kernel."""
+def murmur_hash32(seed: Tensor, positions: Tensor, columns: Tensor) -> Tensor:
+    """Return MurmurHash3 of (seed, position, column), bit-equal to SGLang's Triton kernel.
+
+    uint64 [B], int [B], int [V] -> uint32 [B, V].
+    """
     seed = seed.view(torch.int64) if seed.dtype == torch.uint64 else seed.to(torch.int64)
     state = _murmur_round(torch.zeros_like(seed), seed & _32_BITS)
     state = _murmur_round(state, (seed >> 32) & _32_BITS)
@@ -107,7 +112,7 @@ def murmur_hash32(seed, positions, columns):
 _libraries: list[torch.library.Library] = []  # torch.library registrations end when the object dies
 
 
-def _install_sgl_kernel():
+def _install_sgl_kernel() -> None:
     if importlib.util.find_spec("sgl_kernel"):
         return
     for name in ("sgl_kernel", "sgl_kernel.mamba"):
@@ -115,7 +120,7 @@ def _install_sgl_kernel():
         module.__path__ = []
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         sys.modules[name] = module
-    sys.modules["sgl_kernel"].__version__ = "0+none"
+    vars(sys.modules["sgl_kernel"])["__version__"] = "0+none"
     library = torch.library.Library("sgl_kernel", "FRAGMENT")
     library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
     library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
@@ -133,7 +138,7 @@ def _install_sgl_kernel():
 
 
 # --- torchvision: the PyPI wheel's library needs CUDA; importing only needs these two operators to be declared
-def _install_torchvision():
+def _install_torchvision() -> None:
     if torch.version.cuda:
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -144,17 +149,17 @@ def _install_torchvision():
 
 # --- triton: kernels are defined at import all over SGLang and never launched on a CPU
 class _Anything(types.ModuleType):
-    """A module whose attributes exist, whose CamelCase attributes are classes, and which as a decorator returns the
-    function."""
+    """A module that has every attribute; one in CamelCase is a class. As a decorator it returns the function."""
 
-    def __init__(self, name):
+    def __init__(self, name: str):
         super().__init__(name)
         self.__path__ = []
-        self.__spec__ = importlib.machinery.ModuleSpec(name, _TritonFinder, is_package=True)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, _TritonFinder(), is_package=True)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
+        value: object
         if name[0].isupper():
             value = type(name, (), {"__init__": lambda self, *args, **kwargs: None})
         else:
@@ -162,44 +167,45 @@ class _Anything(types.ModuleType):
         setattr(self, name, value)
         return value
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: object, **kwargs: object) -> object:
         decorates = len(args) == 1 and callable(args[0]) and not kwargs
         return args[0] if decorates else (lambda function: function)
 
 
 class _TritonFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name == "triton" or name.startswith("triton."):
-            return importlib.machinery.ModuleSpec(name, cls, is_package=True)
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
-    @classmethod
-    def create_module(cls, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         return _Anything(spec.name)
 
-    @classmethod
-    def exec_module(cls, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
-def _submodule(name):
+def _submodule(name: str) -> types.ModuleType:
     return sys.modules.setdefault(name, _Anything(name))
 
 
-def _install_triton():
+def _install_triton() -> None:
     if importlib.util.find_spec("triton"):
         return
-    sys.meta_path.append(_TritonFinder)
-    triton = _submodule("triton")
-    triton.__version__ = "3.0.0"
-    triton.cdiv = lambda a, b: -(a // -b)
-    triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length() if n > 0 else 1
+    sys.meta_path.append(_TritonFinder())
+    used_at_import = {
+        "__version__": "3.0.0",
+        "cdiv": lambda a, b: -(a // -b),
+        "next_power_of_2": lambda n: 1 << (n - 1).bit_length() if n > 0 else 1,
+    }
+    vars(_submodule("triton")).update(used_at_import)
 
 
 # --- batch invariance
-def tiled_mm(a, b):
-    """a @ b, [M, K], [K, N] -> [M, N], in which the bits of a row do not depend on M or on the other rows.
+def tiled_mm(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, [M, K], [K, N] -> [M, N], in which the bits of a row do not depend on M or on the other rows.
 
     BLAS picks its kernel, hence its order of summation, by the sizes. Here it always sees one tile of TILE_ROWS rows.
     """
@@ -214,13 +220,12 @@ def tiled_mm(a, b):
     return products.view(tiles * TILE_ROWS, b.shape[1])[:rows]
 
 
-def _tiled_addmm(bias, a, b, *, beta=1, alpha=1):
+def _tiled_addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return tiled_mm(a, b).mul_(alpha).add_(bias, alpha=beta)
 
 
-def enable_batch_invariance(model_runner=None):
-    """Makes the bits of a request's logits independent of the batch it is in; stands in for SGLang's batch-invariant
-    CUDA mode.
+def enable_batch_invariance(model_runner: object = None) -> None:
+    """Make the bits of a request's logits independent of its batch, in place of SGLang's batch-invariant CUDA mode.
 
     Matrix products go through fixed tiles. Attention needs nothing: torch_native attends one request at a time. The
     rest is elementwise or reduces within a row. Pictures are encoded one by one (`_encode_one_by_one`), prompts are
@@ -232,13 +237,16 @@ def enable_batch_invariance(model_runner=None):
     _libraries.append(library)
 
 
-def _encode_one_by_one(get_image_feature, model, items):
-    """SGLang would encode the pictures of a batch as one sequence under one mask, whose length changes the rounding."""
+def _encode_one_by_one(get_image_feature: Callable[..., Tensor], model: torch.nn.Module, items: list) -> Tensor:
+    """Encode the pictures of a batch one after the other.
+
+    SGLang would encode them as one sequence under one mask, whose length changes the rounding.
+    """
     return torch.cat([get_image_feature(model, [item]) for item in items])
 
 
-def _register_hooks():
-    """Through SGLang's own plugin interface: admit torch_native to deterministic inference, and make it so."""
+def _register_hooks() -> None:
+    """Admit torch_native to deterministic inference, and make it so, through SGLang's own plugin interface."""
     from sglang.srt.arg_groups.choices import (
         add_deterministic_attention_backend_choices,
         add_radix_supported_deterministic_attention_backend_choices,
@@ -255,8 +263,8 @@ def _register_hooks():
         HookRegistry.register(encoder, _encode_one_by_one, HookType.AROUND)
 
 
-def _arguments(given):
-    """The command line with DEFAULTS and SWITCHES added where it says nothing else."""
+def _arguments(given: list[str]) -> list[str]:
+    """Return the command line with DEFAULTS and SWITCHES added where it says nothing else."""
     without = {"--" + argument.partition("=")[2] for argument in given if argument.startswith("--without=")}
     arguments = [argument for argument in given if not argument.startswith("--without=")]
     named = {argument.partition("=")[0] for argument in arguments}
@@ -266,7 +274,7 @@ def _arguments(given):
     return arguments + [switch for switch in SWITCHES if switch not in named and switch not in without]
 
 
-def main():
+def main() -> None:
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import prepare_server_args

@@ -1,5 +1,4 @@
-"""What is said to SGLang and what it answers, apart from transport: pure functions that build a request and read an
-answer.
+"""What is said to SGLang and what it answers: pure functions that build a request and read an answer.
 
 Checked on every answer: prompt length as the server counted it, one log-prob per token, the weights it was made with,
 no forbidden token. Token ids and log-probs are the server's; nothing is ever tokenised again.
@@ -10,7 +9,7 @@ import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NoReturn
 
 from megatron_papo.errors import UserError
 from megatron_papo.run.records import Prompt
@@ -59,17 +58,23 @@ class Sample:
 
 
 def logit_bias(forbidden: Sequence[int]) -> dict[str, float]:
-    """SGLang's sampling parameter under which these tokens are never sampled."""
+    """Return SGLang's sampling parameter under which these tokens are never sampled."""
     return {str(token): FORBIDDEN_BIAS for token in forbidden}
 
 
 def build_request(request: Request, images: Sequence[str], sampling: Sampling, weight_version: str) -> dict:
-    """The JSON body of POST /generate, but for its rid.
+    """Return the JSON body of POST /generate, but for its rid.
 
     extra_key keeps SGLang's prefix cache to requests with this very prompt and these weights: the rounding of a cached
     prefix depends on what it was computed with, and requests that an earlier client left behind are computed again
     under new weights. mm_hashes keep its cache of ViT outputs to these weights, where a foreign server has one. All
     that shapes the distribution is named, because a server may have defaults of its own (--preferred-sampling-params).
+
+    Args:
+        request: what to sample.
+        images: its pictures, as data URIs.
+        sampling: how.
+        weight_version: of the weights that the server holds.
     """
     prompt = request.prompt
     digests = [_digest(weight_version, image) for image in images]
@@ -113,35 +118,40 @@ def _quoted(image: str) -> bytes:
 
 
 def encode(body: dict) -> bytes:
-    """The body of a request as JSON; a picture is quoted once for all samples of its group."""
+    """Return the body of a request as JSON; a picture is quoted once for all samples of its group."""
     images = body.get("image_data", ())
     content = json.dumps({name: value for name, value in body.items() if name != "image_data"}).encode()
     return content[:-1] + b', "image_data": [' + b", ".join(map(_quoted, images)) + b"]}" if images else content
 
 
 def prefix_request(body: dict) -> dict:
-    """A request that leaves the prompt of `body` in the server's prefix cache and makes one token, which is thrown
-    away."""
+    """Return a request that leaves the prompt of `body` in the prefix cache and makes a token that is thrown away."""
     return body | {"sampling_params": body["sampling_params"] | {"max_new_tokens": 1}, "return_logprob": False}
 
 
 def probe_request(request: Request, images: Sequence[str], weight_version: str) -> dict:
-    """A request for the log-probs of the prompt's own tokens: what these weights make of these pictures and this
-    text."""
+    """Return a request for the log-probs of the prompt's own tokens: what the weights make of pictures and text."""
     body = build_request(request, images, Sampling(1.0, 1.0, -1, 1, ()), weight_version)
     return body | {"logprob_start_len": 0}
 
 
 def parse_probe(answer: dict) -> list[float]:
-    """The log-probs of the prompt's tokens but the first."""
+    """Return the log-probs of the prompt's tokens but the first."""
     return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"] if entry[0] is not None]
 
 
 def parse_answer(answer: dict, request: Request, sampling: Sampling, weight_version: str) -> Sample:
-    """The sampled tokens of an answer of /generate. Raises UserError, naming the prompt, where it cannot be trusted."""
+    """Return the sampled tokens of an answer of /generate. Raises UserError, naming the prompt, if it is not trusted.
+
+    Args:
+        answer: of the server.
+        request: what was asked.
+        sampling: how.
+        weight_version: that the answer must name.
+    """
     prompt, meta = request.prompt, answer["meta_info"]
 
-    def refuse(problem: str):
+    def refuse(problem: str) -> NoReturn:
         raise UserError(f"prompt {prompt.id}: {problem}")
 
     if meta["finish_reason"]["type"] not in ("stop", "length"):
@@ -149,8 +159,8 @@ def parse_answer(answer: dict, request: Request, sampling: Sampling, weight_vers
     if meta["prompt_tokens"] != prompt.num_tokens:
         refuse(
             f"the server counted {meta['prompt_tokens']} prompt tokens, we count {prompt.num_tokens}: the server's"
-            " checkpoint or image"
-            " size limits are not those that the prompts were made with (data.min_pixels, data.max_pixels)"
+            " checkpoint or image size limits are not those that the prompts were made with (data.min_pixels,"
+            " data.max_pixels)"
         )
     token_ids = [entry[1] for entry in meta["output_token_logprobs"]]
     log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
@@ -166,7 +176,6 @@ def parse_answer(answer: dict, request: Request, sampling: Sampling, weight_vers
     if meta["weight_version"] != weight_version:
         refuse(
             f"answered with weights {meta['weight_version']}, expected {weight_version}: someone else loads weights"
-            " into this server, or"
-            " it was started again: run the stage again"
+            " into this server, or it was started again: run the stage again"
         )
     return Sample(token_ids, log_probs, meta["finish_reason"]["type"], meta["weight_version"])

@@ -52,11 +52,15 @@ class MicroBatch:
     """[B, T], 1.0 on response tokens."""
     groups: GroupSegments | None = None
     """What attends to what, in the group layout."""
-    has_twins: bool = False
-    """The b rows are followed by the same b rows with masked images: input_ids is [2b, s], response_positions and
-    response_tokens [2N]."""
-    cached: dict[str, Tensor] = field(default_factory=dict)
+    kinds: tuple[Kind, ...] = ("original",)
+    """The pictures that the rows show. With two kinds the b rows are followed by the same b rows with masked images,
+    their twins: input_ids is [2b, s], response_positions and response_tokens [2N]."""
+    constants: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors [B, T] that are constants of the loss: old_log_probs, ref_log_probs, ..."""
+
+    @property
+    def has_twins(self) -> bool:
+        return len(self.kinds) == 2
 
     @property
     def num_response_tokens(self) -> int:
@@ -127,7 +131,7 @@ class Collator:
             response_tokens.repeat(copies).to(self.device),
             response_mask.to(self.device),
             arranged.segments,
-            has_twins=copies == 2,
+            kinds,
         )
 
     def _pad(self, rows: Sequence[InputRow]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,112 +1,89 @@
-"""One micro-batch through the pipeline: log-probs of the response tokens, without gradient or as part of the PAPO
-loss."""
+"""Rollouts through the pipeline: log-probs of their response tokens without gradient, or as part of the PAPO loss."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_papo.config import ObjectiveConfig
 from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import TokenStatistics
 from megatron_papo.model.qwen2_5_vl import Responses
-from megatron_papo.objective.papo_loss import annealed_kl_prcp_coef, papo_loss
-from megatron_papo.training.collator import Collator, MicroBatch, Pictures, pad_responses
+from megatron_papo.objective.papo_loss import MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
+from megatron_papo.training.collator import Collator, Kind, MicroBatch, Pictures, pad_responses
+from megatron_papo.training.loss_recipe import LossRecipe, Twins, counts_of
 from megatron_papo.training.rows import TrainingRollout
 
-LOSS_OPTIONS = (
-    "clip_ratio_low",
-    "clip_ratio_high",
-    "clip_ratio_dual",
-    "ratio_level",
-    "importance_sampling_cap",
-    "kl_ref_coef",
-    "kl_ref_estimator",
-    "kl_prcp_estimator",
-    "kl_prcp_clip",
-    "kl_prcp_top_p",
-    "entropy_estimator",
-    "sft_coef",
-)
-"""Fields of ObjectiveConfig that papo_loss takes as they are."""
+PerRollout = dict[str, list[Tensor]]
+"""Constants of the loss by their names there (old_log_probs, ref_log_probs, rollout_log_probs, masked_image_log_probs,
+masked_image_entropy): one fp32 [response_length] for each of this rank's rollouts, in order; none before the last
+pipeline stage."""
+
+
+def no_progress(rollouts: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
-class StepTotals:
-    """Denominators of an optimizer step: counts over all data-parallel ranks and micro-batches."""
+class PassSettings:
+    """What every pass over rollouts wants to know."""
 
-    tokens: int
-    sequences: int
-    correct_tokens: int
-
-    @classmethod
-    def of(cls, rows: Sequence[TrainingRollout]) -> "StepTotals":
-        counted = [row for row in rows if row.counts]
-        correct = sum(row.response_length for row in counted if row.is_correct)
-        return cls(sum(row.response_length for row in counted), len(counted), correct)
+    micro_batch_size: int
+    """Rollouts in a micro-batch of the plain layout."""
+    temperature: float
+    """The temperature that the rollouts were sampled at."""
+    progress: Callable[[int], None] = no_progress
+    """Gets the number of rollouts that have just gone through."""
 
 
-def loss_settings(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.0) -> dict:
-    """papo_loss's options at an optimizer step of the run (0, 1, ...): annealing and the hacking guard's scale applied
-    to gamma."""
-    settings = {name: getattr(objective, name) for name in LOSS_OPTIONS}
-    annealing, factor = objective.kl_prcp_annealing, 1.0
-    if annealing is not None:
-        factor = (
-            annealed_kl_prcp_coef(step, objective.kl_prcp_coef, annealing.end, annealing.steps) / objective.kl_prcp_coef
-        )
-    return settings | {
-        "average": "sequence" if objective.average == "sequence" else "token",
-        "kl_prcp_coef": objective.kl_prcp_coef * factor * kl_prcp_scale,
-        "entropy_coef": objective.entropy_coef * factor,
-        "masked_image_entropy_coef": objective.masked_image_entropy_coef * factor,
-    }
+@dataclass(frozen=True)
+class Seen:
+    """What a pass said about the responses: one fp32 [response_length] per rollout; nothing before the last stage."""
 
+    log_probs: list[Tensor] = field(default_factory=list)
+    entropy: list[Tensor] = field(default_factory=list)
+    allowed_log_probs: list[Tensor] = field(default_factory=list)
+    """Both over the tokens that are not forbidden; empty where nothing is."""
+    allowed_entropy: list[Tensor] = field(default_factory=list)
 
-def what_to_ask(batch: MicroBatch, temperature: float, objective: ObjectiveConfig | None) -> Responses:
-    """Of the model's last stage. objective: decides about the twins; None: there are none."""
-    exact = batch.has_twins and objective.kl_prcp_estimator == "exact"
-    with_gradient = not batch.has_twins or objective.masked_branch == "recompute_with_grad"
-    return Responses(batch.response_positions, batch.response_tokens, temperature, exact, with_gradient)
-
-
-def response_statistics(
-    statistics: TokenStatistics, batch: MicroBatch, with_gradient: bool = True
-) -> dict[str, Tensor]:
-    """TokenStatistics of a micro-batch -> per-token tensors [B, T] by papo_loss's names, zeros on padding.
-
-    with_gradient: of the twins.
-    """
-    here = int(batch.response_mask.sum())
-    found = {"log_probs": statistics.log_probs[:here], "entropy": statistics.entropy[:here]}
-    if batch.has_twins:
-        masked = {
-            "masked_image_log_probs": statistics.log_probs[here:],
-            "masked_image_entropy": statistics.entropy[here:],
-        }
-        found |= masked if with_gradient else {name: values.detach() for name, values in masked.items()}
-    if statistics.kl is not None:
-        found["exact_kl_prcp"] = statistics.kl
-    return {name: pad_responses([values], batch.response_mask) for name, values in found.items()}
+    def add(self, statistics: TokenStatistics, rows: Sequence[TrainingRollout]) -> None:
+        """Take in what the last stage says about these rollouts; twins that follow them are left out."""
+        lengths = [row.response_length for row in rows]
+        for values, of_rows in (
+            (self.log_probs, statistics.log_probs),
+            (self.entropy, statistics.entropy),
+            (self.allowed_log_probs, statistics.allowed_log_probs),
+            (self.allowed_entropy, statistics.allowed_entropy),
+        ):
+            if of_rows is not None:
+                values += of_rows.detach()[: sum(lengths)].split(lengths)
 
 
 def _run(
-    model,
+    model: torch.nn.Module,
     batches: Iterable[MicroBatch],
     num_micro_batches: int,
-    temperature: float,
-    objective,
+    ask: Callable[[MicroBatch], Responses],
     on_output: Callable,
     forward_only: bool,
 ) -> list:
-    def forward_step(iterator: Iterator[MicroBatch], model):
+    """Send micro-batches through the pipeline schedule.
+
+    Args:
+        model: this rank's stage.
+        batches: num_micro_batches of them.
+        ask: what the last stage is asked about a micro-batch.
+        on_output: gets each micro-batch with the last stage's answer; what it returns is collected.
+        forward_only: without gradient.
+    """
+
+    def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[object, Callable]:
         batch = next(iterator)
         output = model(
             batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids,
-            pictures=batch.pictures, groups=batch.groups, responses=what_to_ask(batch, temperature, objective),
+            pictures=batch.pictures, groups=batch.groups, responses=ask(batch),
         )  # fmt: skip
         return output, partial(on_output, batch)
 
@@ -123,119 +100,146 @@ def _run(
 
 
 def sweep(
-    model,
+    model: torch.nn.Module,
     collator: Collator,
     rows: Sequence[TrainingRollout],
-    micro_batch_size: int,
-    temperature: float,
-    progress: Callable[[int], None],
-    kinds: Sequence[Pictures],
-) -> dict[Pictures, dict[str, list[Tensor]]]:
-    """One sweep over the rows without gradient, each micro-batch in turn with the pictures of every kind: {kind:
-    log_probs and entropy}.
+    settings: PassSettings,
+    kinds: Sequence[Kind] = ("original",),
+    forbidden: Sequence[int] = (),
+) -> dict[Kind, Seen]:
+    """Return what the model says about the rows' responses with each kind of pictures, without gradient.
 
-    One fp32 [response_length] per row; no rows before the last stage. Collective over the model-parallel group.
+    Args:
+        model: this rank's stage.
+        collator: makes the micro-batches.
+        rows: this rank's rollouts.
+        settings: micro-batch size, temperature, progress.
+        kinds: each micro-batch goes through with the pictures of every kind, in turn.
+        forbidden: token ids that the rollout engine never samples; Seen.allowed_... are over the others.
+
+    Collective over the model-parallel group.
     """
+    seen = {kind: Seen() for kind in kinds}
+    if not rows or not kinds:
+        return seen
 
-    def collect(batch: MicroBatch, statistics: TokenStatistics, non_loss_data: bool):
-        tables = response_statistics(statistics, batch)
-        progress(len(batch.rows))
-        return [
-            {name: values[i, : row.response_length] for name, values in tables.items()}
-            for i, row in enumerate(batch.rows)
-        ]
+    def ask(batch: MicroBatch) -> Responses:
+        return Responses(
+            batch.response_positions, batch.response_tokens, settings.temperature, forbidden=tuple(forbidden)
+        )
 
-    collected = []
-    if rows and kinds:
-        plan = collator.plan(rows, micro_batch_size, kinds[0])
-        batches = (collator.collate(part, kind) for part in plan for kind in kinds)
-        with torch.no_grad():
-            collected = _run(model, batches, len(plan) * len(kinds), temperature, None, collect, forward_only=True)
-    found = {
-        kind: [row for batch in collected[place :: len(kinds)] for row in batch] for place, kind in enumerate(kinds)
-    }
-    return {
-        kind: {name: [row[name] for row in each] for name in ("log_probs", "entropy")} for kind, each in found.items()
-    }
+    def collect(batch: MicroBatch, statistics: TokenStatistics, non_loss_data: bool) -> None:
+        seen[batch.kinds[0]].add(statistics, batch.rows)
+        settings.progress(len(batch.rows))
 
-
-def compute_log_probs(
-    model,
-    collator: Collator,
-    rows: Sequence[TrainingRollout],
-    micro_batch_size: int,
-    temperature: float,
-    progress: Callable[[int], None],
-    pictures: Pictures = "original",
-) -> dict[str, list[Tensor]]:
-    """sweep() with one kind of pictures: log_probs and entropy of every row's response."""
-    return sweep(model, collator, rows, micro_batch_size, temperature, progress, [pictures])[pictures]
+    plan = collator.plan(rows, settings.micro_batch_size)
+    batches = (collator.collate(part, kind) for part in plan for kind in kinds)
+    with torch.no_grad():
+        _run(model, batches, len(plan) * len(kinds), ask, collect, forward_only=True)
+    return seen
 
 
 def papo_step(
-    model,
+    model: torch.nn.Module,
     collator: Collator,
     rows: Sequence[TrainingRollout],
-    cached: dict[str, list[Tensor]],
-    micro_batch_size: int,
-    temperature: float,
-    objective: ObjectiveConfig,
-    *,
-    totals: StepTotals,
-    settings: dict,
-    progress: Callable[[int], None],
-    seen: dict[str, list[Tensor]] | None = None,
-) -> dict[str, Tensor]:
-    """Forward and backward of one optimizer step over this rank's rows; gradients end in the DDP buffers.
+    constants: PerRollout,
+    settings: PassSettings,
+    recipe: LossRecipe,
+    counts: StepCounts,
+) -> tuple[dict[str, Tensor], Seen]:
+    """Make forward and backward of one optimizer step over this rank's rows; gradients end in the DDP buffers.
 
-    cached: per-row tensors [response_length] by papo_loss's names (old_log_probs, ref_log_probs, ...), on the last
-    stage. Without old_log_probs the policy is its own old policy, as it is in the first step after sampling: the ratio
-    is 1, with its gradient. totals: of the whole step. settings: loss_settings of this step. seen: gets log_probs and
-    entropy of every row, as sweep() gives them. Returns this rank's contributions to the metrics ({} before the last
-    stage).
+    Args:
+        model: this rank's stage in its data-parallel wrapper.
+        collator: makes the micro-batches.
+        rows: this rank's rollouts of the step.
+        constants: of the same rollouts. Without old_log_probs the policy is its own old policy, as it is in the first
+            step after sampling: the ratio is 1, with its gradient.
+        settings: micro-batch size, temperature, progress.
+        recipe: the loss.
+        counts: the denominators of the whole step.
+
+    Returns this rank's contributions to the metrics ({} before the last stage), and what the policy said.
     """
-    pictures = "both" if objective.masked_rows_ride else "original"
-    plan = collator.plan(rows, micro_batch_size, pictures)
-    # the schedule divides by the number of micro-batches and DDP by the data-parallel size; the weights of the loss
-    # already hold both
-    scale = len(plan) * process_groups.dp_group().size()
+    pictures: Pictures = "original" if recipe.twins is None else "both"
+    plan = collator.plan(rows, settings.micro_batch_size, pictures)
+    micro_batches_of_step = len(plan) * process_groups.dp_group().size()
+    # The schedule divides by the number of micro-batches and DDP by the data-parallel size; the loss's own weights hold
+    # both already.
+    schedule_divisor = len(plan) * process_groups.dp_group().size()
+    seen = Seen()
 
-    def loss(batch: MicroBatch, statistics: TokenStatistics):
-        device = batch.response_mask.device
-        counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=device)
-        here = totals
-        if objective.average == "micro_batch":  # its own counts, as if every micro-batch of the step had as many
-            own = StepTotals.of(batch.rows)
-            here = StepTotals(own.tokens * scale, own.sequences * scale, own.correct_tokens * scale)
-        tables = response_statistics(statistics, batch, objective.masked_branch == "recompute_with_grad")
-        if seen is not None:
-            for name, values in seen.items():
-                values += [tables[name][i, : row.response_length].detach() for i, row in enumerate(batch.rows)]
-        tables = {"old_log_probs": tables["log_probs"].detach()} | batch.cached | tables
-        value, metrics = papo_loss(
-            advantages=torch.tensor([[row.advantage] for row in batch.rows], device=device),
-            response_mask=batch.response_mask * counted,
-            correct=torch.tensor([[float(row.is_correct)] for row in batch.rows], device=device),
-            num_tokens=here.tokens,
-            num_sequences=here.sequences,
-            num_correct_tokens=here.correct_tokens,
-            **tables,
-            **settings,
-        )
-        progress(len(batch.rows))
-        return value * scale, metrics
+    def ask(batch: MicroBatch) -> Responses:
+        return responses_with_twins(batch, settings.temperature, recipe.twins)
+
+    def loss(batch: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.add(statistics, batch.rows)
+        tokens = response_tokens(batch, statistics, recipe.twins)
+        averages = recipe.averages(counts, counts_of(batch.rows), micro_batches_of_step)
+        value, metrics = papo_loss(tokens, averages, recipe.coefficients, recipe.formulas)
+        settings.progress(len(batch.rows))
+        return value * schedule_divisor, metrics
 
     def batches() -> Iterator[MicroBatch]:
         first = 0
         for part in plan:
             batch = collator.collate(part, pictures)
-            here = slice(first, first + len(batch.rows))
-            first = here.stop
             if process_groups.is_last_stage():
-                batch.cached = {
-                    name: pad_responses(values[here], batch.response_mask) for name, values in cached.items()
+                place = slice(first, first + len(part))
+                batch.constants = {
+                    name: pad_responses(values[place], batch.response_mask) for name, values in constants.items()
                 }
+            first += len(part)
             yield batch
 
-    per_batch = _run(model, batches(), len(plan), temperature, objective, loss, forward_only=False)
-    return {name: sum(metrics[name] for metrics in per_batch) for name in per_batch[0]} if per_batch else {}
+    per_batch = _run(model, batches(), len(plan), ask, loss, forward_only=False)
+    if not per_batch:
+        return {}, seen
+    return {name: sum(metrics[name] for metrics in per_batch) for name in per_batch[0]}, seen
+
+
+def responses_with_twins(batch: MicroBatch, temperature: float, twins: Twins | None) -> Responses:
+    """Return what the last stage is asked about a micro-batch of the update."""
+    if twins is None:
+        return Responses(batch.response_positions, batch.response_tokens, temperature)
+    return Responses(
+        batch.response_positions,
+        batch.response_tokens,
+        temperature,
+        kl_of_halves=twins.exact_kl,
+        second_half_gradient=twins.with_gradient,
+    )
+
+
+def response_tokens(batch: MicroBatch, statistics: TokenStatistics, twins: Twins | None) -> ResponseTokens:
+    """Return the loss's tensors [B, T] of a micro-batch: the last stage's answer, and the micro-batch's constants."""
+    device, mask, constants = batch.response_mask.device, batch.response_mask, batch.constants
+    count = batch.num_response_tokens
+    log_probs = pad_responses([statistics.log_probs[:count]], mask)
+    counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=device)
+    masked_image = None
+    if twins is not None:
+        masked_image = _twins_tokens(statistics, count, mask, twins)
+    elif "masked_image_log_probs" in constants:
+        masked_image = MaskedImageTokens(constants["masked_image_log_probs"], constants.get("masked_image_entropy"))
+    return ResponseTokens(
+        log_probs=log_probs,
+        old_log_probs=constants.get("old_log_probs", log_probs.detach()),
+        advantages=torch.tensor([[row.advantage] for row in batch.rows], device=device),
+        mask=mask * counted,
+        correct=torch.tensor([[float(row.is_correct)] for row in batch.rows], device=device),
+        entropy=pad_responses([statistics.entropy[:count]], mask),
+        ref_log_probs=constants.get("ref_log_probs"),
+        rollout_log_probs=constants.get("rollout_log_probs"),
+        masked_image=masked_image,
+    )
+
+
+def _twins_tokens(statistics: TokenStatistics, count: int, mask: Tensor, twins: Twins) -> MaskedImageTokens:
+    log_probs = pad_responses([statistics.log_probs[count:]], mask)
+    entropy = pad_responses([statistics.entropy[count:]], mask)
+    exact_kl = None if statistics.kl is None else pad_responses([statistics.kl], mask)
+    if not twins.with_gradient:
+        log_probs, entropy = log_probs.detach(), entropy.detach()
+    return MaskedImageTokens(log_probs, entropy, exact_kl)

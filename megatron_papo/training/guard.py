@@ -3,18 +3,21 @@
 from dataclasses import dataclass, replace
 
 from megatron_papo.config import HackingGuardConfig, ObjectiveConfig
-from megatron_papo.objective.hacking_guard import GuardState, Verdict, lowered, observe, watched_quantities
+from megatron_papo.objective.hacking_guard import GuardState, Thresholds, Verdict, lowered, observe, watched_quantities
 
-THRESHOLDS = (
-    "warmup_steps",
-    "level_factor",
-    "variance_factor",
-    "clip_fraction_factor",
-    "entropy_factor",
-    "signs_needed",
-    "patience_steps",
-    "cooldown_steps",
-)
+
+def thresholds_of(config: HackingGuardConfig) -> Thresholds:
+    """Return the guard's thresholds from its configuration."""
+    return Thresholds(
+        warmup_steps=config.warmup_steps,
+        level_factor=config.level_factor,
+        variance_factor=config.variance_factor,
+        clip_fraction_factor=config.clip_fraction_factor,
+        entropy_factor=config.entropy_factor,
+        signs_needed=config.signs_needed,
+        patience_steps=config.patience_steps,
+        cooldown_steps=config.cooldown_steps,
+    )
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Decision:
     ratios: dict[str, float]
     """Recent value / baseline of every watched quantity."""
     kl_prcp_scale: float
-    """Of kl_prcp_coef, from the next step on."""
+    """What kl_prcp_coef is multiplied by from the next step on."""
 
     @property
     def message(self) -> str:
@@ -47,36 +50,36 @@ class Guard:
     """Holds the state over the steps of a stage. Every rank has one and, given the same metrics, decides alike."""
 
     def __init__(self, config: HackingGuardConfig, objective: ObjectiveConfig, saved: dict | None):
-        self.config = config
+        self.config, self.thresholds = config, thresholds_of(config)
         self.watches = config.action != "off" and objective.kl_prcp_coef > 0
         self.state = GuardState(**saved) if saved else GuardState()
         self.signs: tuple[str, ...] = ()
 
     @property
     def kl_prcp_scale(self) -> float:
-        """What kl_prcp_coef is multiplied by: 1 unless this guard is one that lowers it."""
+        """Return what kl_prcp_coef is multiplied by: 1 unless this guard is one that lowers it."""
         return self.state.kl_prcp_scale if self.config.lowers_gamma else 1.0
 
     def observe(self, metrics: dict[str, float], step: int, attempt: int) -> Decision | None:
-        """Takes the metrics of a finished step; the decision, if there is an alarm."""
+        """Take in the metrics of a finished step, and return the decision if there is an alarm."""
         if not self.watches:
             return None
-        thresholds = {name: getattr(self.config, name) for name in THRESHOLDS}
-        self.state, verdict = observe(self.state, watched_quantities(metrics), **thresholds)
+        self.state, verdict = observe(self.state, watched_quantities(metrics), self.thresholds)
         self.signs = verdict.signs
         return self._decide(verdict, step, attempt) if verdict.alarm else None
 
     def _decide(self, verdict: Verdict, step: int, attempt: int) -> Decision:
-        action = self.config.action
+        action: str = self.config.action
         if self.config.lowers_gamma:
             if self.state.kl_prcp_scale < self.config.lowest_gamma_scale:
                 action = "warn"
             else:
                 self.state = lowered(self.state, self.config.gamma_factor)
-                action = {"rollback_and_lower_gamma": "rollback"}.get(action, action)
+                if action == "rollback_and_lower_gamma":
+                    action = "rollback"
         return Decision(step, attempt, action, verdict.signs, verdict.ratios, self.state.kl_prcp_scale)
 
     def went_back(self) -> None:
-        """After a rollback: what was normal before the alarm still is, and the steps that led to it are forgotten."""
+        """Forget, after a rollback, the steps that led to the alarm; what was normal before it still is."""
         self.state = replace(self.state, recent=self.state.baseline, alarming_steps=0, cooldown=0)
         self.signs = ()

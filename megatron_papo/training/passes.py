@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from megatron_papo.config import Config, ObjectiveConfig
 from megatron_papo.distributed import collectives, process_groups
@@ -16,16 +15,13 @@ from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.training import accounting
-from megatron_papo.training.collator import Collator, Pictures
-from megatron_papo.training.forward_step import StepTotals, papo_step, sweep
+from megatron_papo.training.collator import Collator, Kind
+from megatron_papo.training.forward_step import PassSettings, PerRollout, Seen, papo_step, sweep
 from megatron_papo.training.layouts import layout_of
+from megatron_papo.training.loss_recipe import LossRecipe, counts_of
 from megatron_papo.training.optimizer import set_learning_rate
 from megatron_papo.training.policy import Policy
 from megatron_papo.training.rows import TrainingRollout
-
-PerRollout = dict[str, list[Tensor]]
-"""Values by the names that papo_loss gives them: one fp32 [response_length] for each of this rank's rollouts, in order.
-Empty lists before the last pipeline stage."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +61,15 @@ class PassPlan:
 
     reference: bool
     """One sweep with the reference's weights, before the first step."""
-    at_start: tuple[Pictures, ...]
+    at_start: tuple[Kind, ...]
     """The pictures with which the policy sweeps over all rollouts before the first step."""
-    before_each_step: tuple[Pictures, ...]
+    before_each_step: tuple[Kind, ...]
     """The pictures with which it sweeps over the rollouts of each step, before that step."""
 
     @classmethod
     def of(cls, objective: ObjectiveConfig, num_steps: int) -> "PassPlan":
-        at_start: list[Pictures] = []
-        before_each_step: list[Pictures] = []
+        at_start: list[Kind] = []
+        before_each_step: list[Kind] = []
         if num_steps > 1:  # with one step the update itself says what the old policy was
             at_start.append("original")
         if objective.uses_masked_image and objective.masked_branch == "cached":
@@ -83,9 +79,9 @@ class PassPlan:
         return cls(objective.uses_reference, tuple(at_start), tuple(before_each_step))
 
     @property
-    def sweeps_at_start(self) -> list[Pictures]:
+    def sweeps_at_start(self) -> list[Kind]:
         """The pictures of every sweep before the first step, the reference's first."""
-        of_reference: list[Pictures] = ["original"] if self.reference else []
+        of_reference: list[Kind] = ["original"] if self.reference else []
         return [*of_reference, *self.at_start]
 
     @property
@@ -106,8 +102,8 @@ class Update:
     metrics: dict[str, float]
     """papo_loss's metrics of the whole step, on every rank."""
     gradient_norm: float
-    seen: PerRollout
-    """log_probs and entropy of this rank's rollouts, under the weights before the step."""
+    seen: Seen
+    """What the policy said about this rank's rollouts, with the weights before the step."""
 
 
 @dataclass(frozen=True)
@@ -128,71 +124,71 @@ class Passes:
         return [row for step in self.steps for row in step.own]
 
     def sweep(
-        self, model: torch.nn.Module, rows: Sequence[TrainingRollout], pictures: Sequence[Pictures]
-    ) -> dict[Pictures, PerRollout]:
-        """Return log_probs and entropy of the rows' responses with each kind of pictures, without gradient."""
+        self,
+        model: torch.nn.Module,
+        rows: Sequence[TrainingRollout],
+        kinds: Sequence[Kind],
+        forbidden: Sequence[int] = (),
+    ) -> dict[Kind, Seen]:
+        """Return what the model says about the rows' responses with each kind of pictures, without gradient."""
         size = self.config.training.log_prob_micro_batch_size
-        temperature = self.config.rollout.temperature
-        return sweep(model, self.collator, rows, size, temperature, self.progress, pictures)
+        settings = PassSettings(size, self.config.rollout.temperature, self.progress)
+        return sweep(model, self.collator, rows, settings, kinds, forbidden)
 
     def sweep_reference(self, policy: Policy) -> PerRollout:
         """Return ref_log_probs of this rank's rollouts; nothing where the plan has no reference."""
         if not self.plan.reference:
             return {}
         with policy.as_reference() as model:
-            return {"ref_log_probs": self.sweep(model, self.rows, ["original"])["original"]["log_probs"]}
+            return {"ref_log_probs": self.sweep(model, self.rows, ["original"])["original"].log_probs}
 
-    def sweep_policy(self, model: torch.nn.Module) -> tuple[PerRollout, PerRollout | None]:
+    def sweep_policy(self, model: torch.nn.Module, forbidden: Sequence[int] = ()) -> tuple[PerRollout, Seen | None]:
         """Sweep with the policy's weights as they are before the first step.
 
-        Returns what stays fixed in the loss while the policy trains (old_log_probs, the masked-image branch,
-        rollout_log_probs: what the plan and the objective ask for), and log_probs and entropy of the old policy, None
-        where the plan does not sweep it.
+        Args:
+            model: the policy.
+            forbidden: token ids that the rollout engine never samples, where its log-probs are to be compared.
+
+        Returns constants of the loss while the policy trains (old_log_probs, the masked-image branch,
+        rollout_log_probs: what the plan and the objective ask for), and what the old policy said about this rank's
+        rollouts, None where the plan does not sweep it.
         """
-        fixed: PerRollout = {}
-        swept = self.sweep(model, self.rows, self.plan.at_start)
+        constants: PerRollout = {}
+        swept = self.sweep(model, self.rows, self.plan.at_start, forbidden)
         if "original" in swept:
-            fixed["old_log_probs"] = swept["original"]["log_probs"]
+            constants["old_log_probs"] = swept["original"].log_probs
         if "masked" in swept:
-            fixed |= masked_branch(swept["masked"])
+            constants |= masked_branch(swept["masked"])
         if self.config.objective.importance_sampling_cap is not None and process_groups.is_last_stage():
-            fixed["rollout_log_probs"] = [
+            constants["rollout_log_probs"] = [
                 torch.tensor(row.rollout.rollout_log_probs, device=process_groups.device()) for row in self.rows
             ]
-        return fixed, swept.get("original")
+        return constants, swept.get("original")
 
-    def update(self, policy: Policy, step: StepRows, fixed: PerRollout, settings: dict, learning_rate: float) -> Update:
+    def update(
+        self, policy: Policy, step: StepRows, constants: PerRollout, recipe: LossRecipe, learning_rate: float
+    ) -> Update:
         """Make one optimizer step: what is swept before it, forward and backward, all-reduce, clipping, AdamW.
 
         Args:
             policy: its model and optimizer are changed, its state is not.
             step: the rollouts.
-            fixed: what sweep_reference and sweep_policy returned for the whole iteration.
-            settings: the options of the loss at this step.
+            constants: what sweep_reference and sweep_policy returned for the whole iteration.
+            recipe: the loss of this step.
             learning_rate: of this step.
 
         Raises UserError where the loss or the gradient is not finite.
         """
-        of_step = {name: values[step.place] for name, values in fixed.items()}
+        of_step = {name: values[step.place] for name, values in constants.items()}
         swept = self.sweep(policy.model, step.own, self.plan.before_each_step)
         if "masked" in swept:
             of_step |= masked_branch(swept["masked"])
         set_learning_rate(policy.optimizer, learning_rate)
         policy.model.zero_grad_buffer()
         policy.optimizer.zero_grad()
-        seen: PerRollout = {"log_probs": [], "entropy": []}
-        contributions = papo_step(
-            policy.model,
-            self.collator,
-            step.own,
-            of_step,
-            self.config.training.micro_batch_size,
-            self.config.rollout.temperature,
-            self.config.objective,
-            totals=StepTotals.of(step.all),
-            settings=settings,
-            progress=self.progress,
-            seen=seen,
+        settings = PassSettings(self.config.training.micro_batch_size, self.config.rollout.temperature, self.progress)
+        contributions, seen = papo_step(
+            policy.model, self.collator, step.own, of_step, settings, recipe, counts_of(step.all)
         )
         _, gradient_norm, _ = policy.optimizer.step()
         metrics = finish_metrics(collectives.sum_from_last_stage(contributions))
@@ -227,9 +223,9 @@ class Passes:
         return accounting.step_accounting(steps, self.config, self.hf, passes, seconds, device) | peak
 
 
-def masked_branch(swept: PerRollout) -> PerRollout:
-    """Return the loss's tensors of the masked-image branch, from a sweep with masked pictures."""
-    return {"masked_image_log_probs": swept["log_probs"], "masked_image_entropy": swept["entropy"]}
+def masked_branch(seen: Seen) -> PerRollout:
+    """Return the loss's constants of the masked-image branch, from a sweep with masked pictures."""
+    return {"masked_image_log_probs": seen.log_probs, "masked_image_entropy": seen.entropy}
 
 
 def step_statistics(rows: Sequence[TrainingRollout]) -> dict[str, float]:

@@ -3,12 +3,14 @@ inspect says of it."""
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
 import yaml
 
 from megatron_papo.checkpoint import config_json, conversion_output
+from megatron_papo.checkpoint.convert import HFCheckpoint, hf_to_megatron
 from megatron_papo.checkpoint.inspect import describe
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
@@ -239,3 +241,54 @@ def test_an_export_leaves_the_training_checkpoint_alone(trained, tmp_path):
     before = state()
     conversion_output.to_hf(trained, tmp_path / "out", {})
     assert state() == before and not list(trained.parent.glob("trained.*"))
+
+
+def test_a_checkpoint_from_outside_is_told_apart_by_what_is_exported_of_it(converted, tmp_path, capsys):
+    """Without a manifest: moved it is the same; weights of the same shape in files of the same sizes are another."""
+    source = shutil.copytree(converted / "megatron", tmp_path / "source")
+    (source / "manifest.json").unlink()
+    conversion_output.to_hf(source, tmp_path / "out", {})
+    moved = source.rename(tmp_path / "moved")
+    (moved / "notes.txt").write_text("nobody reads this")
+    capsys.readouterr()
+    conversion_output.to_hf(moved, tmp_path / "out", {})
+    assert "nothing to do" in capsys.readouterr().out
+    model = random_model.make(True)
+    with torch.no_grad():
+        model.model.language_model.norm.weight[3] += 1
+    random_model.save(model, tmp_path / "hf")
+    other = tmp_path / "other"
+    other.mkdir()
+    hf_to_megatron(HFCheckpoint(tmp_path / "hf"), other)
+    shutil.rmtree(other / "hf")
+    shutil.copytree(moved / "hf", other / "hf")
+    for name in (".metadata", "common.pt", "metadata.json"):
+        assert (other / name).read_bytes() == (moved / name).read_bytes()
+    assert [file.stat().st_size for file in sorted(other.glob("*.distcp"))] == [
+        file.stat().st_size for file in sorted(moved.glob("*.distcp"))
+    ]
+    with pytest.raises(UserError, match="out: made from something else .*inputs.megatron"):
+        conversion_output.to_hf(other, tmp_path / "out", {})
+    (moved / "hf" / "tokenizer.json").write_text("another")
+    with pytest.raises(UserError, match="out: made from something else .*inputs.megatron"):
+        conversion_output.to_hf(moved, tmp_path / "out", {})
+
+
+_opened: list[str] | None = None
+
+
+def _watch(event, arguments):
+    if event == "open" and _opened is not None and isinstance(arguments[0], str):
+        _opened.append(arguments[0])
+
+
+def test_an_export_reads_records_once(converted, tmp_path):
+    """The manifest: to know what it is and to verify its files. The proof: once."""
+    global _opened
+    sys.addaudithook(_watch)
+    _opened = []
+    conversion_output.to_hf(converted / "megatron", tmp_path / "out", {})
+    names, _opened = _opened, None
+    count = {name: names.count(str(converted / "megatron" / name)) for name in ("manifest.json", "proof.json")}
+    assert count["manifest.json"] <= 2
+    assert count["proof.json"] == 2  # and hashed once among the files of the manifest

@@ -51,8 +51,9 @@ def ours(logits, positions, tokens, weights, group, second_half_gradient=True):
         kl_of_halves=True,
         second_half_gradient=second_half_gradient,
     )
-    sum((w * v).sum() for w, v in zip(weights, found)).backward()
-    return [v.detach() for v in found], logits.grad
+    values = found.log_probs, found.entropy, found.kl
+    sum((w * v).sum() for w, v in zip(weights, values)).backward()
+    return [v.detach() for v in values], logits.grad
 
 
 def weights_of(positions, seed=1):
@@ -136,6 +137,47 @@ def test_bfloat16_logits_are_summed_in_fp32(world):
     assert (
         torch.log_softmax(logits[positions] / TEMPERATURE, -1).gather(-1, tokens[:, None])[:, 0].double() - expected[0]
     ).abs().max() > 1e-3
+
+
+FORBIDDEN = (3, 17, 23)
+
+
+def over_allowed_tokens(logits, positions, tokens, group):
+    """-> log-probs and entropy over the tokens that are not FORBIDDEN."""
+    found = token_statistics(logits, positions, tokens, group, temperature=TEMPERATURE, forbidden=FORBIDDEN)
+    return found.allowed_log_probs, found.allowed_entropy
+
+
+def test_statistics_over_the_allowed_tokens(world):
+    """As if the logits of the forbidden tokens were -inf; the others are said beside them, unchanged."""
+    logits, positions, tokens = example()
+    logits[0, 3] = 200.0  # the policy wants a forbidden token and nothing else
+    tokens[2] = tokens[7] = 17
+    allowed = logits.clone()
+    allowed[:, FORBIDDEN] = -torch.inf
+    weights = weights_of(positions)
+    (log_probs, entropy, _), _ = textbook(allowed, positions, tokens, weights)
+    found = over_allowed_tokens(logits, positions, tokens, world)
+    assert log_probs[2] == found[0][2] == -torch.inf
+    torch.testing.assert_close(found[0].double(), log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1].double(), entropy, rtol=1e-5, atol=1e-5)
+    plain = token_statistics(logits, positions, tokens, world, temperature=TEMPERATURE)
+    assert plain.allowed_log_probs is None and (found[0] - plain.log_probs)[0] > 50  # control: they are others
+    both = token_statistics(logits, positions, tokens, world, temperature=TEMPERATURE, forbidden=FORBIDDEN)
+    assert both.log_probs.equal(plain.log_probs) and both.entropy.equal(plain.entropy)
+
+
+def test_the_output_layer_in_chunks_forbids_the_same(world):
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(11, 6, generator=generator), torch.randn(24, 6, generator=generator)
+    tokens = torch.randint(24, (11,), generator=generator)
+    whole, chunks = (
+        output_token_statistics(hidden, weight, tokens, world, forbidden=FORBIDDEN, chunk_elements=size)
+        for size in (1 << 20, 48)
+    )
+    for name in ("log_probs", "entropy", "allowed_log_probs", "allowed_entropy"):
+        torch.testing.assert_close(getattr(chunks, name), getattr(whole, name))
+    assert not whole.allowed_entropy.allclose(whole.entropy)
 
 
 @pytest.mark.parametrize("where", ["both", "first", "second"])
@@ -237,3 +279,10 @@ def test_sharded_over_ranks(tmp_path):
                     assert torch.equal(value, first)  # the same bits on every rank
             whole = torch.cat([gradient for _, gradient in parts], dim=1)
             torch.testing.assert_close(whole.double(), expected_gradient.nan_to_num(), rtol=1e-5, atol=1e-6)
+            allowed_logits = logits.clone()
+            allowed_logits[:, FORBIDDEN] = -torch.inf
+            allowed, _ = textbook(allowed_logits, positions, tokens, weights)
+            for rank in range(size):
+                log_probs, entropy = torch.load(tmp_path / f"allowed_{size}_{forbidden}_{rank}.pt", weights_only=True)
+                torch.testing.assert_close(log_probs.double(), allowed[0], rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(entropy.double(), allowed[1], rtol=1e-5, atol=1e-6)

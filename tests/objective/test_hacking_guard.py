@@ -3,13 +3,13 @@ be saved."""
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from megatron_papo.config import HackingGuardConfig, ObjectiveConfig
 from megatron_papo.objective.hacking_guard import GuardState, observe, watched_quantities
-from megatron_papo.training.guard import THRESHOLDS, Guard
+from megatron_papo.training.guard import Guard, thresholds_of
 
 HEALTHY = {
     "kl_prcp_mean": 0.25,
@@ -18,7 +18,7 @@ HEALTHY = {
     "entropy": 0.35,
     "masked_image_entropy": 0.9,
 }
-SETTINGS = {name: getattr(HackingGuardConfig(), name) for name in THRESHOLDS}
+THRESHOLDS = thresholds_of(HackingGuardConfig())
 
 
 def run_of(steps, factors=lambda step: {}, noise=0.15, seed=0):
@@ -37,7 +37,7 @@ def watch(run, state=GuardState(), **changes):
     """-> the states and verdicts of all steps."""
     states, verdicts = [], []
     for metrics in run:
-        state, verdict = observe(state, watched_quantities(metrics), **SETTINGS | changes)
+        state, verdict = observe(state, watched_quantities(metrics), replace(THRESHOLDS, **changes))
         states.append(state)
         verdicts.append(verdict)
     return states, verdicts
@@ -95,10 +95,9 @@ HACKED = from_step(30, kl_prcp_mean=5.0, kl_prcp_variance=9.0)
 
 def test_alarm_patience_and_cooldown():
     first = alarms(watch(run_of(90, HACKED))[1])
-    assert 30 + SETTINGS["patience_steps"] - 1 <= first[0] <= 36
+    assert 30 + THRESHOLDS.patience_steps - 1 <= first[0] <= 36
     assert (
-        all(later - earlier > SETTINGS["cooldown_steps"] for earlier, later in zip(first, first[1:]))
-        and len(first) >= 3
+        all(later - earlier > THRESHOLDS.cooldown_steps for earlier, later in zip(first, first[1:])) and len(first) >= 3
     )
     impatient, patient = (alarms(watch(run_of(90, HACKED), patience_steps=n)[1])[0] for n in (1, 8))
     assert impatient < first[0] < patient

@@ -8,16 +8,32 @@ padding full of nan.
 import pytest
 import torch
 
+from megatron_papo.config import ObjectiveConfig
 from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import token_statistics
 from megatron_papo.objective.papo_loss import (
+    Averages,
+    ClipRatios,
+    Coefficients,
+    EstimatedKL,
+    Formulas,
+    MaskedImageTokens,
+    ResponseTokens,
+    StepCounts,
+    TruncatedImportanceWeights,
     annealed_kl_prcp_coef,
-    average_weights,
+    exact_entropy,
+    exact_kl_prcp,
     finish_metrics,
     papo_loss,
+    sequence_average,
+    sequence_log_ratios,
+    token_average,
+    token_log_ratios,
     top_share,
 )
 from megatron_papo.training.collator import pad_responses
+from megatron_papo.training.loss_recipe import KL_ESTIMATORS, loss_recipe
 from tests.objective.naive import naive_papo_loss, naive_token, number_of
 
 LENGTHS, VOCABULARY = [5, 1, 0, 7, 3, 4], 13
@@ -44,10 +60,11 @@ NAMES = dict(
 TOLERANCE = dict(rtol=2e-5, atol=2e-6)  # fp32 sums of at most 20 terms
 
 
-def option_names(options):
-    """naive.py's words -> papo_loss's."""
+def objective_of(options):
+    """naive.py's words -> the configuration."""
     named = {NAMES[name]: value for name, value in options.items() if name in NAMES}
-    return named | {"entropy_estimator": "exact" if options.get("exact_entropy") else "sampled"}
+    named["entropy_estimator"] = "exact" if options.get("exact_entropy") else "sampled"
+    return ObjectiveConfig(masked_branch="recompute_with_grad", **named)
 
 
 @pytest.fixture(scope="module")
@@ -124,23 +141,26 @@ def ours(example, with_grad, padding=0, order=None, splits=1, num_tokens=None, d
             return torch.where(mask.bool(), pad_responses([values], mask), padded)
 
         second = (lambda x: x) if with_grad else torch.Tensor.detach
-        value, metrics = papo_loss(
-            table(found.log_probs[:here]),
-            *(table(torch.tensor([x for i in rows for x in example[i][name]])) for name in ("old",)),
-            torch.tensor([[ADVANTAGES[i]] for i in rows]),
-            mask,
+        response_tokens = ResponseTokens(
+            log_probs=table(found.log_probs[:here]),
+            old_log_probs=table(torch.tensor([x for i in rows for x in example[i]["old"]])),
+            advantages=torch.tensor([[ADVANTAGES[i]] for i in rows]),
+            mask=mask,
+            correct=torch.tensor([[float(CORRECT[i])] for i in rows]),
+            entropy=table(found.entropy[:here]),
             ref_log_probs=table(torch.tensor([x for i in rows for x in example[i]["ref"]])),
             rollout_log_probs=table(torch.tensor([x for i in rows for x in example[i]["rollout"]])),
-            masked_image_log_probs=table(second(found.log_probs[here:])),
-            entropy=table(found.entropy[:here]),
-            masked_image_entropy=table(second(found.entropy[here:])),
-            exact_kl_prcp=None if found.kl is None else table(found.kl),
-            correct=torch.tensor([[float(CORRECT[i])] for i in rows]),
-            num_tokens=tokens_of_step,
-            num_sequences=len(order),
-            num_correct_tokens=correct_tokens,
-            **option_names(options),
+            masked_image=MaskedImageTokens(
+                table(second(found.log_probs[here:])),
+                table(second(found.entropy[here:])),
+                None if found.kl is None else table(found.kl),
+            ),
         )
+        # The options go the product's way: through the configuration.
+        recipe = loss_recipe(objective_of(options), step=0)
+        counts = StepCounts(tokens_of_step, len(order), correct_tokens)
+        averages = recipe.averages(counts, counts, micro_batches_of_step=1)
+        value, metrics = papo_loss(response_tokens, averages, recipe.coefficients, recipe.formulas)
         value.backward()
         loss += value.item()
         totals = {name: totals.get(name, 0.0) + x.item() for name, x in metrics.items()}
@@ -254,18 +274,7 @@ def tokens_of(values):
     return torch.tensor(values, dtype=torch.float32)
 
 
-EVERYTHING = dict(
-    kl_ref_coef=0.1,
-    kl_prcp_coef=0.1,
-    entropy_coef=0.1,
-    masked_image_entropy_coef=0.1,
-    sft_coef=0.1,
-    importance_sampling_cap=2.0,
-    kl_prcp_top_p=0.5,
-    clip_ratio_low=0.2,
-    clip_ratio_high=0.3,
-    clip_ratio_dual=3.0,
-)
+EVERYTHING = Coefficients(kl_ref=0.1, kl_prcp=0.1, entropy=0.1, masked_image_entropy=0.1, sft=0.1)
 DEGENERATE = {
     "one token": ([[-0.5]], [[-0.6]], [[1.0]]),
     "empty response": ([[-0.5, -1.0], [0.0, 0.0]], [[-0.5, -1.1], [0.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]),
@@ -279,19 +288,27 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS.values(), ids=KL_ESTIMATORS)
+@pytest.mark.parametrize("log_ratios", [token_log_ratios, sequence_log_ratios])
 @pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
 @pytest.mark.parametrize("name", DEGENERATE)
-def test_degenerate_input_gives_finite_loss_and_gradient(name, advantage, level, estimator):
+def test_degenerate_input_gives_finite_loss_and_gradient(name, advantage, log_ratios, estimator):
     log_probs, other, mask = map(tokens_of, DEGENERATE[name])
     log_probs.requires_grad_()
-    loss, metrics = papo_loss(
-        log_probs, other, torch.full((len(mask), 1), advantage), mask,
-        ref_log_probs=other, masked_image_log_probs=other, rollout_log_probs=other, correct=torch.ones(len(mask), 1),
-        num_tokens=mask.sum().item(), num_sequences=len(mask), num_correct_tokens=mask.sum().item(), ratio_level=level,
-        kl_prcp_estimator=estimator, kl_ref_estimator=estimator, **EVERYTHING,
+    tokens = ResponseTokens(
+        log_probs, other, torch.full((len(mask), 1), advantage), mask, torch.ones(len(mask), 1),
+        ref_log_probs=other, rollout_log_probs=other, masked_image=MaskedImageTokens(other),
     )  # fmt: skip
+    formulas = Formulas(
+        ClipRatios(low=0.2, high=0.3, dual=3.0),
+        log_ratios=log_ratios,
+        importance_weights=TruncatedImportanceWeights(2.0),
+        kl_ref=estimator,
+        kl_prcp=EstimatedKL(estimator),
+        kl_prcp_top_p=0.5,
+    )
+    averages = Averages(StepCounts(mask.sum().item(), len(mask), mask.sum().item()))
+    loss, metrics = papo_loss(tokens, averages, EVERYTHING, formulas)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(log_probs.grad).all()
     assert all(torch.isfinite(value) for value in metrics.values())
@@ -322,8 +339,25 @@ def test_annealing_is_linear_then_constant():
 
 
 def test_average_weights_sum_to_one():
-    mask = tokens_of([[1, 1, 1], [1, 0, 0]])
-    assert average_weights(mask, "token", num_tokens=4, num_sequences=2).tolist() == [[0.25] * 3, [0.25, 0, 0]]
-    torch.testing.assert_close(
-        average_weights(mask, "sequence", num_tokens=4, num_sequences=2), tokens_of([[1 / 6] * 3, [0.5, 0, 0]])
-    )
+    mask, counts = tokens_of([[1, 1, 1], [1, 0, 0]]), StepCounts(tokens=4, sequences=2)
+    assert token_average(mask, counts).tolist() == [[0.25] * 3, [0.25, 0, 0]]
+    torch.testing.assert_close(sequence_average(mask, counts), tokens_of([[1 / 6] * 3, [0.5, 0, 0]]))
+
+
+@pytest.mark.parametrize(
+    "formulas, coefficients, problem",
+    [
+        (dict(kl_prcp=exact_kl_prcp), Coefficients(), "the formulas need exact_kl,"),
+        (dict(entropy=exact_entropy), Coefficients(), "the formulas need entropy,"),
+        (dict(importance_weights=TruncatedImportanceWeights(2.0)), Coefficients(), "need rollout_log_probs,"),
+        ({}, Coefficients(sft=0.1), "the formulas need correct,"),
+    ],
+)
+def test_a_formula_without_its_tensor_is_named(formulas, coefficients, problem):
+    """Control: without that formula the same tokens have a loss."""
+    values, mask = tokens_of([[-0.5, -1.0]]), tokens_of([[1.0, 1.0]])
+    tokens = ResponseTokens(values, values, tokens_of([[1.0]]), mask, masked_image=MaskedImageTokens(values))
+    averages, clip = Averages(StepCounts(2, 1)), ClipRatios(0.2, 0.3, 3.0)
+    with pytest.raises(ValueError, match=problem):
+        papo_loss(tokens, averages, coefficients, Formulas(clip, **formulas))
+    assert torch.isfinite(papo_loss(tokens, averages, Coefficients(), Formulas(clip))[0])

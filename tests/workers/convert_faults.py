@@ -20,7 +20,7 @@ KILLS = 8
 
 def main() -> None:
     hf, megatron, root = map(Path, sys.argv[1:])
-    from megatron_papo.checkpoint import conversion_output, convert, model_card, progress  # noqa: F401
+    from megatron_papo.checkpoint import conversion_output, convert, model_card  # noqa: F401
 
     directions = {
         "megatron": lambda output: conversion_output.to_megatron(hf, output, {}),

@@ -21,7 +21,8 @@ from megatron_papo.model.qwen2_5_vl import build_model
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.training.collator import Collator
-from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
+from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
+from megatron_papo.training.loss_recipe import counts_of, loss_recipe
 from megatron_papo.training.optimizer import build_optimizer
 from megatron_papo.training.rows import make_rows
 
@@ -40,14 +41,10 @@ def count(case: dict, work: Path, model, wrapped) -> int:
     }
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if case["sweep"]:
-            compute_log_probs(
-                model, collator, rows, training.log_prob_micro_batch_size, 1.0, lambda _: None, case["sweep"]
-            )
+            sweep(model, collator, rows, PassSettings(training.log_prob_micro_batch_size, 1.0), [case["sweep"]])
         else:
-            papo_step(
-                wrapped, collator, rows, cached, training.micro_batch_size, 1.0, objective,
-                totals=StepTotals.of(rows), settings=loss_settings(objective, 0), progress=lambda _: None,
-            )  # fmt: skip
+            settings = PassSettings(training.micro_batch_size, 1.0)
+            papo_step(wrapped, collator, rows, cached, settings, loss_recipe(objective, 0), counts_of(rows))
     angles = [
         sum(flops.values())
         for name, flops in counter.get_flop_counts().items()

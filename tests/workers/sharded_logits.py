@@ -11,7 +11,7 @@ import torch
 
 from megatron_papo.distributed import process_groups
 from megatron_papo.run.command_line import run
-from tests.model.test_log_probs import example, ours, weights_of
+from tests.model.test_log_probs import example, ours, over_allowed_tokens, weights_of
 
 
 def main() -> None:
@@ -29,6 +29,8 @@ def main() -> None:
             found = ours(mine, positions, tokens, weights_of(positions), group)
             if rank < size:
                 torch.save(found, Path(sys.argv[1]) / f"{size}_{forbidden}_{rank}.pt")
+                allowed = over_allowed_tokens(mine, positions, tokens, group)
+                torch.save(allowed, Path(sys.argv[1]) / f"allowed_{size}_{forbidden}_{rank}.pt")
     process_groups.disconnect()
 
 

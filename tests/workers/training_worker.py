@@ -19,8 +19,9 @@ from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.training.collator import Collator
-from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
+from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
 from megatron_papo.training.layouts import layout_of
+from megatron_papo.training.loss_recipe import counts_of, loss_recipe
 from megatron_papo.training.optimizer import build_optimizer
 from megatron_papo.training.rows import make_rows
 
@@ -49,16 +50,16 @@ def run_case(work: Path, case: dict) -> None:
         device=process_groups.device(),
         dtype=torch.float32,
     )
-    size = config.training.log_prob_micro_batch_size
+    sweep_settings = PassSettings(config.training.log_prob_micro_batch_size, config.rollout.temperature)
 
-    def sweep(name, pictures="original"):
+    def swept(name, kind="original"):
         megatron_files.load_weights(work / f"{name}_megatron", model)
-        return compute_log_probs(model, collator, mine, size, config.rollout.temperature, lambda _: None, pictures)
+        return sweep(model, collator, mine, sweep_settings, [kind])[kind]
 
-    cached = {"ref_log_probs": sweep("reference")["log_probs"], "old_log_probs": sweep("old")["log_probs"]}
+    cached = {"ref_log_probs": swept("reference").log_probs, "old_log_probs": swept("old").log_probs}
     if not config.objective.masked_rows_ride:
-        masked = sweep("old" if config.objective.masked_branch == "cached" else "policy", "masked")
-        cached |= {"masked_image_log_probs": masked["log_probs"], "masked_image_entropy": masked["entropy"]}
+        masked = swept("old" if config.objective.masked_branch == "cached" else "policy", "masked")
+        cached |= {"masked_image_log_probs": masked.log_probs, "masked_image_entropy": masked.entropy}
     if process_groups.is_last_stage():
         cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs) for row in mine]
     megatron_files.load_weights(work / "policy_megatron", model)
@@ -67,18 +68,9 @@ def run_case(work: Path, case: dict) -> None:
     optimizer.zero_grad()
     if case.get("one_step"):
         del cached["old_log_probs"]
-    metrics = papo_step(
-        wrapped,
-        collator,
-        mine,
-        cached,
-        config.training.micro_batch_size,
-        config.rollout.temperature,
-        config.objective,
-        totals=StepTotals.of(rows),
-        settings=loss_settings(config.objective, case["step"]),
-        progress=lambda _: None,
-    )
+    settings = PassSettings(config.training.micro_batch_size, config.rollout.temperature)
+    recipe = loss_recipe(config.objective, case["step"])
+    metrics, _ = papo_step(wrapped, collator, mine, cached, settings, recipe, counts_of(rows))
     metrics = finish_metrics(collectives.sum_from_last_stage(metrics))
     output = work / case["name"]
     output.mkdir(exist_ok=True)

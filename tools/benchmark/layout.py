@@ -159,7 +159,8 @@ def measure(args, directory: Path) -> dict:
     from megatron_papo.model.qwen2_5_vl import build_model
     from megatron_papo.training import accounting
     from megatron_papo.training.collator import Collator
-    from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
+    from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
+    from megatron_papo.training.loss_recipe import counts_of, loss_recipe
     from megatron_papo.training.optimizer import build_optimizer
     from megatron_papo.training.rows import make_rows
 
@@ -175,7 +176,7 @@ def measure(args, directory: Path) -> dict:
     model = build_model(hf, dtype=dtype, sequence_parallel=config.parallel.sequence_parallel, recompute="none")
     megatron_files.load_weights(directory / "megatron", model)
     wrapped, _ = build_optimizer(model, config.optimizer, dtype)
-    totals, size = StepTotals.of(rows), args.group_size
+    settings = PassSettings(args.group_size, temperature=1.0)
 
     def collator_of(config) -> Collator:
         return Collator(
@@ -191,19 +192,16 @@ def measure(args, directory: Path) -> dict:
         config = configs[layout]
         collator = collator_of(config)
 
-        def sweep(pictures):
-            return compute_log_probs(wrapped, collator, rows, size, 1.0, lambda _: None, pictures)["log_probs"]
-
-        cached = {name: sweep(pictures) for name, pictures in SWEEPS.items()}
+        constants = {
+            name: sweep(wrapped, collator, rows, settings, [kind])[kind].log_probs for name, kind in SWEEPS.items()
+        }
         wrapped.zero_grad_buffer()
-        papo_step(
-            wrapped, collator, rows, cached, size, 1.0, config.objective,
-            totals=totals, settings=loss_settings(config.objective, 0), progress=lambda _: None,
-        )  # fmt: skip
+        papo_step(wrapped, collator, rows, constants, settings, loss_recipe(config.objective, 0), counts_of(rows))
 
     collator = collator_of(config)
     batches = {
-        kind: [collator.collate(part, kind) for part in collator.plan(rows, size)] for kind in ("original", "masked")
+        kind: [collator.collate(part, kind) for part in collator.plan(rows, args.group_size)]
+        for kind in ("original", "masked")
     }
 
     def tower_passes() -> None:
@@ -231,6 +229,7 @@ def measure(args, directory: Path) -> dict:
     responses = sum(row.response_length for row in rows)
     prompts = [len(row.prompt_token_ids) for row in rows]
     tokens = {"plain": sum(prompts) + responses, "group": sum(prompts[:: args.group_size]) + responses}
+    size = args.group_size
     longest = [max(row.response_length for row in rows[start : start + size]) for start in range(0, len(rows), size)]
     tokens["plain_padded"] = sum(prompts) + size * sum(longest)
     found = {f"seconds_{name}": collectives.max_over_ranks(value) for name, value in seconds.items()}

@@ -203,32 +203,29 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
     from megatron_papo.training.collator import Collator
-    from megatron_papo.training.forward_step import StepTotals, compute_log_probs, loss_settings, papo_step
+    from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
+    from megatron_papo.training.loss_recipe import counts_of, loss_recipe
     from megatron_papo.training.optimizer import build_optimizer
     from megatron_papo.training.rows import make_rows, rollout_advantages
 
     config, hf, dtype = demo_config(overrides), read_hf_config(directory / "model"), torch.float32
-    objective, size = config.objective, config.training.micro_batch_size
+    objective, settings = config.objective, PassSettings(config.training.micro_batch_size, config.rollout.temperature)
     advantages = rollout_advantages(rollouts, config.rollout.group_size, objective.advantage, directory)
     rows = make_rows(rollouts, advantages, directory, config, hf, directory)
     model = build_model(hf, dtype=dtype, sequence_parallel=False, recompute=config.model.recompute)
     collator = Collator(config, hf, directory, with_pixels=True, device=process_groups.device(), dtype=dtype)
 
-    def sweep(pictures):
-        return compute_log_probs(model, collator, rows, size, config.rollout.temperature, lambda _: None, pictures)[
-            "log_probs"
-        ]
+    def log_probs(kind):
+        return sweep(model, collator, rows, settings, [kind])[kind].log_probs
 
-    cached = dict.fromkeys(("old_log_probs", "ref_log_probs"), sweep("original"))
+    constants = dict.fromkeys(("old_log_probs", "ref_log_probs"), log_probs("original"))
     if not objective.masked_rows_ride:
-        cached["masked_image_log_probs"] = sweep("masked")
+        constants["masked_image_log_probs"] = log_probs("masked")
     wrapped, _ = build_optimizer(model, config.optimizer, dtype)
 
     def step(model, collator) -> float:
-        metrics = papo_step(
-            model, collator, rows, cached, size, config.rollout.temperature, objective,
-            totals=StepTotals.of(rows), settings=loss_settings(objective, 0), progress=lambda _: None,
-        )  # fmt: skip
+        recipe = loss_recipe(objective, 0)
+        metrics, _ = papo_step(model, collator, rows, constants, settings, recipe, counts_of(rows))
         return float(metrics["loss"])
 
     def whole() -> float:
@@ -312,8 +309,8 @@ def objective_alone(kind: str, logits, statistics_of) -> Callable[[], None]:
     import torch
 
     from megatron_papo.distributed import process_groups
-    from megatron_papo.objective.papo_loss import papo_loss
-    from megatron_papo.training.forward_step import loss_settings
+    from megatron_papo.objective.papo_loss import Averages, MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
+    from megatron_papo.training.loss_recipe import loss_recipe
 
     config = demo_config(KINDS[kind])
     twins, rows = config.objective.masked_rows_ride, len(logits)
@@ -322,7 +319,7 @@ def objective_alone(kind: str, logits, statistics_of) -> Callable[[], None]:
     tokens = torch.randint(logits.shape[-1], (count,), device=logits.device, generator=generator).repeat(rows // count)
     positions, mask = torch.arange(rows, device=logits.device), torch.ones(1, count, device=logits.device)
     old = -12.0 + torch.rand(1, count, device=logits.device, generator=generator)
-    settings = loss_settings(config.objective, 0)
+    recipe, averages = loss_recipe(config.objective, 0), Averages(StepCounts(tokens=count, sequences=1))
 
     def forward_and_backward():
         logits.grad = None
@@ -331,22 +328,19 @@ def objective_alone(kind: str, logits, statistics_of) -> Callable[[], None]:
             temperature=config.rollout.temperature, kl_of_halves=twins, second_half_gradient=True,
         )  # fmt: skip
         log_probs, entropy = found.log_probs[None], found.entropy[None]
-        masked = {"masked_image_log_probs": old - 0.1}
+        masked_image = MaskedImageTokens(old - 0.1)
         if twins:
-            masked = {"masked_image_log_probs": log_probs[:, count:], "masked_image_entropy": entropy[:, count:]}
-            masked["exact_kl_prcp"] = found.kl[None]
-        loss, _ = papo_loss(
-            log_probs[:, :count],
-            old,
-            torch.ones(1, 1, device=logits.device),
-            mask,
-            ref_log_probs=old,
+            masked_image = MaskedImageTokens(log_probs[:, count:], entropy[:, count:], found.kl[None])
+        response_tokens = ResponseTokens(
+            log_probs=log_probs[:, :count],
+            old_log_probs=old,
+            advantages=torch.ones(1, 1, device=logits.device),
+            mask=mask,
             entropy=entropy[:, :count],
-            **masked,
-            num_tokens=count,
-            num_sequences=1,
-            **settings,
+            ref_log_probs=old,
+            masked_image=masked_image,
         )
+        loss, _ = papo_loss(response_tokens, averages, recipe.coefficients, recipe.formulas)
         loss.backward()
 
     return forward_and_backward

@@ -102,8 +102,8 @@ def parse_size(text: str) -> int:
 
 
 def verify(first: Path, second: Path, with_logits: bool) -> None:
+    from megatron_papo.checkpoint.conversion_output import byte_progress
     from megatron_papo.checkpoint.convert import open_checkpoint
-    from megatron_papo.checkpoint.progress import byte_progress
     from megatron_papo.checkpoint.verify import differences
 
     a, b = open_checkpoint(first), open_checkpoint(second)

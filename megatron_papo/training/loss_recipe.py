@@ -1,0 +1,130 @@
+"""The configured objective in the words of papo_loss: the one place where options choose formulas."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_papo.config import ObjectiveConfig
+from megatron_papo.objective.papo_loss import (
+    Averages,
+    ClipRatios,
+    Coefficients,
+    EstimatedKL,
+    Formulas,
+    StepCounts,
+    TruncatedImportanceWeights,
+    annealed_kl_prcp_coef,
+    exact_entropy,
+    exact_kl_prcp,
+    kl_abs,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    sampled_entropy,
+    sequence_average,
+    sequence_log_ratios,
+    token_average,
+    token_log_ratios,
+)
+from megatron_papo.training.rows import TrainingRollout
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "abs": kl_abs, "k2": kl_k2, "k3": kl_k3}
+
+
+@dataclass(frozen=True)
+class Twins:
+    """What the update wants of the masked-image twins that ride in its micro-batches."""
+
+    with_gradient: bool
+    """False: they are constants, there for their logits."""
+    exact_kl: bool
+    """Whether the KL of the two branches is summed over the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """The loss of one optimizer step."""
+
+    coefficients: Coefficients
+    formulas: Formulas
+    of_loss: Callable[[Tensor, StepCounts], Tensor]
+    """token_average or sequence_average."""
+    micro_batch_counts: bool
+    """Whether each micro-batch is averaged by itself, and then the micro-batches, as in the authors' code."""
+    twins: Twins | None
+    """None: no twins ride."""
+
+    def averages(self, step: StepCounts, micro_batch: StepCounts, micro_batches_of_step: int) -> Averages:
+        """Return how a micro-batch of the step is averaged.
+
+        Args:
+            step: counts of the whole step.
+            micro_batch: counts of this micro-batch alone.
+            micro_batches_of_step: on all data-parallel ranks, each of them having as many.
+        """
+        if not self.micro_batch_counts:
+            return Averages(step, self.of_loss)
+        counts = StepCounts(
+            micro_batch.tokens * micro_batches_of_step,
+            micro_batch.sequences * micro_batches_of_step,
+            micro_batch.correct_tokens * micro_batches_of_step,
+        )
+        return Averages(counts, self.of_loss)
+
+
+def loss_recipe(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.0) -> LossRecipe:
+    """Return the loss of an optimizer step.
+
+    Args:
+        objective: the configuration.
+        step: 0, 1, ... of the run, for the annealing of gamma.
+        kl_prcp_scale: what the hacking guard multiplies gamma by.
+    """
+    twins = None
+    if objective.masked_rows_ride:
+        twins = Twins(objective.masked_branch == "recompute_with_grad", objective.kl_prcp_estimator == "exact")
+    return LossRecipe(
+        coefficients_at(objective, step, kl_prcp_scale),
+        formulas_of(objective),
+        sequence_average if objective.average == "sequence" else token_average,
+        objective.average == "micro_batch",
+        twins,
+    )
+
+
+def coefficients_at(objective: ObjectiveConfig, step: int, kl_prcp_scale: float) -> Coefficients:
+    """Return the weights of the terms at a step. Annealing acts on gamma and, by the same factor, on both entropies."""
+    annealing, factor = objective.kl_prcp_annealing, 1.0
+    if annealing is not None:
+        annealed = annealed_kl_prcp_coef(step, objective.kl_prcp_coef, annealing.end, annealing.steps)
+        factor = annealed / objective.kl_prcp_coef
+    return Coefficients(
+        kl_ref=objective.kl_ref_coef,
+        kl_prcp=objective.kl_prcp_coef * factor * kl_prcp_scale,
+        entropy=objective.entropy_coef * factor,
+        masked_image_entropy=objective.masked_image_entropy_coef * factor,
+        sft=objective.sft_coef,
+    )
+
+
+def formulas_of(objective: ObjectiveConfig) -> Formulas:
+    """Return the formulas that the options name."""
+    cap, estimator = objective.importance_sampling_cap, objective.kl_prcp_estimator
+    return Formulas(
+        ClipRatios(objective.clip_ratio_low, objective.clip_ratio_high, objective.clip_ratio_dual),
+        log_ratios=sequence_log_ratios if objective.ratio_level == "sequence" else token_log_ratios,
+        importance_weights=None if cap is None else TruncatedImportanceWeights(cap),
+        kl_ref=KL_ESTIMATORS[objective.kl_ref_estimator],
+        kl_prcp=exact_kl_prcp if estimator == "exact" else EstimatedKL(KL_ESTIMATORS[estimator]),
+        kl_prcp_top_p=objective.kl_prcp_top_p,
+        kl_prcp_clip=objective.kl_prcp_clip,
+        entropy=exact_entropy if objective.entropy_estimator == "exact" else sampled_entropy,
+    )
+
+
+def counts_of(rows: Sequence[TrainingRollout]) -> StepCounts:
+    """Return the denominators of these rollouts, those left out of the loss not counted."""
+    counted = [row for row in rows if row.counts]
+    correct = sum(row.response_length for row in counted if row.is_correct)
+    return StepCounts(sum(row.response_length for row in counted), len(counted), correct)
