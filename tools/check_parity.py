@@ -265,7 +265,7 @@ class Side:
 
         from megatron_papo.data.chat import forbidden_tokens
         from megatron_papo.rollout.sample_and_grade import WEIGHT_VERSION_CHARACTERS
-        from megatron_papo.run.stage_output import input_fingerprint
+        from megatron_papo.run.stage_output import input_made_or_from_outside
         from megatron_papo.sglang.client import SglangClient
         from megatron_papo.sglang.server import open_servers
 
@@ -276,9 +276,8 @@ class Side:
         servers = open_servers(where, hf, config.server, config.model.dtype)
         self.client = SglangClient(servers, min(config.rollout.concurrency, 64), config.rollout.request_timeout_seconds)
         if load:
-            self.client.update_weights(
-                hf, input_fingerprint(hf, "give --hf a checkpoint directory")[:WEIGHT_VERSION_CHARACTERS]
-            )
+            made_by = input_made_or_from_outside(hf, "give --hf a checkpoint directory")
+            self.client.update_weights(hf, made_by.fingerprint[:WEIGHT_VERSION_CHARACTERS])
         versions = set(self.client.weight_versions())
         if len(versions) > 1:
             raise UserError(

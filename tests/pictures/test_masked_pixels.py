@@ -261,12 +261,11 @@ def published(work, tmp_path_factory):
     from megatron_papo.run.stage_output import StageOutput
 
     root = tmp_path_factory.mktemp("published")
-    config = load_config(DEMO_CONFIG)
-    with StageOutput("stage1_prepare_data", root / "data", config, [], {}) as out:
+    with StageOutput("stage1_prepare_data", root / "data", {}, {}) as out:
         for name in SIZES:
             for file in (work / f"{name}.png", work / f"{name}.npy"):
                 (out.partial / file.name).write_bytes(file.read_bytes())
-    with StageOutput("stage4_rollout", root / "rollouts", config, [], {}) as out:
+    with StageOutput("stage4_rollout", root / "rollouts", {}, {}) as out:
         groups = enumerate(["second", "third", "fourth"])
         records = [rollout(work, name, group=group, sample=sample) for group, name in groups for sample in range(2)]
         write_jsonl(out.partial / "rollouts.jsonl", records)
@@ -332,3 +331,26 @@ def test_the_tool_draws_chosen_lines_and_refuses_others(published, tmp_path):
         assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
         assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
+
+
+def test_the_tool_takes_a_run_or_a_configuration(published, tmp_path):
+    """A run directory alone is enough; half of either form is refused."""
+    from megatron_papo.run.run_config import settle_run, write_run
+
+    overrides = [*LIMITS, *masking("random", "patch")]
+    run, changes = settle_run(tmp_path / "run", DEMO_CONFIG, None, overrides, tmp_path)
+    write_run(run, changes, "bash run_all.sh")
+    (tmp_path / "run" / "iterations" / "0002").mkdir(parents=True)
+    (tmp_path / "run" / "data").symlink_to(published / "data")
+    (tmp_path / "run" / "iterations" / "0002" / "rollouts").symlink_to(published / "rollouts")
+    of_run = ["--run", tmp_path / "run", "--iteration", 2, "--output", tmp_path / "of_run"]
+    result = run_module("tools.masked_images", *of_run)
+    assert result.returncode == 0, result.stderr
+    assert draw(published, tmp_path / "by_hand", masking("random", "patch")).returncode == 0
+    names = {file.name for file in (tmp_path / "of_run").iterdir()}
+    assert names == {file.name for file in (tmp_path / "by_hand").iterdir()} and names
+    for name in names:
+        assert (tmp_path / "of_run" / name).read_bytes() == (tmp_path / "by_hand" / name).read_bytes()
+    for half in (of_run[:2], ["--config", DEMO_CONFIG, "--data", published / "data"], []):
+        refused = run_module("tools.masked_images", *half, "--output", tmp_path / "none")
+        assert refused.returncode == 2 and not (tmp_path / "none").exists()
