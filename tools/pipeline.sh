@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What run_all.sh needs around its commands: one run_all.sh per run, the log, and an end that leaves nothing running.
 # Sourced, with RUN, TODO, DRY_RUN and PATHS set by tools.start_run.
 
