@@ -1,21 +1,25 @@
-"""keep_checkpoints: older weights go, but not before the newest are whole, nor what a rollback may need; resume goes on
-as before."""
+"""What a run keeps: older weights go, but not before the newest are whole, nor what a rollback, an evaluation or the
+next iteration may need; the rest stays on record."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_papo.checkpoint.conversion_output import to_megatron
 from megatron_papo.checkpoint.convert import open_checkpoint
 from megatron_papo.checkpoint.hf_files import HFCheckpoint
-from megatron_papo.checkpoint.keep import keep_newest, keep_newest_exports, kept_checkpoints, kept_exports
+from megatron_papo.checkpoint.keep import kept_checkpoints, kept_exports, tidy
 from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
+from megatron_papo.run.run_config import write_run
+from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import require_input, verify_files
-from tests.helpers import DEMO_CONFIG, run_module
+from tests.helpers import DEMO_CONFIG, run_module, settings
 from tools.convert.geometry import config_tree
 
 ROWS = {
@@ -24,61 +28,93 @@ ROWS = {
     "passed": True,
     "conversion": "megatron_to_hf",
 }
+NO_ROLLBACK = "hacking_guard.rollback_iterations=0"
 
 
 @pytest.fixture
-def iterations(tmp_path):
-    """Five finished iterations; weights of 10 bytes."""
+def root(tmp_path):
+    """A run with five finished iterations of its six; weights of 10 bytes."""
     for number in range(1, 6):
         add(tmp_path, number)
     return tmp_path
 
 
-def add(root, number):
-    for name, weights in (("megatron", "__0_0.distcp"), ("hf", "model.safetensors")):
-        directory = root / f"{number:04}" / name
+def run_of(root: Path, *overrides) -> RunDirectory:
+    return RunDirectory(root, load_config(DEMO_CONFIG, overrides))
+
+
+def add(root, number, counts=None):
+    run = run_of(root)
+    for directory, weights in ((run.trained(number), "__0_0.distcp"), (run.exported(number), "model.safetensors")):
         directory.mkdir(parents=True)
         (directory / weights).write_bytes(b"0123456789")
         (directory / "metrics.jsonl").write_text("{}\n")
         (directory / "config.json").write_text(json.dumps(config_tree("tiny")))
-        stage = "stage5_train" if name == "megatron" else "stage6_convert_to_hf"
+        stage = "stage5_train" if directory.name == "megatron" else "stage6_convert_to_hf"
         manifest = {
             "stage": stage,
             "fingerprint": str(number),
             "command": "again",
+            "counts": counts or {},
             "files": {weights: {"bytes": 10, "sha256": "?"}},
         }
         (directory / "manifest.json").write_text(json.dumps(manifest))
-    (directory / "proof.json").write_text(json.dumps(ROWS))
+    (run.exported(number) / "proof.json").write_text(json.dumps(ROWS))
+
+
+def evaluate(root, accuracies):
+    """Publish evaluations, by iteration."""
+    for number, accuracy in accuracies.items():
+        directory = run_of(root).evaluated(number, "evaluation")
+        directory.mkdir(parents=True)
+        (directory / "metrics.json").write_text(json.dumps({"accuracy": accuracy}))
+        (directory / "manifest.json").write_text("{}")
 
 
 def kept(root):
-    return [int(path.name) for path in sorted(root.iterdir()) if list((path / "megatron").glob("*.distcp"))]
+    return sorted(int(path.parts[-3]) for path in root.glob("iterations/*/megatron/*.distcp"))
 
 
-def call(root, newest, *overrides):
-    arguments = [part for override in overrides for part in ("--set", override)]
-    return run_module(
-        "tools.keep_checkpoints", "--config", DEMO_CONFIG, *arguments, "--iterations", root, "--newest", newest
-    )
+def exports(root):
+    return sorted(int(path.parts[-3]) for path in root.glob("iterations/*/hf/model.safetensors"))
 
 
-def test_only_the_newest_are_kept_and_the_rest_stays_on_record(iterations):
-    done = call(iterations, 5, "keep_checkpoints=null")
-    assert done.returncode == 0 and kept(iterations) == [1, 2, 3, 4, 5]  # all
-    done = call(iterations, 5, "keep_checkpoints=2")
-    assert done.returncode == 0, done.stderr
-    assert kept(iterations) == [4, 5] and "0003/megatron: 0.00 GB deleted" in done.stdout
-    old = iterations / "0002"
-    assert (old / "megatron" / "metrics.jsonl").exists() and (old / "hf" / "model.safetensors").exists()
-    assert require_input(old / "megatron", ("stage5_train",), "hint") == "2"  # its stage still counts as done
+def test_only_the_newest_are_kept_and_the_rest_stays_on_record(root, capsys):
+    tidy(run_of(root, "keep_checkpoints=null"), 5)
+    assert kept(root) == [1, 2, 3, 4, 5] and capsys.readouterr().out == ""  # all
+    run = run_of(root, "keep_checkpoints=2")
+    tidy(run, 5)
+    assert kept(root) == [4, 5] and "0003/megatron: 0.00 GB deleted" in capsys.readouterr().out
+    old = run.trained(2)
+    assert (old / "metrics.jsonl").exists() and (run.exported(2) / "model.safetensors").exists()
+    assert require_input(old, ("stage5_train",), "hint").fingerprint == "2"  # its stage still counts as done
     for use in (verify_files, TorchDistCheckpoint, open_checkpoint):
         with pytest.raises(UserError, match="its weights were deleted .*raise keep_checkpoints, or make it again"):
-            use(old / "megatron")
-    assert call(iterations, 2, "keep_checkpoints=2").returncode == 0 and kept(iterations) == [
-        4,
-        5,
-    ]  # run again after a crash
+            use(old)
+    tidy(run, 2)  # run again after a crash
+    assert kept(root) == [4, 5]
+
+
+def test_the_command_that_exports_deletes(root, tiny_hf):
+    """Stage 6 of a run; the keys may be given to it alone."""
+    run = run_of(root, "keep_checkpoints=1", "keep_exports=null", NO_ROLLBACK)
+    write_run(run, [], "a test")
+    to_megatron(tiny_hf, run.trained(6), {})
+
+    def export(*overrides):
+        return run_module("stages.stage6_convert_to_hf", "--run", root, "--iteration", 6, *settings(*overrides))
+
+    (run.exported(5) / "proof.json").rename(root / "proof.json")  # of an older one: not asked for
+    done = export("keep_checkpoints=null")
+    assert done.returncode == 0, done.stderr
+    assert kept(root)[:5] == [1, 2, 3, 4, 5] and exports(root) == [1, 2, 3, 4, 5, 6]
+    done = export()
+    assert done.returncode == 0 and "nothing to do" in done.stdout, done.stderr
+    assert set(kept(root)) == {6} and "0005/megatron: 0.00 GB deleted" in done.stdout
+    (run.exported(6) / "proof.json").unlink()
+    done = export("keep_exports=1")
+    assert done.returncode == 2 and "proof.json: missing" in done.stderr and "Traceback" not in done.stderr
+    assert exports(root) == [1, 2, 3, 4, 5, 6]
 
 
 SAVED = st.lists(st.integers(1, 30), unique=True)
@@ -136,64 +172,85 @@ def test_null_keeps_all():
     assert kept_checkpoints(3, [1, 2, 3], 1, 0) == {3} == kept_exports(3, [3, 2, 1], 1)  # control
 
 
-def exports(root):
-    return [int(path.parent.parent.name) for path in sorted(root.glob("*/hf/model.safetensors"))]
-
-
-def test_exports_are_pruned_and_stay_on_record(iterations, capsys):
-    config = load_config(DEMO_CONFIG, ["keep_exports=1"])
-    keep_newest_exports(config, iterations, 5, best={2}, needed={3})
-    assert exports(iterations) == [2, 3, 5] and kept(iterations) == [1, 2, 3, 4, 5]
+def test_exports_are_pruned_and_stay_on_record(root, capsys):
+    """5 is the newest, 2 the best, and 3 not yet evaluated."""
+    cadence = ["evaluate_every=1", "keep_best=1"]
+    run = run_of(root, "keep_exports=1", *cadence)
+    evaluate(root, {1: 0.1, 2: 0.9, 4: 0.3, 5: 0.4})
+    tidy(run, 5)
+    assert exports(root) == [2, 3, 5] and kept(root) == [1, 2, 3, 4, 5]
     assert "keep_exports: " in capsys.readouterr().out
-    gone = iterations / "0004" / "hf"
+    gone = run.exported(4)
     assert (gone / "metrics.jsonl").exists() and (gone / "proof.json").exists()
     assert json.loads((gone / "pruned.json").read_text())["reason"] == "keep_exports: 1"
-    assert require_input(gone, ("stage6_convert_to_hf",), "hint") == "4"  # its stage still counts as done
+    assert require_input(gone, ("stage6_convert_to_hf",), "hint").fingerprint == "4"  # its stage still counts as done
     message = "0004/hf: its weights were deleted .*raise keep_exports, or make it again"
     for use in (verify_files, HFCheckpoint, model_fingerprint):
         with pytest.raises(UserError, match=message):
             use(gone)
-    verify_files(iterations / "0003" / "hf", {"model.safetensors": "?"})  # control
-    keep_newest_exports(config, iterations, 5, best=set(), needed=set())  # no longer held
-    assert exports(iterations) == [5]
-    keep_newest_exports(load_config(DEMO_CONFIG, ["keep_exports=null"]), iterations, 5, best=set(), needed=set())
-    assert exports(iterations) == [5]
+    verify_files(run.exported(3), {"model.safetensors": "?"})  # control
+    evaluate(root, {3: 0.2})
+    tidy(run_of(root, "keep_exports=1", "evaluate_every=1"), 5)  # no longer held
+    assert exports(root) == [5]
+    tidy(run_of(root, "keep_exports=null", *cadence), 5)
+    assert exports(root) == [5]
 
 
-def test_no_export_goes_before_the_newest_is_complete(iterations):
-    (iterations / "0005/hf/model.safetensors").write_bytes(b"0")
+def test_the_export_that_samples_next_is_held(root):
+    stale = ["rollout.max_staleness=1", "objective.importance_sampling_cap=2"]
+    tidy(run_of(root, "keep_exports=1", *stale), 5)
+    assert exports(root) == [4, 5]
+    tidy(run_of(root, "keep_exports=1"), 5)  # control
+    assert exports(root) == [5]
+
+
+def test_no_export_goes_before_the_newest_is_complete(root):
+    (run_of(root).exported(5) / "model.safetensors").write_bytes(b"0")
     with pytest.raises(UserError, match="0005/hf/model.safetensors: missing or of another size .* nothing is deleted"):
-        keep_newest_exports(load_config(DEMO_CONFIG, ["keep_exports=1"]), iterations, 5, best=set(), needed=set())
-    assert exports(iterations) == [1, 2, 3, 4, 5]
+        tidy(run_of(root, "keep_exports=1"), 5)
+    assert exports(root) == [1, 2, 3, 4, 5]
 
 
-def test_what_was_stopped_in_the_middle_is_finished_and_does_not_count(iterations):
+def test_what_was_stopped_in_the_middle_is_finished_and_does_not_count(root):
     """The note is there, some of the weights as well: not a checkpoint to keep."""
-    (iterations / "0004/megatron/pruned.json").write_text('{"key": "keep_checkpoints"}')
-    config = load_config(DEMO_CONFIG, ["keep_checkpoints=2", "hacking_guard.rollback_iterations=0"])
-    keep_newest(config, iterations, 5)
-    assert kept(iterations) == [3, 5]
+    run = run_of(root, "keep_checkpoints=2", NO_ROLLBACK)
+    (run.trained(4) / "pruned.json").write_text('{"key": "keep_checkpoints"}')
+    tidy(run, 5)
+    assert kept(root) == [3, 5]
 
 
-def test_the_best_are_held(iterations):
-    config = load_config(DEMO_CONFIG, ["keep_checkpoints=1", "hacking_guard.rollback_iterations=0"])
-    keep_newest(config, iterations, 5, best={1, 9})
-    assert kept(iterations) == [1, 5]
+def test_the_best_are_held(root):
+    """Of equals the later; the model before training is none of them."""
+    evaluate(root, {0: 1.0, 1: 0.9, 2: 0.8, 3: 0.8, 4: 0.1, 5: 0.2})
+    cadence = ["keep_checkpoints=1", NO_ROLLBACK, "evaluate_every=1"]
+    tidy(run_of(root, *cadence, "keep_best=2"), 5)
+    assert kept(root) == [1, 3, 5]
+    tidy(run_of(root, *cadence), 5)  # control
+    assert kept(root) == [5]
+
+
+def test_checkpoints_without_optimizer_go_when_they_are_exported(root):
+    """They lie between whole ones (checkpoint_every) and do not count as kept."""
+    for number in (6, 7, 8):
+        add(root, number, counts={"weights_alone": True})
+    tidy(run_of(root, "keep_checkpoints=2", NO_ROLLBACK, "iterations=9"), 7)
+    assert kept(root) == [4, 5, 7, 8]
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda root: (root / "0005/hf/manifest.json").unlink(), "0005/hf: not complete: nothing is deleted"),
+        (lambda run: (run.exported(5) / "manifest.json").unlink(), "0005/hf: not complete: nothing is deleted"),
         (
-            lambda root: (root / "0005/megatron/__0_0.distcp").write_bytes(b"0"),
+            lambda run: (run.trained(5) / "__0_0.distcp").write_bytes(b"0"),
             "__0_0.distcp: missing or of another size",
         ),
-        (lambda root: (root / "0005/hf/proof.json").unlink(), "proof.json: missing"),
+        (lambda run: (run.exported(5) / "proof.json").unlink(), "proof.json: missing"),
     ],
 )
-def test_nothing_goes_before_the_newest_is_complete(iterations, spoil, message):
-    spoil(iterations)
-    done = call(iterations, 5, "keep_checkpoints=1")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert kept(iterations) == [1, 2, 3, 4, 5]
+def test_nothing_goes_before_the_newest_is_complete(root, spoil, message):
+    run = run_of(root, "keep_checkpoints=1")
+    spoil(run)
+    with pytest.raises(UserError, match=message):
+        tidy(run, 5)
+    assert kept(root) == [1, 2, 3, 4, 5]
