@@ -28,6 +28,11 @@ def common(server, server_dir, demo_data, tiny_hf):
 
 
 @pytest.fixture(scope="module")
+def common_evaluation(server, server_dir, evaluation_data, tiny_hf):
+    return ["--data", evaluation_data, "--hf", tiny_hf, "--server", server_dir]
+
+
+@pytest.fixture(scope="module")
 def rollouts(common, tmp_path_factory):
     output = tmp_path_factory.mktemp("stage4") / "rollouts"
     result = stage("stages.stage4_rollout", *common, "--iteration", 3, "--output", output)
@@ -137,13 +142,13 @@ def test_replicas_given_by_their_urls_give_the_same_bytes(server, rollouts, comm
     assert (output / "rollouts.jsonl").read_bytes() == (rollouts / "rollouts.jsonl").read_bytes()
 
 
-def test_evaluation(common, demo_data, tmp_path):
+def test_evaluation(common_evaluation, evaluation_data, tmp_path):
     output = tmp_path / "evaluation"
-    result = stage("stages.stage7_evaluate", *common, "--output", output)
+    result = stage("stages.stage7_evaluate", *common_evaluation, "--output", output)
     assert result.returncode == 0, result.stderr
     predictions = read_jsonl(output / "predictions.jsonl", Prediction)
     metrics = json.loads((output / "metrics.json").read_text())
-    prompts = read_jsonl(demo_data / "evaluation.jsonl", Prompt)
+    prompts = read_jsonl(evaluation_data / "prompts.jsonl", Prompt)
     assert (
         len(predictions) == 2 * 2 * len(prompts)
         and metrics["prompts"] == len(prompts)
@@ -168,14 +173,9 @@ def test_evaluation(common, demo_data, tmp_path):
         "evaluation.masked_images=false",
         "evaluation.samples_per_prompt=1",
     ]
-    result = stage("stages.stage7_evaluate", *common, "--output", smaller, overrides=overrides)
+    result = stage("stages.stage7_evaluate", *common_evaluation, "--output", smaller, overrides=overrides)
     assert result.returncode == 0, result.stderr
     assert {one.image for one in read_jsonl(smaller / "predictions.jsonl", Prediction)} == {"original"}
-
-
-def copied(demo_data, tmp_path):
-    shutil.copytree(demo_data, tmp_path / "data")
-    return tmp_path / "data"
 
 
 def refused(result, output, *words):
@@ -186,11 +186,12 @@ def refused(result, output, *words):
 
 
 @pytest.mark.parametrize(
-    "name, set_name", [("stages.stage4_rollout", "prompts.jsonl"), ("stages.stage7_evaluate", "evaluation.jsonl")]
+    "name, made", [("stages.stage4_rollout", "demo_data"), ("stages.stage7_evaluate", "evaluation_data")]
 )
-def test_truncated_prompts(demo_data, tiny_hf, tmp_path, name, set_name):
-    data, output = copied(demo_data, tmp_path), tmp_path / "output"
-    file = data / set_name
+def test_truncated_prompts(request, tiny_hf, tmp_path, name, made):
+    data, output = tmp_path / "data", tmp_path / "output"
+    shutil.copytree(request.getfixturevalue(made), data)
+    file = data / "prompts.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     iteration = ["--iteration", 1] if "stage4" in name else []
     result = stage(
@@ -206,28 +207,39 @@ def test_other_tokenizer_is_refused(demo_data, checkpoints, tmp_path):
     tokenizer = json.loads((foreign / "tokenizer.json").read_text())
     tokenizer["added_tokens"][0]["content"] = "<|other|>"
     (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
-    arguments = [
-        "--data",
-        demo_data,
-        "--hf",
-        foreign,
-        "--server",
-        tmp_path / "server",
-        "--iteration",
-        1,
-        "--output",
-        output,
-    ]
+    arguments = ["--data", demo_data, "--hf", foreign, "--server", tmp_path / "server", "--iteration", 1]
+    arguments += ["--output", output]
     refused(stage("stages.stage4_rollout", *arguments), output, "tokenizer.json", str(demo_data))
 
 
-def test_inputs_that_are_not_there(demo_data, tiny_hf, tmp_path):
+def test_inputs_that_are_not_there(demo_data, evaluation_data, tiny_hf, tmp_path):
     output = tmp_path / "output"
     end = ["--server", tmp_path / "server", "--output", output]
+    command = "make it with: .venv/bin/python -m stages.stage1_prepare_data ..."
     result = stage("stages.stage4_rollout", "--data", tmp_path / "none", "--hf", tiny_hf, "--iteration", 1, *end)
-    refused(result, output, str(tmp_path / "none"), "stage1_prepare_data")
-    result = stage("stages.stage7_evaluate", "--data", demo_data, "--hf", tmp_path / "none", *end)
-    refused(result, output, str(tmp_path / "none"))
+    refused(result, output, str(tmp_path / "none"), command)
+    result = stage("stages.stage7_evaluate", "--data", evaluation_data, "--hf", tmp_path / "none", *end)
+    refused(result, output, str(tmp_path / "none"), "stages.stage2_sft")
     nobody = ["--server", "http://127.0.0.1:9", "--output", output]
     result = stage("stages.stage4_rollout", "--data", demo_data, "--hf", tiny_hf, "--iteration", 1, *nobody)
     refused(result, output, "http://127.0.0.1:9", "does not answer")
+
+
+@pytest.mark.parametrize(
+    "missing, words",
+    [
+        ("--iteration", "without --run needed: --iteration"),
+        ("--data", "without --run needed: --data"),
+        ("--output", "without --run needed: --output"),
+        ("--server", "--server: missing: name the directory of a server"),
+        ("--config", "give --run DIR, or --config FILE with every input and the output"),
+    ],
+)
+def test_what_is_needed_without_a_run(missing, words, tmp_path):
+    everything = dict.fromkeys(("--data", "--hf", "--previous", "--server", "--output"), tmp_path / "none")
+    everything |= {"--config": DEMO_CONFIG, "--iteration": 2}
+    given = [part for option, value in everything.items() if option != missing for part in (option, value)]
+    dynamic = settings("rollout.dynamic_sampling={}", "training.global_batch_size=1")
+    result = run_module("stages.stage4_rollout", *given, *dynamic)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []

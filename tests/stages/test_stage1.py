@@ -429,8 +429,9 @@ def test_an_evaluation_set_is_one_of_the_configuration(stage, tmp_path):
     assert not (tmp_path / "out").exists()
     output = stage("unused", evaluation_set="evaluation")
     assert [len(read_jsonl(file, Prompt)) for file in output.glob("*.jsonl")] == [2]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"problem": "?", "answer": "1"}) + "\n")
     with pytest.raises(UserError, match="made from something else .*differs in"):
-        stage("unused")  # the training data are another output
+        stage(tmp_path / "set.jsonl")  # the training data are another output
 
 
 def test_the_demo_through_the_command_line(demo_data, evaluation_data, tiny_hf):
