@@ -10,15 +10,16 @@ import pytest
 
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import StageOutput, input_fingerprint, read_manifest, require_input
+from megatron_papo.run import stage_output
+from megatron_papo.run.stage_output import Input, StageOutput, input_made_or_from_outside, read_manifest, require_input
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 def output(directory, *overrides, stage="stage1_prepare_data", inputs=None, arguments=None):
-    return StageOutput(
-        stage, directory, load_config(DEMO, overrides), ["seed", "rollout", "model.dtype"], inputs or {}, arguments
-    )
+    config = load_config(DEMO, overrides)
+    values = {"seed": config.seed, "rollout": config.rollout.model_dump(), "model.dtype": config.model.dtype}
+    return StageOutput(stage, directory, values, inputs or {}, arguments)
 
 
 def make(directory, text="hello", **options):
@@ -54,7 +55,7 @@ def test_the_fingerprint_covers_what_the_stage_reads_and_nothing_else(tmp_path):
         output(tmp_path / "x", "rollout.temperature=0.5"),
         output(tmp_path / "x", "model.dtype=bfloat16"),
         output(tmp_path / "x", stage="stage2_sft"),
-        output(tmp_path / "x", inputs={"a": "1"}),
+        output(tmp_path / "x", inputs={"a": Input(None, "1")}),
         output(tmp_path / "x", arguments={"iteration": 1}),
     ]
     assert len({base, *(out.fingerprint for out in different)}) == 7
@@ -139,13 +140,52 @@ def test_missing_and_foreign_inputs_name_the_command(tmp_path):
 def test_outside_inputs_count_by_content(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "f").write_text("1")
-    first = input_fingerprint(tmp_path / "a", "hint")
+    first = input_made_or_from_outside(tmp_path / "a", "hint").fingerprint
     (tmp_path / "a").rename(tmp_path / "b")
-    assert input_fingerprint(tmp_path / "b", "hint") == first
+    assert input_made_or_from_outside(tmp_path / "b", "hint").fingerprint == first
     (tmp_path / "b" / "f").write_text("2")
-    assert input_fingerprint(tmp_path / "b", "hint") != first
+    assert input_made_or_from_outside(tmp_path / "b", "hint").fingerprint != first
     with pytest.raises(UserError, match="not there: hint"):
-        input_fingerprint(tmp_path / "c", "hint")
+        input_made_or_from_outside(tmp_path / "c", "hint")
+
+
+def test_what_a_stage_made_counts_by_its_recipe(tmp_path):
+    made = make(tmp_path / "data")
+    assert input_made_or_from_outside(tmp_path / "data", "hint").fingerprint == made.fingerprint
+    (tmp_path / "data" / "sub" / "file.txt").write_text("other bits of another GPU")
+    assert input_made_or_from_outside(tmp_path / "data", "hint").fingerprint == made.fingerprint
+
+
+def test_files_are_verified_once_however_many_inputs_lie_there(tmp_path, count_of_hashes):
+    make(tmp_path / "data")
+    same = {name: require_input(tmp_path / "data", ("stage1_prepare_data",), "C") for name in ("a", "b", "c")}
+    before = len(count_of_hashes)
+    with output(tmp_path / "next", stage="stage4_rollout", inputs=same):
+        assert count_of_hashes[before:] == [tmp_path / "data" / "sub" / "file.txt"]
+    trusted = {name: Input(made.path, made.fingerprint, verify=False) for name, made in same.items()}
+    before = len(count_of_hashes)
+    with output(tmp_path / "again", stage="stage4_rollout", inputs=trusted):
+        assert count_of_hashes[before:] == []
+
+
+@pytest.fixture
+def count_of_hashes(monkeypatch):
+    """The files that are hashed, in order; the hashing is the real one."""
+    hashed, real = [], stage_output.file_hash
+    monkeypatch.setattr(stage_output, "file_hash", lambda path: hashed.append(path) or real(path))
+    return hashed
+
+
+def test_nothing_but_git_is_missing_without_git(tmp_path):
+    """What only describes a run does not end it."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[2]); import test_stage_output as t; from pathlib import Path;"
+        "t.make(Path(sys.argv[1]))"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "data"), str(Path(__file__).parent)]
+    subprocess.run(command, env=environment, check=True)
+    assert read_manifest(tmp_path / "data")["git_commit"] is None
 
 
 def test_manifest_is_plain_json(tmp_path):
