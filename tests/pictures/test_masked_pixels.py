@@ -6,6 +6,7 @@ NOT covered here: what the tower makes of them (tests/model), whether masked log
 
 import base64
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -318,6 +319,30 @@ def test_the_tool_draws_what_the_collator_fed(work, published, tmp_path, strateg
             assert float(share.split()[0]) == pytest.approx(float(changed), abs=5e-5)
 
 
+def test_a_run_and_an_iteration_are_all_the_tool_needs(published, tmp_path):
+    from megatron_papo.run.run_config import write_run
+    from megatron_papo.run.run_directory import RunDirectory
+
+    overrides = masking("random", "patch")
+    run = RunDirectory(tmp_path / "run", load_config(DEMO_CONFIG, [*LIMITS, *overrides]))
+    write_run(run, [], "a test")
+    shutil.copytree(published / "data", run.data)
+    shutil.copytree(published / "rollouts", run.rollouts(2))
+    outputs = tmp_path / "by run", tmp_path / "by hand"
+    command = ["--run", run.root, "--iteration", 2, "--line", 1, "--output", outputs[0]]
+    by_run = run_module("tools.masked_images", *command)
+    assert by_run.returncode == 0, by_run.stderr
+    assert draw(published, outputs[1], overrides, "--line", 1).returncode == 0
+    pictures = [{file.name: file.read_bytes() for file in output.iterdir()} for output in outputs]
+    assert pictures[0] == pictures[1] and len(pictures[0]) > 0
+    missing = run_module("tools.masked_images", *command[:3], 1, "--output", tmp_path / "none")
+    assert missing.returncode == 2 and "stages.stage4_rollout --run" in missing.stderr
+    for wrong in (["--run", run.root], ["--run", run.root, "--iteration", 2, "--data", run.data]):
+        refused = run_module("tools.masked_images", *wrong, "--output", tmp_path / "none")
+        assert refused.returncode == 2 and "give --run and --iteration, or" in refused.stderr
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_tool_draws_chosen_lines_and_refuses_others(published, tmp_path):
     result = draw(published, tmp_path / "some", [], "--line", 6, "--line", 3)
     assert result.returncode == 0, result.stderr
@@ -331,26 +356,3 @@ def test_the_tool_draws_chosen_lines_and_refuses_others(published, tmp_path):
         assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
         assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["some"]
-
-
-def test_the_tool_takes_a_run_or_a_configuration(published, tmp_path):
-    """A run directory alone is enough; half of either form is refused."""
-    from megatron_papo.run.run_config import settle_run, write_run
-
-    overrides = [*LIMITS, *masking("random", "patch")]
-    run, changes = settle_run(tmp_path / "run", DEMO_CONFIG, None, overrides, tmp_path)
-    write_run(run, changes, "bash run_all.sh")
-    (tmp_path / "run" / "iterations" / "0002").mkdir(parents=True)
-    (tmp_path / "run" / "data").symlink_to(published / "data")
-    (tmp_path / "run" / "iterations" / "0002" / "rollouts").symlink_to(published / "rollouts")
-    of_run = ["--run", tmp_path / "run", "--iteration", 2, "--output", tmp_path / "of_run"]
-    result = run_module("tools.masked_images", *of_run)
-    assert result.returncode == 0, result.stderr
-    assert draw(published, tmp_path / "by_hand", masking("random", "patch")).returncode == 0
-    names = {file.name for file in (tmp_path / "of_run").iterdir()}
-    assert names == {file.name for file in (tmp_path / "by_hand").iterdir()} and names
-    for name in names:
-        assert (tmp_path / "of_run" / name).read_bytes() == (tmp_path / "by_hand" / name).read_bytes()
-    for half in (of_run[:2], ["--config", DEMO_CONFIG, "--data", published / "data"], []):
-        refused = run_module("tools.masked_images", *half, "--output", tmp_path / "none")
-        assert refused.returncode == 2 and not (tmp_path / "none").exists()
