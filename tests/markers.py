@@ -37,6 +37,7 @@ MARKERS = {
         "tools/test_check_parity.py",
     ],
     "torchrun": [
+        "distributed/test_collectives.py",
         "model/test_log_probs.py",
         "model/test_parity.py",
         "rollout/test_dapo_stages.py",

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_papo.config import ObjectiveConfig
 from megatron_papo.errors import UserError
@@ -129,7 +129,7 @@ def objective_of(case: dict) -> dict:
     }
 
 
-def run_case(case: dict, num_tokens: float | None = None, **changes: object) -> tuple[dict[str, float], "torch.Tensor"]:
+def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> tuple[dict[str, float], "torch.Tensor"]:
     """Run one case through our objective.
 
     Args:
@@ -142,8 +142,6 @@ def run_case(case: dict, num_tokens: float | None = None, **changes: object) -> 
     import torch
 
     from megatron_papo.distributed import process_groups
-
-    process_groups.hush_known_warnings()
     from megatron_papo.model.log_probs import token_statistics
     from megatron_papo.objective.papo_loss import MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
     from megatron_papo.training.collator import pad_responses
@@ -161,7 +159,9 @@ def run_case(case: dict, num_tokens: float | None = None, **changes: object) -> 
     logits = torch.tensor(case["logits"], dtype=torch.float32).requires_grad_()
     positions = mask.flatten().nonzero()[:, 0]
     sampled = table("responses").flatten()[positions]
-    statistics = token_statistics(logits.flatten(0, 1), positions, sampled, torch.distributed.group.WORLD)
+    world = torch.distributed.group.WORLD
+    assert world is not None  # connect() has made it
+    statistics = token_statistics(logits.flatten(0, 1), positions, sampled, world)
     correct = torch.tensor(case.get("correctness_mult_mask", [1.0] * len(mask)))[:, None]
     tokens = ResponseTokens(
         log_probs=pad_responses([statistics.log_probs], mask),
@@ -177,12 +177,12 @@ def run_case(case: dict, num_tokens: float | None = None, **changes: object) -> 
     counts = StepCounts(total, len(mask), (mask * correct).sum().item())
     averages = recipe.averages(counts, counts, micro_batches_of_step=1)
     loss, metrics = papo_loss(tokens, averages, recipe.coefficients, recipe.formulas)
-    loss.backward()
-    metrics["grad_norm"] = logits.grad.norm()
-    return {name: value.item() for name, value in metrics.items()}, logits.grad
+    [gradient] = torch.autograd.grad(loss, [logits])
+    metrics["grad_norm"] = gradient.norm()
+    return {name: value.item() for name, value in metrics.items()}, gradient
 
 
-def errors_of(case: dict, **changes: object) -> dict[str, float]:
+def errors_of(case: dict, **changes: Any) -> dict[str, float]:
     """Return the largest relative error of loss, metrics and gradient; changes: as run_case takes them.
 
     Raises UserError where a metric of theirs is one that we lack.

@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,10 @@ from megatron_papo.run.command_line import run
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
+
+    from megatron_papo.run.records import Prompt, Rollout
+    from megatron_papo.sglang.requests import Sample
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 1.5)}
@@ -104,17 +109,15 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = configuration(arguments)
-    limits = tuple(
-        given or default
-        for given, default in zip((arguments.max_mean_difference, arguments.max_difference), LIMITS[config.model.dtype])
-    )
+    mean_limit, largest_limit = LIMITS[config.model.dtype]
+    limits = arguments.max_mean_difference or mean_limit, arguments.max_difference or largest_limit
     with tempfile.TemporaryDirectory(prefix="check_parity_") as work:
         answer = check(arguments, config, limits, Path(work))
     print(json.dumps(answer), flush=True)
     sys.exit(0 if answer["passed"] else 1)
 
 
-def configuration(arguments) -> Config:
+def configuration(arguments: argparse.Namespace) -> Config:
     """The configuration with, unless --config or --set says otherwise, the dtype of the checkpoint."""
     from megatron_papo.model.hf_config import read_hf_config
 
@@ -130,7 +133,7 @@ def configuration(arguments) -> Config:
     return load_config(arguments.config or DEFAULT_CONFIG, overrides)
 
 
-def check(arguments, config: Config, limits: tuple[float, float], work: Path) -> dict:
+def check(arguments: argparse.Namespace, config: Config, limits: tuple[float, float], work: Path) -> dict:
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.sglang import server as sglang_server
 
@@ -144,8 +147,10 @@ def check(arguments, config: Config, limits: tuple[float, float], work: Path) ->
     try:
         server = Side(arguments.hf, where, config, root, load=arguments.load or not where.startswith("http"))
         sampled = server.sample(prompts, config.rollout.top_p)
-        wrong_pictures = server.sample(prompts, config.rollout.top_p, nearest) if arguments.controls else None
-        cut_off = server.sample(prompts, 0.9) if arguments.controls else None
+        wrong_pictures, cut_off = [], []
+        if arguments.controls:
+            wrong_pictures = server.sample(prompts, config.rollout.top_p, nearest)
+            cut_off = server.sample(prompts, 0.9)
     finally:
         if not arguments.server:
             sglang_server.stop_all(work / "server")
@@ -245,7 +250,7 @@ def read_prompts(file: Path, hf: Path, config: Config) -> tuple[Path, list]:
     return file.parent, prompts
 
 
-def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config):
+def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config) -> "Prompt":
     from megatron_papo.data.chat import ChatFormat
     from megatron_papo.pictures.preprocess import grid_of_file, num_image_tokens
     from megatron_papo.run.records import Prompt
@@ -276,8 +281,8 @@ class Side:
         servers = open_servers(where, hf, config.server, config.model.dtype)
         self.client = SglangClient(servers, min(config.rollout.concurrency, 64), config.rollout.request_timeout_seconds)
         if load:
-            made_by = input_made_or_from_outside(hf, "give --hf a checkpoint directory")
-            self.client.update_weights(hf, made_by.fingerprint[:WEIGHT_VERSION_CHARACTERS])
+            fingerprint = input_made_or_from_outside(hf, "give --hf a checkpoint directory").fingerprint
+            self.client.update_weights(hf, fingerprint[:WEIGHT_VERSION_CHARACTERS])
         versions = set(self.client.weight_versions())
         if len(versions) > 1:
             raise UserError(
@@ -293,27 +298,27 @@ class Side:
 
         limits = self.config.data.min_pixels, self.config.data.max_pixels
 
-        def pictures(prompt):
+        def pictures(prompt: "Prompt") -> list[str]:
             resized = load_images(self.root, prompt.images, *limits)
             if picture is not None:
                 resized = [
-                    picture(open_image(self.root, name), right.size) for name, right in zip(prompt.images, resized)
+                    picture(open_image(self.root, name), right.size)
+                    for name, right in zip(prompt.images, resized, strict=True)
                 ]
-            return [to_data_uri(one) for one in resized]
+            return [to_data_uri(image) for image in resized]
 
         jobs = [(prompt, sample) for prompt in prompts for sample in range(SAMPLES_PER_PROMPT)]
         requests = [
-            Request(prompt, seed, lambda prompt=prompt: pictures(prompt), prompt.id)
-            for seed, (prompt, _) in enumerate(jobs)
+            Request(prompt, seed, partial(pictures, prompt), prompt.id) for seed, (prompt, _) in enumerate(jobs)
         ]
         settings = self.config.rollout
         sampling = Sampling(
             settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.forbidden
         )
-        samples = self.client.sample(requests, sampling, self.version)
-        return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples)]
+        samples = [sample for sample in self.client.sample(requests, sampling, self.version) if sample is not None]
+        return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples, strict=True)]
 
-    def _record(self, prompt, number: int, sample):
+    def _record(self, prompt: "Prompt", number: int, sample: "Sample") -> "Rollout":
         from megatron_papo.run.records import Rewards, Rollout
 
         return Rollout(
@@ -366,7 +371,7 @@ class Megatron:
         megatron_files.load_weights(self.checkpoint, self.model)
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *_: object) -> None:
         from megatron_papo.distributed import process_groups
 
         process_groups.shutdown()
@@ -404,7 +409,14 @@ class Megatron:
         difference = (log_probs.double() - theirs.double()).abs()
         bias = sampling_bias_metrics(sampling_bias_sums(log_probs, entropy))
         worst = [one.in_context(self.decode) for one in worst_tokens(rows, by_rollout)]
-        return Outcome(len(difference), difference.mean().item(), difference.max().item(), *bias.values(), worst)
+        return Outcome(
+            len(difference),
+            difference.mean().item(),
+            difference.max().item(),
+            bias["sampling_bias"],
+            bias["sampling_bias_error"],
+            worst,
+        )
 
     def move_weights(self) -> None:
         """By 3 % each, as far as an update might: the server is then one behind."""
@@ -417,7 +429,7 @@ class Megatron:
                 parameter.mul_(1 + 0.03 * noise)
 
 
-def nearest(native, size: tuple[int, int]):
+def nearest(native: "Image.Image", size: tuple[int, int]) -> "Image.Image":
     """A picture resized to the right size the wrong way; one that had it already, moved by a patch's half."""
     from PIL import Image, ImageChops
 

@@ -1,27 +1,41 @@
 """What the ranks of a training job tell each other, apart from tensors of the model."""
 
 import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import SupportsFloat, TypeVar
 
 from megatron_papo.distributed import process_groups
 from megatron_papo.errors import UserError
 
+Value = TypeVar("Value")
+
+LAUNCHER_SECONDS = 5.0
+"""Within this time a launcher ends the other processes when one has failed; torchrun looks ten times a second."""
+
 
 @contextmanager
-def first_process_speaks():
-    """For checks that fail alike in every process: only the first one reports the UserError, the others leave
-    quietly."""
+def first_process_speaks() -> Iterator[None]:
+    """Report a UserError once where it comes up in every process alike, and by its rank where it does not.
+
+    The first process reports it and ends, upon which the launcher ends the others. One that is still there after a
+    while has failed alone (another file system, another machine) and says so itself.
+    """
     try:
         yield
-    except UserError:
+    except UserError as error:
         if process_groups.is_main_rank():
             raise
+        time.sleep(LAUNCHER_SECONDS)
+        for line in str(error).splitlines():
+            print(f"error: rank {process_groups.rank()}: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def is_reporting_rank() -> bool:
-    """The one process that sees losses first: last pipeline stage, first tensor- and data-parallel rank. It shows and
-    logs them."""
+    """Return whether this is the one process that shows and logs losses: of the last pipeline stage, which sees them,
+    the first tensor- and data-parallel rank."""
     return (
         process_groups.is_last_stage()
         and process_groups.tp_group().rank() == 0
@@ -29,27 +43,29 @@ def is_reporting_rank() -> bool:
     )
 
 
-def sum_from_last_stage(values: dict) -> dict[str, float]:
-    """Adds up {name: scalar} over the data-parallel ranks of the last pipeline stage; every rank gets the sums."""
-    mine = {}
+def sum_from_last_stage(values: Mapping[str, SupportsFloat]) -> dict[str, float]:
+    """Return the sums of named scalars over the data-parallel ranks of the last pipeline stage, on every rank."""
+    contribution: dict[str, float] = {}
     if process_groups.is_last_stage() and process_groups.tp_group().rank() == 0:
-        mine = {name: float(value) for name, value in values.items()}
-    everyone = _gather(mine)
-    names = next(each for each in everyone if each)
-    return {name: sum(each[name] for each in everyone if each) for name in names}
+        contribution = {name: float(value) for name, value in values.items()}
+    contributions = [of_rank for of_rank in gather(contribution) if of_rank]
+    return {name: sum(of_rank[name] for of_rank in contributions) for name in contributions[0]}
 
 
 def max_over_ranks(value: float) -> float:
-    return max(_gather(value))
+    """Return the largest of the ranks' values, on every rank."""
+    return max(gather(value))
 
 
 def barrier() -> None:
-    _gather(None)
+    """Return once every rank is here."""
+    gather(None)
 
 
-def _gather(value) -> list:
+def gather(value: Value) -> list[Value]:
+    """Return the values of all ranks, on every rank."""
     import torch
 
-    everyone = [None] * process_groups.world_size()
-    torch.distributed.all_gather_object(everyone, value)
-    return everyone
+    values: list[Value] = [value] * process_groups.world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -6,6 +6,8 @@ release (0.16.1) still needs it, so that an upgrade which does not is noticed. m
 torch.cuda.current_stream as well.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -19,7 +21,9 @@ class CudaAsCpu(TorchFunctionMode):
     The mechanism of torch.set_default_device: it acts in this thread only and replaces no function of torch.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func is torch.Tensor.cuda:  # tied embeddings with pipeline parallelism
             return args[0]
@@ -34,13 +38,14 @@ class CudaAsCpu(TorchFunctionMode):
 
 
 def install() -> None:
-    """Makes megatron-core usable in this process on a machine without CUDA. Calling it again changes nothing."""
+    """Make megatron-core usable in this process on a machine without CUDA. Calling it again changes nothing."""
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return
     import megatron.core.tensor_parallel.random as megatron_random
 
-    torch.cuda.current_device = lambda: _CPU  # buffers, rotary frequencies, gathers
+    # buffers, rotary frequencies, gathers; a device where torch gives an int, which serves as well as an argument
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_, **__: None  # point-to-point communication, dist_checkpointing.save
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # recompute
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

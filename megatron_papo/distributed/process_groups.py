@@ -7,7 +7,6 @@ import ctypes
 import os
 import signal
 import sys
-import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,28 +24,27 @@ _has_joined = False  # a process group: see leave()
 
 
 def world_size() -> int:
-    """Number of processes that the launcher started; 1 without a launcher."""
+    """Return the number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Of this process among all."""
+    """Return the number of this process among all, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main_rank() -> bool:
-    """Exactly one process of a run is: it prints and publishes."""
+    """Return whether this is the one process of a run that prints and publishes."""
     return rank() == 0
 
 
 def initialize(parallel: ParallelConfig) -> None:
-    """Makes the process groups of a layout; after destroy() it may be called again with another layout of the same
+    """Make the process groups of a layout; after destroy() it may be called again with another layout of the same
     processes.
 
     Raises UserError if the launcher started another number of processes than parallel asks for.
     """
     _check_world_size(parallel)
-    hush_known_warnings()
     from megatron_papo.distributed import cpu_backend
 
     cpu_backend.install()
@@ -62,7 +60,7 @@ def initialize(parallel: ParallelConfig) -> None:
 
 
 def connect() -> None:
-    """Joins the processes that the launcher started and picks this one's device; nothing to do where that has
+    """Join the processes that the launcher started and picks this one's device; nothing to do where that has
     happened."""
     # Lets tensor-parallel communication overlap with computation; CUDA reads it once, when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -79,8 +77,8 @@ def connect() -> None:
 
 
 def _die_with_launcher() -> None:
-    """torchrun gives its workers sessions of their own; were it killed, they would go on and write into the next
-    attempt's output."""
+    """End with the launcher: torchrun gives its workers sessions of their own; were it killed, they would go on and
+    write into the next attempt's output."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -98,14 +96,6 @@ def _check_world_size(parallel: ParallelConfig) -> None:
         f" start with torchrun --nproc-per-node {parallel.world_size} {_this_program()} ..., or over several nodes with"
         f" --nnodes times --nproc-per-node = {parallel.world_size}"
     )
-
-
-def hush_known_warnings() -> None:
-    """megatron-core warns on every rank of what it does without TransformerEngine and of torch functions it will have
-    to give up."""
-    for module in (r"megatron\.core\.", r"torch\.distributed\.", r"megatron_papo\.distributed\.cpu_backend"):
-        warnings.filterwarnings("ignore", category=UserWarning, module=module)
-        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def _this_program() -> str:
@@ -129,7 +119,7 @@ def _join_process_group() -> None:
 
 
 def destroy() -> None:
-    """Forgets the layout and ends its groups, each of which has threads and sockets; the processes stay connected."""
+    """Forget the layout and end its groups, each of which has threads and sockets; the processes stay connected."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -143,7 +133,7 @@ def destroy() -> None:
 
 
 def shutdown() -> None:
-    """Ends the process group, if there is one: call it before leaving, also after an error."""
+    """End the process group, if there is one: call it before leaving, also after an error."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -152,7 +142,7 @@ def shutdown() -> None:
 
 
 def disconnect() -> None:
-    """Ends the process group of connect()."""
+    """End the process group of connect()."""
     import torch
 
     if torch.distributed.is_initialized():
@@ -160,7 +150,7 @@ def disconnect() -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """sys.exit(status), but a process that has joined a process group ends at once, without Python's finalization.
+    """Exit with a status; a process that has joined a process group ends at once, without Python's finalization.
 
     A library may keep a group alive after its end (DeepSpeed does), and a gloo thread that drops its last tensor while
     Python finalizes aborts the process ("terminate called without an active exception"; one run in fourteen with two
@@ -174,39 +164,45 @@ def leave(status: int) -> NoReturn:
 
 
 def is_first_stage() -> bool:
-    """Of the pipeline: it holds the vision tower and the embeddings."""
+    """Return whether this rank is of the first pipeline stage, which holds the vision tower and the embeddings."""
     from megatron.core import parallel_state
 
     return parallel_state.is_pipeline_first_stage()
 
 
 def is_last_stage() -> bool:
-    """Of the pipeline: it holds the output layer and sees the logits."""
+    """Return whether this rank is of the last pipeline stage, which holds the output layer and sees the logits."""
     from megatron.core import parallel_state
 
     return parallel_state.is_pipeline_last_stage()
 
 
 def tp_group() -> "torch.distributed.ProcessGroup":
+    """Return the tensor-parallel group of this rank."""
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
 
 
 def dp_group() -> "torch.distributed.ProcessGroup":
+    """Return the data-parallel group of this rank."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
 
 
-def pp_group() -> "torch.distributed.ProcessGroup":
+def single_rank_group() -> "torch.distributed.ProcessGroup":
+    """Return a group of this rank alone: megatron-core's context-parallel one, there being no context parallelism."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_pipeline_model_parallel_group()
+    group = parallel_state.get_context_parallel_group()
+    if group.size() != 1:
+        raise RuntimeError(f"the context-parallel group has {group.size()} ranks, 1 was expected")
+    return group
 
 
 def device() -> "torch.device":
-    """Where this rank's tensors live."""
+    """Return where this rank's tensors live."""
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -6,7 +6,8 @@ with the prompt computed once (the idea of Prefix Grouper, arXiv 2506.05433). To
 of [tokens, tokens].
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch.nn.attention.bias import causal_lower_right
 class GroupSegments(PackedSeqParams):
     """Travels through TransformerBlock to the attention of each layer. What follows the last group is padding."""
 
-    groups: list[tuple[int, list[int]]] = None
+    groups: list[tuple[int, list[int]]] = field(default_factory=list)
     """(prompt length, response lengths) of each group, one after the other in the row."""
 
 
@@ -32,47 +33,67 @@ class GroupAttention(MegatronModule):
     mask is needed. megatron-core's own DotProductAttention keeps the whole score matrix.
     """
 
-    def __init__(self, config: TransformerConfig, **_):
+    def __init__(self, config: TransformerConfig, **_: object):
         super().__init__(config)
 
-    def forward(self, query, key, value, attention_mask, *, packed_seq_params: GroupSegments | None = None, **_):
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: GroupSegments | None = None,
+        **_: object,
+    ) -> Tensor:
         if attention_mask is not None:
             raise ValueError("rows are right-padded or in groups: attention_mask must be None")
-        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # heads first
         if packed_seq_params is None:
-            out = _attend(*heads_first, is_causal=True)
+            out = _attend(query, key, value, is_causal=True)
         else:
-            out = attend_groups(*heads_first, packed_seq_params.groups)
+            out = attend_groups(query, key, value, packed_seq_params.groups)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def attend_groups(query: Tensor, key: Tensor, value: Tensor, groups: list[tuple[int, list[int]]]) -> Tensor:
-    """[1, heads, s, d], [1, kv groups, s, d] twice -> [1, heads, s, d]; zeros on the padding after the last group."""
+    """Return the attention of a row of groups; zeros on the padding after the last group.
+
+    Args:
+        query: [1, heads, s, d].
+        key, value: [1, kv groups, s, d].
+        groups: as GroupSegments has them.
+
+    Returns [1, heads, s, d].
+    """
     lengths = [length for prompt, responses in groups for length in (prompt, *responses)]
     lengths.append(query.shape[2] - sum(lengths))
-    pieces = zip(
-        *(x.split(lengths, dim=2) for x in (query, key, value))
-    )  # slices would each have a gradient of the whole row
+    # slices would each have a gradient of the whole row
+    split = (x.split(lengths, dim=2) for x in (query, key, value))
+    pieces: Iterator[tuple[Tensor, ...]] = zip(*split, strict=True)
     outs = []
     for prompt, responses in groups:
-        prompt_query, *prompt_keys = next(pieces)
-        outs.append(_attend(prompt_query, *prompt_keys, is_causal=True))
-        for response, mask in zip(responses, lower_right_masks(prompt, responses, query)):
-            own_query, *own_keys = next(pieces)
+        prompt_query, prompt_key, prompt_value = next(pieces)
+        outs.append(_attend(prompt_query, prompt_key, prompt_value, is_causal=True))
+        for response, mask in zip(responses, lower_right_masks(prompt, responses, query), strict=True):
+            own_query, own_key, own_value = next(pieces)
             if response:
-                keys, values = (torch.cat(both, dim=2) for both in zip(prompt_keys, own_keys))
-                outs.append(_attend(own_query, keys, values, attn_mask=mask))
+                keys, values = torch.cat([prompt_key, own_key], dim=2), torch.cat([prompt_value, own_value], dim=2)
+                outs.append(_attend(own_query, keys, values, mask=mask))
     padding, *_ = next(pieces)
     outs.append(torch.zeros_like(padding))
     return torch.cat(outs, dim=2)
 
 
-def _attend(query, key, value, **mask) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1], **mask)
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    gqa = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=gqa)
 
 
-def lower_right_masks(prompt: int, responses: list[int], query: Tensor) -> list:
-    """For each response the attn_mask [response, prompt + response] of its tokens: they see the prompt and, causally,
+def lower_right_masks(prompt: int, responses: list[int], query: Tensor) -> list[Tensor]:
+    """Return for each response the mask [response, prompt + response] of its tokens: they see the prompt and, causally,
     themselves.
 
     On a GPU it only names what flash attention does by itself. A CPU kernel wants it written out, in query's dtype, or

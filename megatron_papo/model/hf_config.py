@@ -116,6 +116,7 @@ def _text(tree: dict) -> TextConfig:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "mrope"):
         raise ValueError(f"rope type {kind} is not supported, only the plain one of the published models")
+    time, row, column = rope["mrope_section"]
     text = TextConfig(
         vocab_size=int(fields["vocab_size"]),
         hidden_size=int(fields["hidden_size"]),
@@ -125,7 +126,7 @@ def _text(tree: dict) -> TextConfig:
         num_kv_groups=int(fields.get("num_key_value_heads") or fields["num_attention_heads"]),
         rms_norm_eps=float(fields["rms_norm_eps"]),
         rope_theta=float(rope["rope_theta"]),
-        mrope_section=tuple(int(width) for width in rope["mrope_section"]),
+        mrope_section=(int(time), int(row), int(column)),
         max_position_embeddings=int(fields["max_position_embeddings"]),
     )
     if (

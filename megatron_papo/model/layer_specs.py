@@ -22,6 +22,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+Recompute = Literal["none", "full"]
+"""What the backward pass computes again: nothing, or each layer from its input."""
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, made for megatron-core: its own torch norm refuses sequence parallelism.
@@ -30,13 +33,13 @@ class RMSNorm(torch.nn.RMSNorm):
     add them up.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron-core's mark
 
 
-def transformer_layer(core_attention, mask_type: AttnMaskType) -> ModuleSpec:
-    """A pre-norm layer: RMSNorm, attention with `core_attention`, RMSNorm, SwiGLU."""
+def transformer_layer(core_attention: type, mask_type: AttnMaskType) -> ModuleSpec:
+    """Return the spec of a pre-norm layer: RMSNorm, attention with `core_attention`, RMSNorm, SwiGLU."""
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=core_attention,
@@ -59,12 +62,11 @@ def transformer_layer(core_attention, mask_type: AttnMaskType) -> ModuleSpec:
     )
 
 
-def transformer_config(*, dtype: torch.dtype, recompute: Literal["none", "full"], **sizes) -> TransformerConfig:
-    """What decoder and tower have in common; `sizes` are theirs. Without tensor_model_parallel_size among them: that of
-    the layout.
+def transformer_config(*, dtype: torch.dtype, recompute: Recompute, **sizes: object) -> TransformerConfig:
+    """Return what decoder and tower have in common, with `sizes` of one of them.
 
-    Ready for megatron-core's schedules and optimizers: finalize_model_grads_func, pipeline_dtype and variable sequence
-    lengths are set.
+    Without tensor_model_parallel_size among the sizes it is the layout's. Ready for megatron-core's schedules and
+    optimizers: finalize_model_grads_func, pipeline_dtype and variable sequence lengths are set.
     """
     fused_kernels = torch.cuda.is_available() and _imports("triton")
     recompute_all = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -94,7 +96,7 @@ def transformer_config(*, dtype: torch.dtype, recompute: Literal["none", "full"]
 
 
 def _imports(module: str) -> bool:
-    """Whether an optional extension is really there: being listed as installed is not enough."""
+    """Return whether an optional extension is really there: being listed as installed is not enough."""
     try:
         importlib.import_module(module)
     except ImportError:

@@ -7,7 +7,7 @@ logits' size and dtype plus a few chunks. Arithmetic in fp32 whatever the dtype 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,16 @@ def _local_ids(logits: Tensor, token_ids: Sequence[int], group: ProcessGroup) ->
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        group: ProcessGroup,
+        temperature: float,
+        kl_of_halves: bool,
+        second_half_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         local, is_local = _local_tokens(logits, tokens, group)
         log_total, target, entropy = _sums(logits, positions, local, is_local, temperature, group)
         kl = unclamped = logits.new_zeros(0, dtype=torch.float32)
@@ -176,7 +185,9 @@ class _TokenStatistics(torch.autograd.Function):
         return target - log_total, entropy, kl
 
     @staticmethod
-    def backward(ctx, grad_log_probs, grad_entropy, grad_kl):
+    def backward(
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         logits, positions, local, is_local, log_total, entropy, kl, unclamped = ctx.saved_tensors
         gradient = torch.zeros_like(logits)
         half = len(positions) // 2
@@ -280,9 +291,11 @@ def _sums(
     return log_total, target.sum(0), total.log() - weighted / total
 
 
-def _kl_sums(logits, positions, log_total, temperature, group) -> tuple[Tensor, Tensor]:
-    """[N / 2] KL of the first half from the second, [N / 2] the probability of the entries whose log-ratio is not
-    clamped."""
+def _kl_sums(
+    logits: Tensor, positions: Tensor, log_total: Tensor, temperature: float, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Return [N / 2] KL of the first half from the second, and [N / 2] the probability of the entries whose log-ratio
+    is not clamped."""
     half = len(positions) // 2
     sums = logits.new_empty(2, half, dtype=torch.float32)
     for rows in _chunks(half, logits):

@@ -6,8 +6,10 @@ from megatron_papo.model.hf_config import HFConfig
 
 
 def check_parallel_sizes(hf: HFConfig, parallel: ParallelConfig) -> None:
-    """Raises UserError, one line, if the model cannot be cut so. Whatever passes here builds. A spread vision tower
-    need not be cut."""
+    """Raise UserError, one line, if the model cannot be cut so.
+
+    Whatever passes here builds. A spread vision tower need not be cut.
+    """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rows = [
         ("text attention heads", hf.text.num_heads),

@@ -12,8 +12,14 @@ MERGE = 2
 def mrope_position_ids(
     token_ids: torch.Tensor | Sequence[int], image_grids: Sequence[tuple[int, int, int]], image_token_id: int
 ) -> torch.Tensor:
-    """Positions of one row whose image-pad tokens are expanded: [s] ids and (1, rows, columns) patch grids ->
-    LongTensor [3, s].
+    """Return the positions of one row whose image-pad tokens are expanded.
+
+    Args:
+        token_ids: [s].
+        image_grids: (1, rows, columns) of the patches of each picture, in reading order.
+        image_token_id: the id of the image-pad token.
+
+    Returns a LongTensor [3, s].
 
     Text counts on from one past the largest position so far, in all three coordinates (arXiv 2409.12191, section 2.1).
     Raises ValueError, with both numbers, where the image tokens of the row are not those of its grids.

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_papo.model.group_attention import GroupAttention, GroupSegments
 from megatron_papo.model.hf_config import HFConfig
-from megatron_papo.model.layer_specs import RMSNorm, transformer_config, transformer_layer
+from megatron_papo.model.layer_specs import Recompute, RMSNorm, transformer_config, transformer_layer
 from megatron_papo.model.log_probs import TokenStatistics, output_token_statistics
 from megatron_papo.model.spread_vision import SpreadVisionTower, finalize_gradients
 from megatron_papo.model.vision import VisionTower
@@ -28,13 +28,18 @@ def build_model(
     *,
     dtype: torch.dtype,
     sequence_parallel: bool,
-    recompute: Literal["none", "full"],
+    recompute: Recompute,
     vision_tower: Literal["sharded", "spread"] = "sharded",
 ) -> "Qwen2_5_VL":
-    """This rank's pipeline stage, on its device, with weights that a checkpoint must still be loaded into.
+    """Return this rank's pipeline stage, on its device, with weights that a checkpoint must still be loaded into.
 
-    vision_tower: parallel.vision_tower. Gradients of a spread tower are whole only after
-    config.finalize_model_grads_func, which megatron-core's schedules call.
+    Args:
+        hf: sizes of the model.
+        dtype: of the weights.
+        sequence_parallel: whether activations between the layers are split over the tensor-parallel ranks.
+        recompute: model.recompute.
+        vision_tower: parallel.vision_tower. Gradients of a spread tower are whole only after
+            config.finalize_model_grads_func, which megatron-core's schedules call.
     """
     config = transformer_config(
         dtype=dtype,
@@ -74,11 +79,11 @@ class Responses:
 class Decoder(GPTModel):
     """megatron-core's GPTModel whose last stage ends with the hidden states: most positions need no logits."""
 
-    def _postprocess(self, hidden_states, *_, **__):
+    def _postprocess(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return hidden_states
 
     def output_weight(self) -> torch.Tensor:
-        """[vocab / tp_size, h], on the last stage."""
+        """Return [vocab / tp_size, h], on the last stage."""
         return (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
@@ -89,7 +94,7 @@ class Decoder(GPTModel):
 class Qwen2_5_VL(MegatronModule):
     """One pipeline stage: `vision_model` (first stage only) and `language_model`, megatron-core's GPTModel."""
 
-    def __init__(self, config: TransformerConfig, hf: HFConfig, recompute: str, tower: type[VisionTower]):
+    def __init__(self, config: TransformerConfig, hf: HFConfig, recompute: Recompute, tower: type[VisionTower]):
         super().__init__(config)
         self.hf = hf
         self.pre_process, self.post_process = (
@@ -119,8 +124,8 @@ class Qwen2_5_VL(MegatronModule):
         self.share_embeddings_and_output_weights = hf.tie_word_embeddings
         self.shared_embedding_or_output_weight = self.language_model.shared_embedding_or_output_weight
 
-    def set_input_tensor(self, input_tensor) -> None:
-        """Called by the pipeline schedules with the previous stage's output."""
+    def set_input_tensor(self, input_tensor: list[torch.Tensor]) -> None:
+        """Take the previous stage's output; the pipeline schedules call it."""
         self.language_model.set_input_tensor(input_tensor)
 
     def forward(
@@ -134,14 +139,20 @@ class Qwen2_5_VL(MegatronModule):
         groups: GroupSegments | None = None,
         responses: Responses | None = None,
     ) -> torch.Tensor | TokenStatistics:
-        """[b, s] right-padded rows, [3, b, s], [patches, 1176] of all distinct pictures, their (1, rows, columns).
+        """Compute this stage's part of a forward pass.
 
-        pictures: which of them each place for a picture shows, in reading order; None: each its own. groups: the one
-        row holds prompts, each followed by several responses to it. Last stage: TokenStatistics of the responses where
-        they are asked for, else logits [b, s, vocab / tp_size], this rank's slice of the vocabulary, in the model's
-        dtype. Other stages: hidden states. Pixels matter to the first stage only: the others may pass None. With
-        sequence parallelism s must be a multiple of tp_size. Raises ValueError where image tokens and pixels do not
-        match.
+        Args:
+            input_ids: [b, s], rows padded on the right; with sequence parallelism s must be a multiple of tp_size.
+            position_ids: [3, b, s], rotary positions.
+            pixel_values: [patches, 1176] of all distinct pictures; only the first stage looks at them.
+            image_grids: (1, rows, columns) of each distinct picture.
+            pictures: which of them each place for a picture shows, in reading order; None: each its own.
+            groups: the one row holds prompts, each followed by several responses to it.
+            responses: what the last stage is asked.
+
+        Returns, from the last stage, TokenStatistics of the responses where they are asked for, else logits [b, s,
+        vocab / tp_size], this rank's slice of the vocabulary, in the model's dtype; from other stages hidden states.
+        Raises ValueError where image tokens and pixels do not match.
         """
         tp = self.config.tensor_model_parallel_size
         if self.config.sequence_parallel and input_ids.shape[1] % tp:
@@ -174,9 +185,15 @@ class Qwen2_5_VL(MegatronModule):
             forbidden=responses.forbidden,
         )
 
-    def _embed(self, input_ids, pixel_values, image_grids, pictures) -> torch.Tensor:
-        """Token embeddings [s, b, h] (this rank's share of s with sequence parallelism), image tokens replaced by the
-        tower's output."""
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_grids: Sequence[tuple[int, int, int]],
+        pictures: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """Return token embeddings [s, b, h] (this rank's share of s with sequence parallelism), with the tower's output
+        in place of image tokens."""
         if (pixel_values is None) != (len(image_grids) == 0):
             raise ValueError(
                 f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'}"
@@ -192,8 +209,9 @@ class Qwen2_5_VL(MegatronModule):
                 f"input_ids holds {int(is_image.sum())} image tokens, the image grids {list(image_grids)} make {cells}"
             )
         if pixel_values is not None:
-            each = self.vision_model(pixel_values, list(image_grids)).split(lengths)
-            image_embeddings = torch.cat([each[picture] for picture in pictures])
+            assert self.vision_model is not None  # it is the first stage
+            of_pictures = self.vision_model(pixel_values, list(image_grids)).split(lengths)
+            image_embeddings = torch.cat([of_pictures[picture] for picture in pictures])
             row_first = embeddings.transpose(0, 1).contiguous()
             row_first = row_first.masked_scatter(is_image[..., None], image_embeddings.to(row_first.dtype))
             embeddings = row_first.transpose(0, 1).contiguous()
@@ -202,7 +220,7 @@ class Qwen2_5_VL(MegatronModule):
         return embeddings
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """For dist_checkpointing. Without the _extra_state entries, which carry something only for TransformerEngine's
-        fp8."""
+        """Return the state for dist_checkpointing, without the _extra_state entries, which carry something only for
+        TransformerEngine's fp8."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {name: value for name, value in state.items() if not name.endswith("_extra_state")}

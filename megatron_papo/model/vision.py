@@ -6,7 +6,7 @@ token.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_papo.model.hf_config import VisionConfig
-from megatron_papo.model.layer_specs import RMSNorm, transformer_config, transformer_layer
+from megatron_papo.model.layer_specs import Recompute, RMSNorm, transformer_config, transformer_layer
 
 ROPE_BASE = 10000.0
 
@@ -34,7 +34,8 @@ class Segments:
     """(number of segments, length) in that order."""
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[patches, heads, d] three times -> the same shape; one call of the attention kernel per distinct length."""
+        """Return the attention within the segments, by one call of the kernel per distinct length. [patches, heads, d]
+        three times -> the same shape."""
         qkv = (query, key, value) if self.order is None else [x[self.order] for x in (query, key, value)]
         outs, start = [], 0
         for count, length in self.counts:
@@ -45,33 +46,54 @@ class Segments:
         return out if self.order is None else out[torch.argsort(self.order)]
 
 
+NO_SEGMENTS = Segments(None, [])
+
+
 @dataclass
 class VisionSegments(PackedSeqParams):
     """Travels through TransformerBlock to the attention of each layer."""
 
-    windows: Segments = None
-    pictures: Segments = None
+    windows: Segments = field(default_factory=lambda: NO_SEGMENTS)
+    pictures: Segments = field(default_factory=lambda: NO_SEGMENTS)
 
 
 class _SegmentAttention(MegatronModule):
-    def __init__(self, config: TransformerConfig, **_):
+    def __init__(self, config: TransformerConfig, **_: object):
         super().__init__(config)
 
-    def _attend(self, segments: Segments, query, key, value):
+    def _attend(self, segments: Segments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return segments.attend(query.squeeze(1), key.squeeze(1), value.squeeze(1)).flatten(1).unsqueeze(1)
 
 
 class WindowAttention(_SegmentAttention):
     """[patches, 1, heads, d] -> [patches, 1, heads * d], each patch seeing its window."""
 
-    def forward(self, query, key, value, attention_mask, *, packed_seq_params: VisionSegments, **_):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: VisionSegments,
+        **_: object,
+    ) -> torch.Tensor:
         return self._attend(packed_seq_params.windows, query, key, value)
 
 
 class PictureAttention(_SegmentAttention):
     """[patches, 1, heads, d] -> [patches, 1, heads * d], each patch seeing its picture."""
 
-    def forward(self, query, key, value, attention_mask, *, packed_seq_params: VisionSegments, **_):
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        packed_seq_params: VisionSegments,
+        **_: object,
+    ) -> torch.Tensor:
         return self._attend(packed_seq_params.pictures, query, key, value)
 
 
@@ -89,7 +111,7 @@ class Geometry:
 
 
 def geometry(config: VisionConfig, image_grids: list[tuple[int, int, int]]) -> Geometry:
-    """Of pictures with these (1, rows, columns) of patches, one after the other."""
+    """Return where the patches of pictures with these (1, rows, columns) belong, one picture after the other."""
     merge = config.spatial_merge_size
     side = config.window_size // merge // config.patch_size
     positions, windows, picture_of_cell, first = [], [], [], 0
@@ -120,7 +142,8 @@ def geometry(config: VisionConfig, image_grids: list[tuple[int, int, int]]) -> G
 
 
 def _picture_segments(picture: torch.Tensor) -> Segments:
-    """picture: [patches] number of the picture that each patch of the sequence belongs to."""
+    """Return the cut into pictures. picture: [patches] number of the picture that each patch of the sequence belongs
+    to."""
     lengths = torch.bincount(picture)
     by_length = torch.argsort(lengths, stable=True)
     rank = torch.argsort(by_length)
@@ -147,7 +170,12 @@ class VisionTower(MegatronModule):
     groups.tp."""
 
     def __init__(
-        self, vision: VisionConfig, *, dtype: torch.dtype, recompute: str, groups: ProcessGroupCollection | None = None
+        self,
+        vision: VisionConfig,
+        *,
+        dtype: torch.dtype,
+        recompute: Recompute,
+        groups: ProcessGroupCollection | None = None,
     ):
         groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
         config = transformer_config(

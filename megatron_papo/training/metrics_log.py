@@ -14,7 +14,7 @@ class MetricsLog:
     def __init__(self, directory: Path, iteration: int):
         self.directory, self.iteration = directory, iteration
 
-    def __enter__(self):
+    def __enter__(self) -> "MetricsLog":
         self.lines = open(self.directory / "metrics.jsonl", "w")
         self.decisions = open(self.directory / "guard.jsonl", "w")
         return self
@@ -27,7 +27,7 @@ class MetricsLog:
         self.decisions.write(json.dumps({"iteration": self.iteration} | asdict(decision)) + "\n")
         self.decisions.flush()
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.lines.close()
         self.decisions.close()
 

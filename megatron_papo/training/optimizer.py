@@ -4,6 +4,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_papo.config import OptimizerConfig
 
@@ -11,8 +12,8 @@ LOWEST_DECAY = 0.1
 
 
 def learning_rate(step: int, config: OptimizerConfig) -> float:
-    """Of optimizer step 0, 1, ... of the run: linear warm-up over warmup_steps, times the linear decay if decay_steps
-    is given."""
+    """Return the learning rate of optimizer step 0, 1, ... of the run: linear warm-up over warmup_steps, times the
+    linear decay if decay_steps is given."""
     warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     decay = 1.0 if config.decay_steps is None else max(LOWEST_DECAY, 1.0 - step / config.decay_steps)
     return config.learning_rate * warmup * decay
@@ -23,9 +24,9 @@ def uses_distributed_optimizer(config: OptimizerConfig) -> bool:
 
 
 def build_optimizer(
-    model: torch.nn.Module, config: OptimizerConfig, dtype: torch.dtype
+    model: MegatronModule, config: OptimizerConfig, dtype: torch.dtype
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """-> (model wrapped in DistributedDataParallel, Megatron optimizer).
+    """Return the model wrapped in DistributedDataParallel, and Megatron's optimizer of it.
 
     AdamW with decoupled weight decay, none on biases and norm weights (Megatron's rule). bfloat16 models get fp32 main
     parameters and fp32 gradient accumulation. Apex's or TransformerEngine's fused Adam is used where megatron-core

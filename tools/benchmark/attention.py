@@ -29,17 +29,22 @@ import os
 import random
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
 from tools.benchmark.layout import response_lengths
 from tools.benchmark.measure import peak_bytes, seconds_in_turns, shared_machine_clock
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 """Of a difference, relative to the largest number of its kind: rounding of sums in another order."""
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[5, 8], metavar="G")
     parser.add_argument("--prompt-tokens", type=int, default=1000)
@@ -66,7 +71,7 @@ def ours(prompt: int, responses: list[int], heads: int, head_dim: int) -> Callab
     return lambda query, key, value: layer(query, key, value, None, packed_seq_params=segments)[:, 0]
 
 
-def prefix_grouper(prompt: int, responses: list[int], device) -> Callable:
+def prefix_grouper(prompt: int, responses: list[int], device: "torch.device") -> Callable:
     """As `ours`. Raises UserError where the package is missing."""
     import torch.nn.functional as F
 
@@ -81,17 +86,18 @@ def prefix_grouper(prompt: int, responses: list[int], device) -> Callable:
 
     grouper = PrefixGrouper([[prompt, *responses]], device=device, padding_mode="right")
 
-    def attend(query, key, value, _padding):
+    def attend(query: "Tensor", key: "Tensor", value: "Tensor", _padding: object) -> "Tensor":
         """[b, heads, rows, d], [b, kv heads, columns, d] twice -> [b, rows, heads, d], as the package wants it."""
         before = key.shape[2] - query.shape[2]
-        mask = {"attn_mask": lower_right_masks(before, [query.shape[2]], query)[0]} if before else {"is_causal": True}
-        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1], **mask)
+        mask = lower_right_masks(before, [query.shape[2]], query)[0] if before else None
+        gqa = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=gqa)
         return out.transpose(1, 2)
 
     return lambda *qkv: grouper.forward(attend, *(x.permute(1, 2, 0, 3) for x in qkv))[0].flatten(1)
 
 
-def plain(query, key, value):
+def plain(query: "Tensor", key: "Tensor", value: "Tensor") -> "Tensor":
     """[b, heads, s, d], [b, kv heads, s, d] twice -> [b, s, heads * d]"""
     import torch.nn.functional as F
 
@@ -99,7 +105,7 @@ def plain(query, key, value):
     return out.transpose(1, 2).flatten(2)
 
 
-def plain_places(prompt: int, responses: list[int]):
+def plain_places(prompt: int, responses: list[int]) -> "Tensor":
     """Where each position of the padded rows of `plain` stands in the row of `ours`: [G, P + longest], -1 on
     padding."""
     import torch
@@ -113,7 +119,7 @@ def plain_places(prompt: int, responses: list[int]):
     return places
 
 
-def measure_group(args, responses: list[int], device) -> dict:
+def measure_group(args: argparse.Namespace, responses: list[int], device: "torch.device") -> dict:
     """Differences, seconds and peak bytes of the three on one group."""
     import torch
 
@@ -121,7 +127,7 @@ def measure_group(args, responses: list[int], device) -> dict:
     dtype, prompt = getattr(torch, args.dtype), args.prompt_tokens
     tokens = prompt + sum(responses)
 
-    def normal(heads: int):
+    def normal(heads: int) -> torch.Tensor:
         return torch.randn(tokens, 1, heads, args.head_dim).to(device, dtype).requires_grad_()
 
     row = [normal(args.heads), normal(args.kv_heads), normal(args.kv_heads)]
@@ -133,8 +139,8 @@ def measure_group(args, responses: list[int], device) -> dict:
     rows = [x.detach()[places.clamp(min=0), 0].transpose(1, 2).requires_grad_() for x in row]
     rows_upstream = torch.where(real[..., None], (upstream / repeats[:, None])[places.clamp(min=0)], 0.0).to(dtype)
 
-    def step(attention, inputs, gradient):
-        def forward_and_backward():
+    def step(attention: Callable, inputs: list[torch.Tensor], gradient: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def forward_and_backward() -> torch.Tensor:
             for x in inputs:
                 x.grad = None
             out = attention(*inputs)
@@ -148,22 +154,27 @@ def measure_group(args, responses: list[int], device) -> dict:
         "prefix_grouper": step(prefix_grouper(prompt, responses, device), row, upstream),
         "plain": step(plain, rows, rows_upstream),
     }
-    outputs, gradients = {}, {}
+    outputs: dict[str, list[torch.Tensor]] = {}
+    gradients: dict[str, list[torch.Tensor]] = {}
+
+    def gradients_of(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [x.grad for x in inputs if x.grad is not None]
+
     for name, run_step in steps.items():
         out = run_step().float()
         if name == "plain":  # back into one row
             outputs[name] = [torch.zeros(tokens, out.shape[-1], device=device).index_copy_(0, places[real], out[real])]
-            of_rows = [x.grad.transpose(1, 2)[real].float() for x in rows]
+            of_rows = [gradient.transpose(1, 2)[real].float() for gradient in gradients_of(rows)]
             gradients[name] = [
                 torch.zeros(tokens, *x.shape[1:], device=device).index_add_(0, places[real], x) for x in of_rows
             ]
         else:
-            outputs[name], gradients[name] = [out], [x.grad[:, 0].float().clone() for x in row]
-    found = {"group_size": len(responses), "response_tokens": responses}
+            outputs[name], gradients[name] = [out], [gradient[:, 0].float().clone() for gradient in gradients_of(row)]
+    found: dict[str, Any] = {"group_size": len(responses), "response_tokens": responses}
     for kind, tensors in (("output", outputs), ("gradient", gradients)):
-        largest = max(x.abs().max().item() for x in tensors["plain"])
-        found |= {f"max_abs_{kind}": largest, f"max_abs_{kind}_difference": differences(tensors)}
-        for names, difference in found[f"max_abs_{kind}_difference"].items():
+        largest, by_pair = max(x.abs().max().item() for x in tensors["plain"]), differences(tensors)
+        found |= {f"max_abs_{kind}": largest, f"max_abs_{kind}_difference": by_pair}
+        for names, difference in by_pair.items():
             if not difference <= TOLERANCE[args.dtype] * largest:
                 raise UserError(
                     f"{kind}s, {names}: {difference:.1e} (largest {largest:.1e}): the times would compare different"

@@ -22,20 +22,32 @@ import argparse
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megatron_papo.config import Config
 from megatron_papo.run.command_line import run
 from tools.benchmark.measure import measure_in_processes, peak_bytes, seconds_in_turns, shared_machine_clock
+
+if TYPE_CHECKING:
+    from megatron_papo.model.hf_config import HFConfig
+    from megatron_papo.run.records import Rollout
+    from megatron_papo.training.collator import Kind
 
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 SPREAD = 0.5
 """Standard deviation of the logarithm of a response's length."""
 PIXELS_PER_TOKEN = 28
-SWEEPS = {"ref_log_probs": "original", "old_log_probs": "original", "masked_image_log_probs": "masked"}
+SWEEPS: dict[str, "Kind"] = {
+    "ref_log_probs": "original",
+    "old_log_probs": "original",
+    "masked_image_log_probs": "masked",
+}
 """Passes without gradient, by what they yield, and the pictures they see."""
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--group-size", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=1000)
@@ -57,7 +69,7 @@ def response_lengths(rng: random.Random, group_size: int, mean: int) -> list[int
     return [max(1, round(mean * draw * group_size / sum(draws))) for draw in draws]
 
 
-def make_rollouts(args, hf, directory: Path) -> list:
+def make_rollouts(args: argparse.Namespace, hf: "HFConfig", directory: Path) -> list["Rollout"]:
     """args.groups groups; one picture of noise per prompt, which is also written."""
     import numpy as np
     from PIL import Image
@@ -102,7 +114,7 @@ def make_rollouts(args, hf, directory: Path) -> list:
     return records
 
 
-def make_checkpoint(args, directory: Path) -> None:
+def make_checkpoint(args: argparse.Namespace, directory: Path) -> None:
     from megatron_papo.checkpoint import convert
     from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
 
@@ -124,7 +136,7 @@ def make_checkpoint(args, directory: Path) -> None:
     convert.hf_to_megatron(convert.HFCheckpoint(directory / "hf"), directory / "megatron")
 
 
-def load_layout(args, layout: str):
+def load_layout(args: argparse.Namespace, layout: str) -> Config:
     from megatron_papo.config_files import load_config
 
     whole_group = 2 * args.group_size * (args.prompt_tokens + 10 * args.response_tokens)
@@ -149,7 +161,7 @@ def load_layout(args, layout: str):
     )
 
 
-def measure(args, directory: Path) -> dict:
+def measure(args: argparse.Namespace, directory: Path) -> dict:
     """In every process of the layout; the result is the same in all."""
     import torch
 
@@ -168,17 +180,17 @@ def measure(args, directory: Path) -> dict:
     config = configs["plain"]
     process_groups.initialize(config.parallel)
     hf = read_hf_config(directory / "hf")
-    rollouts = make_rollouts(args, hf, directory) if process_groups.is_main_rank() else None
-    shared = [rollouts]
+    shared = [make_rollouts(args, hf, directory) if process_groups.is_main_rank() else []]
     torch.distributed.broadcast_object_list(shared)
-    rows = make_rows(shared[0], [(-1.0) ** i for i in range(len(shared[0]))], directory, config, hf, directory)
+    [rollouts] = shared
+    rows = make_rows(rollouts, [(-1.0) ** i for i in range(len(rollouts))], directory, config, hf, directory)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = build_model(hf, dtype=dtype, sequence_parallel=config.parallel.sequence_parallel, recompute="none")
     megatron_files.load_weights(directory / "megatron", model)
     wrapped, _ = build_optimizer(model, config.optimizer, dtype)
     settings = PassSettings(args.group_size, temperature=1.0)
 
-    def collator_of(config) -> Collator:
+    def collator_of(config: Config) -> Collator:
         return Collator(
             config,
             hf,
@@ -204,13 +216,17 @@ def measure(args, directory: Path) -> dict:
         for kind in ("original", "masked")
     }
 
+    tower = model.vision_model
+
     def tower_passes() -> None:
+        if tower is None:  # a later pipeline stage
+            return
         for pictures in SWEEPS.values():
             with torch.no_grad():
                 for batch in batches[pictures]:
-                    model.vision_model(batch.pixel_values, batch.image_grids)
+                    tower(batch.pixel_values, batch.image_grids)
         for batch in batches["original"]:
-            out = model.vision_model(batch.pixel_values, batch.image_grids)
+            out = tower(batch.pixel_values, batch.image_grids)
             out.backward(torch.ones_like(out))
 
     gradients, peaks = {}, {}
@@ -220,21 +236,21 @@ def measure(args, directory: Path) -> dict:
     scale = max((g.abs().max().item() for g in gradients["plain"]), default=0.0)
     difference = max(((a - b).abs().max().item() for a, b in zip(*gradients.values())), default=0.0)
     del gradients
-    timed = {layout: lambda layout=layout: step(layout) for layout in configs}
-    timed["pictures"] = tower_passes if process_groups.is_first_stage() else lambda: None
+    timed = {layout: partial(step, layout) for layout in configs} | {"pictures": tower_passes}
     clock = shared_machine_clock(args.tp * args.pp)
     seconds = seconds_in_turns(timed, args.repeat, min, clock)
     for layout in configs:
-        peaks[layout] = peak_bytes(lambda layout=layout: step(layout))
+        peaks[layout] = peak_bytes(partial(step, layout))
     responses = sum(row.response_length for row in rows)
     prompts = [len(row.prompt_token_ids) for row in rows]
     tokens = {"plain": sum(prompts) + responses, "group": sum(prompts[:: args.group_size]) + responses}
     size = args.group_size
     longest = [max(row.response_length for row in rows[start : start + size]) for start in range(0, len(rows), size)]
     tokens["plain_padded"] = sum(prompts) + size * sum(longest)
-    found = {f"seconds_{name}": collectives.max_over_ranks(value) for name, value in seconds.items()}
+    slowest = {name: collectives.max_over_ranks(value) for name, value in seconds.items()}
+    found: dict[str, float | str] = {f"seconds_{name}": value for name, value in slowest.items()}
     found |= {
-        "ratio": found["seconds_plain"] / found["seconds_group"],
+        "ratio": slowest["plain"] / slowest["group"],
         "token_ratio": tokens["plain"] / tokens["group"],
         "padded_token_ratio": tokens["plain_padded"] / tokens["group"],
         **{f"tokens_{name}": count for name, count in tokens.items()},
@@ -254,7 +270,7 @@ def measure(args, directory: Path) -> dict:
     return found
 
 
-def show(args, found: dict) -> None:
+def show(args: argparse.Namespace, found: dict) -> None:
     shape = (
         f"groups of {args.group_size}, prompts of {args.prompt_tokens}, responses of {args.response_tokens} tokens,"
         f" TP{args.tp} x PP{args.pp}"

@@ -7,13 +7,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable
+from argparse import Namespace
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def shared_machine_clock(processes: int = 1) -> Callable[[], float]:
-    """The clock that other work on the machine moves least: CPU seconds of this process where one thread of it does
-    everything, as on an idle machine; where a GPU, more threads or more processes work together, wall seconds."""
+    """Return the clock that other work on the machine moves least.
+
+    CPU seconds of this process where one thread of it does everything, as on an idle machine; wall seconds where a GPU,
+    more threads or more processes work together.
+    """
     import torch
 
     alone = processes == 1 and torch.get_num_threads() == 1 and not torch.cuda.is_available()
@@ -21,19 +28,24 @@ def shared_machine_clock(processes: int = 1) -> Callable[[], float]:
 
 
 def seconds_in_turns(
-    functions: dict[Hashable, Callable[[], object]],
+    functions: Mapping[Name, Callable[[], object]],
     repeat: int,
     statistic: Callable[[list[float]], float] = statistics.median,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[Hashable, float]:
-    """Seconds of each function, after one call that does not count; the functions take turns.
+) -> dict[Name, float]:
+    """Measure the seconds of each function, after one call that does not count; the functions take turns.
 
-    statistic: of the repeats. `min` where other work on the machine is the only noise: it never makes a call faster.
+    Args:
+        functions: what is measured, by name.
+        repeat: measurements of each.
+        statistic: of the measurements. `min` where other work on the machine is the only noise: it never makes a call
+            faster.
+        clock: what counts.
     """
     import torch
 
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    found = {name: [] for name in functions}
+    measured: dict[Name, list[float]] = {name: [] for name in functions}
     for number in range(repeat + 1):
         for name, function in functions.items():
             wait()
@@ -41,13 +53,13 @@ def seconds_in_turns(
             function()
             wait()
             if number > 0:
-                found[name].append(clock() - started)
-    return {name: statistic(seconds) for name, seconds in found.items()}
+                measured[name].append(clock() - started)
+    return {name: statistic(seconds) for name, seconds in measured.items()}
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most bytes that tensors allocated while function runs hold at one time; what was there before does not
-    count."""
+    """Measure the most bytes that tensors allocated while the function runs hold at one time, without what was there
+    before."""
     import torch
 
     if torch.cuda.is_available():
@@ -71,18 +83,27 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def measure_in_processes(
-    module: str, args, processes: int, make_checkpoint: Callable, measure: Callable[..., dict], show: Callable
+    module: str,
+    args: Namespace,
+    processes: int,
+    make_checkpoint: Callable[[Namespace, Path], None],
+    measure: Callable[[Namespace, Path], dict],
+    show: Callable[[Namespace, dict], None],
 ) -> None:
-    """What a benchmark that is one process or several does: make_checkpoint(args, directory), then show(args,
-    measure(args, directory)).
+    """Run a benchmark in one process or several.
 
-    Several are started by torchrun, as this command again with --checkpoint (args.checkpoint: it is one of them); the
-    first one shows.
+    Args:
+        module: the benchmark's name for `python -m`.
+        args: its command line; args.checkpoint: this is one of several processes.
+        processes: how many. Several are started by torchrun, as this command again with --checkpoint.
+        make_checkpoint: makes what is measured in a directory.
+        measure: returns the result, in every process.
+        show: prints it, in the first one.
     """
     if args.checkpoint:
-        found = measure(args, args.checkpoint)
+        result = measure(args, args.checkpoint)
         if int(os.environ["RANK"]) == 0:
-            show(args, found)
+            show(args, result)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as directory:

@@ -36,9 +36,20 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from megatron_papo.config import Config
 from megatron_papo.run.command_line import run
 from tools.benchmark.measure import peak_bytes, seconds_in_turns
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_papo.model.log_probs import TokenStatistics
+    from megatron_papo.model.qwen2_5_vl import Qwen2_5_VL
+    from megatron_papo.run.records import Rollout
+    from megatron_papo.training.collator import Collator, Kind, MicroBatch
 
 DEMO_CONFIG = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 KINDS = {
@@ -79,10 +90,18 @@ def say(text: str) -> None:
 
 
 def textbook_statistics(
-    logits, positions, tokens, group, *, temperature: float, kl_of_halves: bool, second_half_gradient: bool
-):
-    """token_statistics of one whole vocabulary as one writes it first: fp32, autograd. positions must be every row in
-    order.
+    logits: "Tensor",
+    positions: "Tensor",
+    tokens: "Tensor",
+    group: object,
+    *,
+    temperature: float,
+    kl_of_halves: bool,
+    second_half_gradient: bool,
+) -> "TokenStatistics":
+    """Compute token_statistics of one whole vocabulary as one writes it first: fp32, autograd.
+
+    positions must be every row in order.
 
     Lenient to the textbook: no copy for positions or temperature, and no gradient for an entropy that the loss does not
     use.
@@ -101,7 +120,7 @@ def textbook_statistics(
     return TokenStatistics(log_p.gather(-1, tokens[:, None])[:, 0], entropy, kl)
 
 
-def demo_rollouts(config, directory: Path) -> list:
+def demo_rollouts(config: Config, directory: Path) -> "list[Rollout]":
     """One micro-batch of rollouts whose responses are those that the cold start teaches; rewards made up. Writes their
     pictures."""
     from megatron_papo.data.chat import ChatFormat
@@ -129,9 +148,9 @@ def demo_rollouts(config, directory: Path) -> list:
             prompt_token_ids=prompt.token_ids,
             prompt_num_tokens=prompt.num_tokens,
             images=prompt.images,
-            response_token_ids=prompt.target_token_ids,
-            rollout_log_probs=[-1.0] * len(prompt.target_token_ids),
-            text=prompt.target,
+            response_token_ids=prompt.target_token_ids or [],
+            rollout_log_probs=[-1.0] * len(prompt.target_token_ids or []),
+            text=prompt.target or "",
             finish_reason="stop",
             rewards=Rewards(overall=sample % 2, accuracy=sample % 2, format=1),
             temperature=config.rollout.temperature,
@@ -145,24 +164,26 @@ def demo_rollouts(config, directory: Path) -> list:
     ]
 
 
-def logits_in_place_of(model, logits):
-    """A model for papo_step whose last stage starts from a leaf: [N, V] logits of the response tokens. What is left of
-    the step is the objective."""
+def logits_in_place_of(model: "Qwen2_5_VL", logits: "Tensor") -> "torch.nn.Module":
+    """Return a model for papo_step whose last stage starts from a leaf: [N, V] logits of the response tokens.
+
+    What is left of the step is the objective.
+    """
     import torch
 
     from megatron_papo.distributed import process_groups
-    from megatron_papo.model.log_probs import token_statistics
+    from megatron_papo.model.log_probs import TokenStatistics, token_statistics
+    from megatron_papo.model.qwen2_5_vl import Responses
 
     class LogitsOnly(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.model_type, self.config = model.model_type, copy.copy(model.config)
             self.config.finalize_model_grads_func = self.config.grad_scale_func = None  # there are no weights
             self.logits = logits.detach().requires_grad_()
 
-        def forward(self, *_, responses, **__):
+        def forward(self, *_: object, responses: Responses, **__: object) -> TokenStatistics:
             self.logits.grad = None
-            options = dict(kl_of_halves=responses.kl_of_halves, second_half_gradient=responses.second_half_gradient)
             places = torch.arange(len(self.logits), device=self.logits.device)
             return token_statistics(
                 self.logits,
@@ -170,26 +191,32 @@ def logits_in_place_of(model, logits):
                 responses.tokens,
                 process_groups.tp_group(),
                 temperature=responses.temperature,
-                **options,
+                kl_of_halves=responses.kl_of_halves,
+                second_half_gradient=responses.second_half_gradient,
             )
 
-        def set_input_tensor(self, _):
+        def set_input_tensor(self, _: object) -> None:
             pass
 
     return LogitsOnly()
 
 
-class OneBatch:
-    """A collator for papo_step that has already made its only micro-batch."""
+def collator_of(batch: "MicroBatch") -> "Collator":
+    """Return a collator for papo_step that has already made its only micro-batch."""
+    from megatron_papo.training.collator import Collator, MicroBatch, Pictures
+    from megatron_papo.training.layouts import Part
 
-    def __init__(self, batch):
-        self.batch = batch
+    class OneBatch(Collator):
+        def __init__(self) -> None:
+            pass
 
-    def plan(self, rows, *_):
-        return [rows]
+        def plan(self, rows: Part, micro_batch_size: int, pictures: Pictures = "original") -> list[Part]:
+            return [rows]
 
-    def collate(self, *_):
-        return self.batch
+        def collate(self, rows: Part, pictures: Pictures = "original") -> MicroBatch:
+            return batch
+
+    return OneBatch()
 
 
 def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: int) -> dict:
@@ -215,7 +242,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
     model = build_model(hf, dtype=dtype, sequence_parallel=False, recompute=config.model.recompute)
     collator = Collator(config, hf, directory, with_pixels=True, device=process_groups.device(), dtype=dtype)
 
-    def log_probs(kind):
+    def log_probs(kind: "Kind") -> "list[Tensor]":
         return sweep(model, collator, rows, settings, [kind])[kind].log_probs
 
     constants = dict.fromkeys(("old_log_probs", "ref_log_probs"), log_probs("original"))
@@ -223,7 +250,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
         constants["masked_image_log_probs"] = log_probs("masked")
     wrapped, _ = build_optimizer(model, config.optimizer, dtype)
 
-    def step(model, collator) -> float:
+    def step(model: torch.nn.Module, collator: Collator) -> float:
         recipe = loss_recipe(objective, 0)
         metrics, _ = papo_step(model, collator, rows, constants, settings, recipe, counts_of(rows))
         return float(metrics["loss"])
@@ -238,7 +265,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
             batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids, pictures=batch.pictures
         )
         logits = logits.flatten(0, 1)[batch.response_positions]
-    alone, one = logits_in_place_of(model, logits), OneBatch(batch)
+    alone, one = logits_in_place_of(model, logits), collator_of(batch)
     seconds = seconds_in_turns({"step": whole, "objective": lambda: step(alone, one)}, repeat)
     return {
         "rollouts": len(rows),
@@ -252,7 +279,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
     }
 
 
-def demo_config(overrides: list[str]):
+def demo_config(overrides: list[str]) -> Config:
     from megatron_papo.config_files import load_config
 
     one_process = [
@@ -264,7 +291,7 @@ def demo_config(overrides: list[str]):
     return load_config(DEMO_CONFIG, [*(f"parallel.{value}" for value in one_process), *overrides])
 
 
-def decoder_layer(width: Width, tokens: int, dtype) -> Callable[[], None]:
+def decoder_layer(width: Width, tokens: int, dtype: "torch.dtype") -> Callable[[], None]:
     """-> forward and backward of one layer of the product on one row of so many tokens."""
     import torch
     from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
@@ -289,7 +316,7 @@ def decoder_layer(width: Width, tokens: int, dtype) -> Callable[[], None]:
     return lambda: layer(hidden, attention_mask=None, rotary_pos_emb=rotary)[0].backward(gradient)
 
 
-def output_layer(width: Width, tokens: int, dtype) -> Callable[[], None]:
+def output_layer(width: Width, tokens: int, dtype: "torch.dtype") -> Callable[[], None]:
     """-> forward and backward of the product of hidden states with the (tied) embedding."""
     import torch
 
@@ -303,7 +330,7 @@ def output_layer(width: Width, tokens: int, dtype) -> Callable[[], None]:
     return lambda: torch.nn.functional.linear(hidden, weight).backward(gradient)
 
 
-def objective_alone(kind: str, logits, statistics_of) -> Callable[[], None]:
+def objective_alone(kind: str, logits: "Tensor", statistics_of: Callable) -> Callable[[], None]:
     """-> from the logits [rows, V], every row a response token of one rollout (with twins: half of them), to their
     gradient."""
     import torch
@@ -321,7 +348,7 @@ def objective_alone(kind: str, logits, statistics_of) -> Callable[[], None]:
     old = -12.0 + torch.rand(1, count, device=logits.device, generator=generator)
     recipe, averages = loss_recipe(config.objective, 0), Averages(StepCounts(tokens=count, sequences=1))
 
-    def forward_and_backward():
+    def forward_and_backward() -> None:
         logits.grad = None
         found = statistics_of(
             logits, positions, tokens, process_groups.tp_group(),
@@ -355,14 +382,17 @@ def measure_vocabulary(width: Width, tokens: int, dtype_name: str, repeat: int) 
 
     dtype = getattr(torch, dtype_name)
     logits = torch.randn(tokens, VOCABULARY, device=process_groups.device()).mul_(2).to(dtype).requires_grad_()
-    statistics_of = {"ours": token_statistics, "textbook": textbook_statistics}
-    objectives = {
+    statistics_of: dict[str, Callable] = {"ours": token_statistics, "textbook": textbook_statistics}
+    objectives: dict[object, Callable[[], object]] = {
         (kind, name): objective_alone(kind, logits, how) for kind in KINDS for name, how in statistics_of.items()
     }
-    model = {"layer": decoder_layer(width, tokens, dtype), "output_layer": output_layer(width, tokens, dtype)}
+    model: dict[object, Callable[[], object]] = {
+        "layer": decoder_layer(width, tokens, dtype),
+        "output_layer": output_layer(width, tokens, dtype),
+    }
     seconds = seconds_in_turns(model | objectives, repeat)
     without = width.layers * seconds["layer"] + seconds["output_layer"]
-    found = {
+    found: dict[str, Any] = {
         "layer_seconds": seconds["layer"],
         "output_layer_seconds": seconds["output_layer"],
         "step_seconds_without_objective": without,
@@ -481,7 +511,7 @@ def measure(width: Width, tokens: int, repeat: int, threads: int) -> dict:
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    report = {"device": device, "threads": torch.get_num_threads(), "repeat": repeat, "demo": {}}
+    report: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "repeat": repeat, "demo": {}}
     with tempfile.TemporaryDirectory() as directory:
         make_tiny_model(Path(directory, "model"), derive_seed(config.seed, "tiny_model"))
         rollouts = demo_rollouts(config, Path(directory))

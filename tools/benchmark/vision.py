@@ -17,16 +17,20 @@ is one JSON object.
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from megatron_papo.run.command_line import run
 from tools.benchmark.measure import measure_in_processes, seconds_in_turns
 
-TOWERS = ("sharded", "spread")
+Tower = Literal["sharded", "spread"]
+TOWERS: tuple[Tower, ...] = ("sharded", "spread")
 HEAD_WIDTH = 80
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2, help="processes (default 2)")
     parser.add_argument(
@@ -44,7 +48,7 @@ def parse():
     return parser.parse_args()
 
 
-def make_checkpoint(args, directory: Path) -> None:
+def make_checkpoint(args: argparse.Namespace, directory: Path) -> None:
     from megatron_papo.checkpoint import convert
     from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
 
@@ -65,17 +69,14 @@ def make_checkpoint(args, directory: Path) -> None:
     convert.hf_to_megatron(convert.HFCheckpoint(directory / "hf"), directory / "megatron")
 
 
-def measure(args, directory: Path) -> dict:
+def measure(args: argparse.Namespace, directory: Path) -> dict:
     """In every process; the result is the same in all."""
     import torch
-
-    from megatron_papo.distributed import collectives, process_groups
-
-    process_groups.hush_known_warnings()
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
+    from megatron_papo.distributed import collectives, process_groups
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.model.qwen2_5_vl import build_model
 
@@ -92,23 +93,23 @@ def measure(args, directory: Path) -> dict:
     towers = {name: wrapped.module.vision_model for name, wrapped in models.items()}
     random, grid = torch.Generator().manual_seed(1), (1, args.side, args.side)
 
-    def micro_batch(pictures: int):
+    def micro_batch(pictures: int) -> list[torch.Tensor]:
         pixels = torch.randn(pictures * args.side**2, hf.vision.patch_values, generator=random)
         gradient = torch.randn(
             pictures * args.side**2 // hf.vision.spatial_merge_size**2, hf.vision.out_hidden_size, generator=random
         )
         return [x.to(process_groups.device(), dtype) for x in (pixels, gradient)]
 
-    def step(name: str, pixels, gradient):
+    def step(name: Tower, pixels: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         tokens = towers[name](pixels, [grid] * (pixels.shape[0] // args.side**2))
         if tokens.requires_grad:  # not where a rank had no picture
             tokens.backward(gradient)
         return tokens.detach()
 
-    def finalize(name: str) -> None:
+    def finalize(name: Tower) -> None:
         models[name].module.config.finalize_model_grads_func([models[name]])
 
-    def gradient_norm(name: str) -> float:
+    def gradient_norm(name: Tower) -> float:
         squares = torch.zeros(
             2, dtype=torch.float64, device=process_groups.device()
         )  # of weights that are cut, of those that all ranks have
@@ -119,18 +120,18 @@ def measure(args, directory: Path) -> dict:
         torch.distributed.all_reduce(squares[:1], group=process_groups.tp_group())
         return float(squares.sum().sqrt())
 
-    def in_turns(function, *arguments) -> tuple[dict, dict]:
+    def in_turns(function: Callable, *arguments: object) -> tuple[dict, dict]:
         """Seconds of both towers until the slowest rank is done, and processor seconds of the busiest rank."""
-        processor = {name: [] for name in TOWERS}
+        processor: dict[Tower, list[float]] = {name: [] for name in TOWERS}
 
-        def timed(name: str) -> None:
+        def timed(name: Tower) -> None:
             started = time.process_time()
             function(name, *arguments)
             processor[name].append(time.process_time() - started)
             torch.distributed.barrier()
 
-        seconds = seconds_in_turns({name: lambda name=name: timed(name) for name in TOWERS}, args.repeat, statistic=min)
-        return everywhere(seconds), everywhere({name: min(each[1:]) for name, each in processor.items()})
+        seconds = seconds_in_turns({name: partial(timed, name) for name in TOWERS}, args.repeat, statistic=min)
+        return everywhere(seconds), everywhere({name: min(measured[1:]) for name, measured in processor.items()})
 
     def everywhere(seconds: dict) -> dict:
         return {name: collectives.max_over_ranks(value) for name, value in seconds.items()}
@@ -162,7 +163,7 @@ def measure(args, directory: Path) -> dict:
     return found
 
 
-def show(args, found: dict) -> None:
+def show(args: argparse.Namespace, found: dict) -> None:
     for pictures, row in found["pictures"].items():
         print(
             f"{pictures} pictures: sharded / spread {row['ratio']:.2f} ({row['seconds_sharded']:.3f} s /"
