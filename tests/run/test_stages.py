@@ -47,10 +47,22 @@ def test_no_key_of_the_table_is_unknown():
 def test_a_fingerprint_changes_with_what_decides_and_with_nothing_else(name):
     stage, base = STAGES[name], load_config(DEMO_CONFIG)
     others = {
-        "seed": 2, "rollout.concurrency": 3, "reward.workers": 1, "server.port": 40000, "iterations": 9, "keep_exports": 3,
-        "training.max_rollout_log_prob_difference": 0.5, "rollout.temperature": 0.5, "reward.format_weight": 0.2,
-        "optimizer.learning_rate": 1e-5, "evaluation.temperature": 0.5, "objective.kl_prcp_coef": 0.5, "sft.steps": 3,
-        "masked_image.ratio": 0.5, "model.recompute": "full", "data.max_prompt_tokens": 63,
+        "seed": 2,
+        "rollout.concurrency": 3,
+        "reward.workers": 1,
+        "server.port": 40000,
+        "iterations": 9,
+        "keep_exports": 3,
+        "training.max_rollout_log_prob_difference": 0.5,
+        "rollout.temperature": 0.5,
+        "reward.format_weight": 0.2,
+        "optimizer.learning_rate": 1e-5,
+        "evaluation.temperature": 0.5,
+        "objective.kl_prcp_coef": 0.5,
+        "sft.steps": 3,
+        "masked_image.ratio": 0.5,
+        "model.recompute": "full",
+        "data.max_prompt_tokens": 63,
     }
     for key, value in others.items():
         changed = load_config(DEMO_CONFIG, [f"{key}={value}"])
