@@ -5,7 +5,7 @@ so far) over all target tokens of the batch; AdamW with linear warm-up and gradi
 
 Reads:  --data (stage 1: sft.jsonl, images/), --hf (Hugging Face checkpoint to start from).
 Writes: a Hugging Face checkpoint with the same file and tensor names, metrics.jsonl.
-Run by: torchrun --nproc-per-node N -m stages.stage2_sft ..., or deepspeed --num_gpus N --module stages.stage2_sft ...,
+Run by: torchrun --nproc-per-node N -m -- stages.stage2_sft ..., or deepspeed --num_gpus N --module stages.stage2_sft ...,
         N = sft.processes.
 """
 
@@ -55,7 +55,7 @@ def prepare(task: Task, sft: SftConfig) -> StageOutput:
     if process_groups.world_size() != processes:
         raise UserError(
             f"{process_groups.world_size()} processes were started, sft.processes is {processes}:"
-            f" start with torchrun --nproc-per-node {processes} -m stages.stage2_sft ..."
+            f" start with torchrun --nproc-per-node {processes} -m -- stages.stage2_sft ..."
         )
     return task.stage_output(task.inputs(model_fingerprint))
 

@@ -13,7 +13,7 @@ reads   --megatron   weights, optimizer and step of the iteration before (or sta
         --rollouts   stage 4's output, --data stage 1's output (the images)
         --rollback   an earlier checkpoint that the guard may go back to, where it may
 writes  --output     Megatron checkpoint with optimizer state, metrics.jsonl (one line per optimizer step), guard.jsonl
-run by  torchrun --nproc-per-node TP*PP*DP -m stages.stage5_train ...
+run by  torchrun --nproc-per-node TP*PP*DP -m -- stages.stage5_train ...
 
 With --iterations A-B it stays for all of these iterations of a run (run_all.sh --resident): it waits for each one's
 rollouts, trains with what it holds in memory, and writes both the Megatron checkpoint and stage 6's export of it. Where

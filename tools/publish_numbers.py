@@ -1,4 +1,4 @@
-"""Write the measured numbers into README.md and docs/, from the files in docs/numbers/.
+"""Write the measured numbers and the tables of the stages into README.md and docs/.
 
     python -m tools.publish_numbers                              fill every marked block
     python -m tools.publish_numbers --check                      change nothing; exit status 1 if a page is out of date
@@ -6,23 +6,33 @@
 
 A page marks what is written into it by `<!-- numbers: NAME -->` and `<!-- end -->`. NAME is a table of TABLES below, or
 one value, `FILE.KEY FORMAT`, e.g. `demo_seed1.accuracy_papo percent`. So a number that stands on two pages has
-one source.
+one source, the files in docs/numbers/. `<!-- table: NAME -->` stands for what megatron_papo/run/stages.py says, a table
+of STAGE_TABLES.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
+from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stages import STAGES, Stage, Turn
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"(?P<start><!-- numbers: (?P<name>[^>]+?) -->)(?P<text>.*?)(?P<end><!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<start><!-- (?P<kind>numbers|table): (?P<name>[^>]+?) -->)(?P<text>.*?)(?P<end><!-- end -->)", re.DOTALL
+)
+OPENING = re.compile(r"<!-- (numbers|table):")
+WIDTH = 100
+"""Of the lines of a page."""
 SEEDS = (1, 2, 3)
 TRAINING = ("accuracy", "kl_prcp", "kl_ref", "entropy", "clip_fraction_high", "cut_off")
 """Metrics of a training step that the demo's page shows, as means over an iteration."""
@@ -115,16 +125,103 @@ TABLES: dict[str, Callable[[Numbers], list[str]]] = {
 }
 
 
+def stages() -> list[str]:
+    """Return the table of the stages as README shows it: what they do, read and write."""
+    lines = ["| stage | what it does | reads | writes |", "|---|---|---|---|"]
+    for stage in STAGES.values():
+        lines.append(f"| {titled(stage)} | {stage.title} | {', '.join(inputs_of(stage))} | {stage.writes} |")
+    return lines
+
+
+def stages_in_a_run() -> list[str]:
+    """Return the table of where the stages find their inputs and put their outputs in a run."""
+    run_directory = RunDirectory(Path("runs/NAME"), load_config(ROOT / "configs" / "demo.yaml"))
+    lines = ["| stage | started by | inputs (made by stage) | output in runs/NAME |", "|---|---|---|---|"]
+    for stage in STAGES.values():
+        launcher = "python" if stage.processes is None else "torchrun"
+        outputs = " and ".join(f"`{path}`" for path in outputs_of(stage, run_directory))
+        lines.append(f"| {titled(stage)} | {launcher} | {', '.join(inputs_of(stage))} | {outputs} |")
+    return lines
+
+
+def stage_keys() -> list[str]:
+    """Return the list of the keys that decide the output of each stage."""
+    lines: list[str] = []
+    for stage in STAGES.values():
+        decided = keys_in_words(stage.decided_by) or "none: its input alone"
+        if stage.iteration_decides:
+            decided += ", and the number of the iteration"
+        if stage.decided_by_of_set:
+            decided += f"; of an evaluation set {keys_in_words(stage.decided_by_of_set)}"
+        text = textwrap.wrap(f"- {stage.name}: {decided}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines += [text[0].replace(stage.name, f"`{stage.name}`", 1), *text[1:]]
+    return lines
+
+
+def titled(stage: Stage) -> str:
+    return f"{stage.number} `{stage.name}`"
+
+
+def inputs_of(stage: Stage) -> list[str]:
+    """Return what a stage reads, each with the stages that may have made it, e.g. "`hf` (1, 2 or 6)"."""
+    words = []
+    for spec in stage.inputs:
+        makers = [str(number) for number in sorted(STAGES[name].number for name in spec.made_by)]
+        *first, last = makers + ["yours"] * spec.from_outside
+        words.append(f"`{spec.name}` ({', '.join(first)}{' or ' if first else ''}{last})")
+    return words
+
+
+def outputs_of(stage: Stage, run_directory: RunDirectory) -> list[str]:
+    """Return the paths of a stage's outputs in a run, with NNNN for the iteration and SET for the evaluation set."""
+    turns = [Turn(1234, "SET")] + ([Turn(1234)] if stage.decided_by_of_set else [])
+    paths = [stage.output(run_directory, turn).relative_to(run_directory.root) for turn in reversed(turns)]
+    return [str(path).replace("1234", "NNNN") for path in paths]
+
+
+def keys_in_words(keys: Sequence[str]) -> str:
+    """Return dotted keys with those of one section together: "seed, data.train.{split, count}"."""
+    sections: dict[str, list[str]] = {}
+    for key in keys:
+        section, _, leaf = key.rpartition(".")
+        sections.setdefault(section or key, []).append(leaf)
+    words = []
+    for section, leaves in sections.items():
+        alone = section in keys or len(leaves) == 1
+        words += (
+            [section if section in keys else f"{section}.{leaves[0]}"]
+            if alone
+            else [f"{section}.{{{', '.join(leaves)}}}"]
+        )
+    return ", ".join(words)
+
+
+STAGE_TABLES: dict[str, Callable[[], list[str]]] = {
+    function.__name__: function for function in (stages, stages_in_a_run, stage_keys)
+}
+
+
 def filled(page: Path, numbers: Numbers) -> str:
     """Return the text of a page with every block filled. Raises UserError for a block that cannot be."""
     text = page.read_text()
-    opened, closed = text.count("<!-- numbers:"), len(BLOCK.findall(text))
+    opened, closed = len(OPENING.findall(text)), len(BLOCK.findall(text))
     if opened != closed or text.count("<!-- end -->") != closed:
         raise UserError(f"{page}: {opened} blocks are opened, {closed} end as they should with <!-- end -->")
     for block in BLOCK.finditer(text):
-        if block["name"] not in TABLES and not text[: block.start()].rpartition("\n")[2].strip():
+        is_table = block["kind"] == "table" or block["name"] in TABLES
+        if not is_table and not text[: block.start()].rpartition("\n")[2].strip():
             raise UserError(f"{page}: {block['name']} begins a line, which makes the line HTML: put a word before it")
-    return BLOCK.sub(lambda block: block["start"] + block_text(block["name"], numbers, page) + block["end"], text)
+    return BLOCK.sub(lambda block: block["start"] + text_of(block, numbers, page) + block["end"], text)
+
+
+def text_of(block: re.Match[str], numbers: Numbers, page: Path) -> str:
+    """Return what stands between the two marks of a block, which may be of either kind."""
+    name = block["name"]
+    if block["kind"] == "numbers":
+        return block_text(name, numbers, page)
+    if name not in STAGE_TABLES:
+        raise UserError(f"{page}: table: {name}: expected one of {', '.join(STAGE_TABLES)}")
+    return "\n" + "\n".join(STAGE_TABLES[name]()) + "\n"
 
 
 def block_text(name: str, numbers: Numbers, page: Path) -> str:

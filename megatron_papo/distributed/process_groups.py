@@ -100,7 +100,7 @@ def _check_world_size(parallel: ParallelConfig) -> None:
 
 def _this_program() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"-m {spec.name}" if spec else sys.argv[0]
+    return f"-m -- {spec.name}" if spec else sys.argv[0]
 
 
 def _join_process_group() -> None:

@@ -108,6 +108,6 @@ def advice(server: Server) -> str:
     if not isinstance(server, OwnedServer):
         return "restart that server, or give --server a directory to have one started"
     tail = log_tail(server.directory, 10)
-    command = f"python -m tools.sglang_server start --server {server.directory} --config FILE --model HF_DIR"
+    command = f".venv/bin/python -m tools.sglang_server start --server {server.directory} --config FILE --model HF_DIR"
     again = f"start it again with: {command}"
     return f"{again} (the stages do so by themselves); {server.directory}/server.log ends:\n{tail}"

@@ -1,9 +1,11 @@
-"""Numbers on the pages come from docs/numbers/, and a page that says something else is noticed."""
+"""Numbers on the pages come from docs/numbers/, tables of stages from run/stages.py; a page that says something else is
+noticed."""
 
 import json
 
 import pytest
 
+from megatron_papo.run.stages import STAGES
 from tests.helpers import run_module
 
 DEMO = {"accuracy_papo": 0.855, "accuracy_cold_start": 0.25, "seconds_per_iteration": 34.56, "alarms": 3}
@@ -55,6 +57,25 @@ def test_tables_show_every_seed(pages):
     assert "| 3 | 25.0 % | 75.0 % | +50.0 |" in written
 
 
+def test_tables_of_stages(pages):
+    """They say what the table of stages says: makers, outputs of a run, deciding keys; an edit by hand is noticed."""
+    page = pages / "docs" / "pipeline.md"
+    blocks = [f"<!-- table: {name} -->\n<!-- end -->\n" for name in ("stages", "stages_in_a_run", "stage_keys")]
+    page.write_text("\n".join(blocks))
+    assert publish(pages).returncode == 0
+    written = page.read_text()
+    for stage in STAGES.values():
+        assert written.count(f"| {stage.number} `{stage.name}` | ") == 2 and f"- `{stage.name}`: " in written
+        assert f"| {stage.title} | " in written and f" | {stage.writes} |" in written
+    assert "| `data` (1), `hf` (1, 2, 6 or yours), `previous` (4) | `iterations/NNNN/rollouts` |" in written
+    assert "| `data` and `evaluation/sets/SET` |" in written and "| `evaluation/iteration_NNNN/SET` |" in written
+    assert "- `stage2_sft`: seed, sft, model.{dtype, recompute}, data.{min_pixels, max_pixels}\n" in written
+    assert "- `stage3_convert_to_megatron`: none: its input alone\n" in written
+    assert publish(pages, "--check").returncode == 0
+    page.write_text(written.replace("`rollouts` (4)", "`rollouts` (3)", 1))
+    assert "pipeline.md: out of date" in publish(pages, "--check").stdout
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -63,6 +84,11 @@ def test_tables_show_every_seed(pages):
         ("a <!-- numbers: demo.alarms dozen --><!-- end -->", "KeyError 'dozen'"),
         ("a <!-- numbers: demo_sedes --><!-- end -->", "expected one of demo_seeds"),
         ("a <!-- numbers: demo.alarms number --> 3", "1 blocks are opened, 0 end"),
+        ("<!-- table: stages -->\n", "1 blocks are opened, 0 end"),
+        (
+            "<!-- table: stagse -->\n<!-- end -->\n",
+            "table: stagse: expected one of stages, stages_in_a_run, stage_keys",
+        ),
         ("  <!-- numbers: demo.alarms number --><!-- end -->", "begins a line"),
     ],
 )
