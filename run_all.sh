@@ -49,7 +49,7 @@ stage 3 $PYTHON -m stages.stage3_convert_to_megatron --run "$RUN"
 # 7. How good is the model before PAPO?
 stage 7:0 $PYTHON -m stages.stage7_evaluate --run "$RUN" --iteration 0
 
-if ((RESIDENT && FIRST && !DRY_RUN)); then # 4 and 5 side by side for all iterations; 5 does 6's work, 4 does 7's
+if ((RESIDENT && FIRST)); then # 4 and 5 side by side for all iterations; 5 does 6's work, 4 does 7's but for the last
   start 4 $PYTHON -m stages.stage4_rollout --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   start 5 "${TRAIN[@]}" -m -- stages.stage5_train --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   side_by_side

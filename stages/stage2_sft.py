@@ -15,6 +15,7 @@ import time
 from contextlib import nullcontext
 
 from megatron_papo.checkpoint.model_files import model_fingerprint
+from megatron_papo.config import SftConfig
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
@@ -32,8 +33,8 @@ def main() -> None:
         _, tasks = parser.parse()
         if not tasks or tasks[0].config.sft is None:
             raise UserError("sft is null in this configuration: there is no cold start to do; go on with stage 3")
-        task = tasks[0]
-        out = prepare(task)
+        task, sft = tasks[0], tasks[0].config.sft
+        out = prepare(task, sft)
         if out.done:
             if process_groups.is_main_rank():
                 out.announce_done()
@@ -43,14 +44,14 @@ def main() -> None:
     process_groups.connect()
     with out if process_groups.is_main_rank() else nullcontext():
         collectives.barrier()  # out.partial is there
-        train(task, prompts, out)
+        train(task, sft, prompts, out)
         collectives.barrier()  # every rank is done
     process_groups.disconnect()
 
 
-def prepare(task: Task) -> StageOutput:
+def prepare(task: Task, sft: SftConfig) -> StageOutput:
     """Return the output, after all the checks that need no process group."""
-    processes = task.config.sft.processes
+    processes = sft.processes
     if process_groups.world_size() != processes:
         raise UserError(
             f"{process_groups.world_size()} processes were started, sft.processes is {processes}:"
@@ -73,24 +74,27 @@ def read_samples(task: Task) -> list[Prompt]:
     return prompts
 
 
-def train(task: Task, prompts: list[Prompt], out: StageOutput) -> None:
+def train(task: Task, sft: SftConfig, prompts: list[Prompt], out: StageOutput) -> None:
+    """The algorithm of the module's docstring."""
     from megatron_papo.model.hf_config import read_hf_config
     from megatron_papo.sft.batches import batch_indices, collate, learning_rate
     from megatron_papo.sft.engine import SftEngine
 
     config, hf, data = task.config, task.path("hf"), task.path("data")
-    sft, speaks = config.sft, process_groups.is_main_rank()
+    speaks = process_groups.is_main_rank()
     image_token_id = read_hf_config(hf).image_token_id
     engine = SftEngine(hf, config.model, sft)
     per_rank = sft.global_batch_size // sft.processes
-    metrics = open(out.partial / "metrics.jsonl", "w", buffering=1) if speaks else nullcontext()
-    with metrics, progress_bar(sft.steps, "stage 2: sft", "steps", speaks) as bar:
+    with (
+        open(out.partial / "metrics.jsonl", "w", buffering=1) if speaks else nullcontext() as metrics,
+        progress_bar(sft.steps, "stage 2: sft", "steps", speaks) as bar,
+    ):
         for step in range(sft.steps):
             started = time.perf_counter()
             samples = [
                 prompts[index] for index in batch_indices(len(prompts), step, sft.global_batch_size, config.seed)
             ]
-            total_tokens = sum(len(sample.target_token_ids) for sample in samples)
+            total_tokens = sum(len(sample.target_token_ids or []) for sample in samples)
             own = samples[process_groups.rank() * per_rank : (process_groups.rank() + 1) * per_rank]
             batches = [
                 collate(own[start : start + sft.micro_batch_size], data, config.data, image_token_id)
@@ -105,7 +109,7 @@ def train(task: Task, prompts: list[Prompt], out: StageOutput) -> None:
                 )
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
-            if speaks:
+            if metrics is not None:
                 row = {
                     "step": step + 1,
                     "loss": loss,

@@ -32,7 +32,7 @@ HEADS = ("bash ", "make ", ".venv/bin/", "python", "torchrun", "sbatch ")
 def code_pieces(text: str) -> list[str]:
     """Return the lines of code blocks, fenced or indented, and the inline code spans of a Markdown page."""
     pieces, fenced, prose = [], False, []
-    for line in text.splitlines():
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if line.startswith("```"):
             fenced = not fenced
         elif fenced or line.startswith("    "):
@@ -148,6 +148,7 @@ def test_commands_run_as_typed(page):
         ("    bash run_all.sh --config configs/papo_x.yaml", "configs/papo_x.yaml"),
         ("    X=1 bash tests/run.sh tests/nothing -x", "no tests/nothing"),
         ("`make quickly`", "quickly"),
+        ("    bash run_all.sh \\\n        --nome x", "no option --nome"),
         ("`.venv/bin/papo-covert --help`", "no .venv/bin/papo-covert"),
     ],
 )

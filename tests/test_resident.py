@@ -1,8 +1,10 @@
-"""run_all.sh --resident: stages 4 and 5 stay up and end with the bits of the stage-by-stage run; one iteration stale;
-GPUs shared."""
+"""run_all.sh --resident: stages 4 and 5 stay up and end with the bits of the stage-by-stage run; what the cadence
+keeps; one iteration stale; GPUs shared."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -11,7 +13,8 @@ import pytest
 
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.run.run_directory import Follower, RunDirectory
+from megatron_papo.run.follow import Follower
+from megatron_papo.run.run_config import open_run
 from megatron_papo.run.stage_output import read_manifest
 from megatron_papo.training.metrics_log import read_metrics
 from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
@@ -22,20 +25,24 @@ STALE = settings(
     "training.max_rollout_log_prob_difference=1.0e-5",
 )
 """With a parity gate that would take a policy one step away for a fault."""
+START = ("data", "sft", "reference", "evaluation/sets", "evaluation/iteration_0000")
 
 
 def run_all(name, *arguments, iterations):
-    command = ["bash", "run_all.sh", "--name", name, *settings(*SMALL_RUN, f"iterations={iterations}"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = ["bash", "run_all.sh", "--name", name, *settings(f"iterations={iterations}"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
 def prepared(small_run):
-    """Makes runs that start where another one has finished what is listed."""
+    """Makes runs that start where the small run has finished what is listed, with keys of their own."""
     made = []
 
-    def make(suffix, *parts):
+    def make(suffix, *parts, changes=()):
         run = ROOT / "runs" / f"{small_run.name}-{suffix}"
+        write = "from tools.start_run import main; main()"
+        arguments = ["--name", run.name, "--config", str(DEMO_CONFIG), *settings(*SMALL_RUN, *changes), "--write"]
+        subprocess.run([".venv/bin/python", "-c", write, *arguments], cwd=ROOT, check=True, capture_output=True)
         for part in parts:
             shutil.copytree(small_run / part, run / part)
         made.append(run)
@@ -49,8 +56,8 @@ def prepared(small_run):
 @pytest.fixture(scope="module")
 def both(prepared):
     """Two iterations, stage by stage and resident, from the same cold start."""
-    staged = prepared("staged", "data", "sft", "reference", "evaluation/iteration_0000", "iterations/0001")
-    resident = prepared("resident", "data", "sft", "reference", "evaluation/iteration_0000")
+    staged = prepared("staged", *START, "iterations/0001")
+    resident = prepared("resident", *START)
     for run, arguments in ((staged, ()), (resident, ("--resident",))):
         done = run_all(run.name, *arguments, iterations=2)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -69,22 +76,23 @@ def test_the_same_bits(both):
             file = f"iterations/{number}/{part}"
             assert (staged / file).read_bytes() == (resident / file).read_bytes(), file
         for part in ("rollouts", "megatron", "hf"):
-            here = f"iterations/{number}/{part}"
-            assert read_manifest(staged / here)["fingerprint"] == read_manifest(resident / here)["fingerprint"]
+            place = f"iterations/{number}/{part}"
+            assert read_manifest(staged / place)["fingerprint"] == read_manifest(resident / place)["fingerprint"]
     trained = [(resident / f"iterations/{number}/hf/model.safetensors").read_bytes() for number in ("0001", "0002")]
     assert trained[0] != trained[1]  # and the second iteration did train
-    evaluations = [json.loads((run / "evaluation/iteration_0002/metrics.json").read_text()) for run in both]
+    evaluations = [json.loads((run / "evaluation/iteration_0002/evaluation/metrics.json").read_text()) for run in both]
     assert evaluations[0] == evaluations[1]
 
 
 def test_one_process_each(both):
     """And the iterations of a resident run count their own time, not their process's."""
+    resident = both[1] / "iterations"
     commands = {
-        read_manifest(both[1] / f"iterations/{number}/{part}")["command"]
+        read_manifest(resident / number / part)["command"]
         for number in ("0001", "0002")
         for part in ("rollouts", "megatron")
     }
-    assert len(commands) == 2 and all("--follow" in command for command in commands)
+    assert len(commands) == 2 and all("--iterations 1-2" in command for command in commands)
     seconds = [read_manifest(run / "iterations/0002/megatron")["seconds"] for run in both]
     assert seconds[1] < seconds[0]
     assert all(json.loads((run / "summary.json").read_text())["seconds_per_iteration"] > 0 for run in both)
@@ -92,57 +100,147 @@ def test_one_process_each(both):
 
 def test_either_mode_goes_on_where_the_other_stopped(both):
     staged, resident = both
-    done = run_all(resident.name, iterations=2)
-    assert done.returncode == 0 and done.stdout.count("nothing to do") == 11
-    done = run_all(staged.name, "--resident", iterations=2)
-    assert done.returncode == 0 and done.stdout.count("nothing to do") == 11
+    for run, arguments in ((resident, ()), (staged, ("--resident",))):
+        done = run_all(run.name, *arguments, iterations=2)
+        assert done.returncode == 0 and "12 of 12 outputs are there" in done.stderr and "nothing to do" in done.stderr
+        assert "== " not in done.stdout
 
 
-def test_the_paths_are_those_of_run_all(both):
-    done = subprocess.run(
-        [
-            "bash",
-            "run_all.sh",
-            "--name",
-            "dry",
-            "--dry-run",
-            *settings("iterations=4", "hacking_guard.rollback_iterations=1"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
+CADENCE = (
+    "hacking_guard.action=warn",
+    "checkpoint_every=3",
+    "evaluate_every=2",
+    "keep_checkpoints=1",
+    "keep_exports=1",
+    "keep_best=1",
+)
+
+
+@pytest.fixture(scope="module")
+def sparse(prepared):
+    """A resident run of four iterations, killed in the third, when iterations 1 and 2 have weights alone, and
+    resumed."""
+    run = prepared("sparse", *START, changes=CADENCE)
+    command = ["bash", "run_all.sh", "--name", run.name, "--resident", *settings("iterations=4")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    run = RunDirectory("runs/dry", load_config(DEMO_CONFIG, ["hacking_guard.rollback_iterations=1"]))
-    lines = {
-        stage: [line for line in done.stdout.splitlines() if f"stages.{stage}" in line]
-        for stage in ("stage4_rollout", "stage5_train")
+    deadline = time.time() + 600
+    while not (run / "iterations/0003/megatron.partial").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    weights_alone = [read_manifest(run / f"iterations/000{n}/megatron")["counts"].get("weights_alone") for n in (1, 2)]
+    assert weights_alone == [True, True]
+    done = run_all(run.name, "--resident", iterations=4)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return run, done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(prepared):
+    """The same four iterations stage by stage, every checkpoint whole, everything kept."""
+    run = prepared("whole", *START, changes=("hacking_guard.action=warn",))
+    done = run_all(run.name, iterations=4)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return run
+
+
+def test_a_run_killed_between_two_whole_checkpoints_ends_in_the_same_bits(sparse, whole):
+    run, said = sparse
+    assert "iteration 1 again, from its rollouts" in said and "iteration 2 again, from its rollouts" in said
+    for file in (
+        "iterations/0004/hf/model.safetensors",
+        "iterations/0004/megatron/__0_0.distcp",
+        "iterations/0004/rollouts/rollouts.jsonl",
+    ):
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert (run / "metrics.jsonl").read_text().count("\n") == 8
+    for number in range(1, 5):
+        for part in ("rollouts", "megatron", "hf"):
+            place = f"iterations/{number:04}/{part}"
+            assert read_manifest(run / place)["fingerprint"] == read_manifest(whole / place)["fingerprint"]
+
+
+def test_stage_by_stage_goes_on_from_weights_alone(sparse, whole, prepared):
+    """Either mode, at any iteration: here iteration 3 in a process of its own, from two that hold weights alone."""
+    run = prepared("between", *START, changes=CADENCE)
+    process = subprocess.Popen(
+        ["bash", "run_all.sh", "--name", run.name, "--resident", *settings("iterations=4")],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while not (run / "iterations/0002/hf").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = run_all(run.name, "--stages", "4-6", iterations=3)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    third = "iterations/0003/hf/model.safetensors"
+    assert (run / third).read_bytes() == (whole / third).read_bytes()
+
+
+def test_what_the_cadence_keeps(sparse):
+    run = open_run(sparse[0])
+    held = [number for number in range(1, 5) if list(run.trained(number).glob("*.distcp"))]
+    exported = [number for number in range(1, 5) if list(run.exported(number).glob("*.safetensors"))]
+    accuracies = {
+        n: json.loads((run.evaluated(n, "evaluation") / "metrics.json").read_text())["accuracy"] for n in (2, 4)
     }
-    assert len(lines["stage4_rollout"]) == len(lines["stage5_train"]) == 4
-    for number in (1, 2, 3, 4):
-        sampled, trained = lines["stage4_rollout"][number - 1], lines["stage5_train"][number - 1]
-        assert f"--hf {run.exported(number - 1)} " in sampled and f"--output {run.rollouts(number)} " in sampled
-        assert f"--server {run.server} " in sampled and f"--data {run.data} " in sampled
-        assert f"--megatron {run.trained(number - 1)} " in trained and f"--reference {run.reference} " in trained
-        assert f"--output {run.trained(number)} " in trained
-        assert trained.partition("--rollback ")[2].partition(" ")[0] == str(run.rollback(number) or "")
+    best = 2 if accuracies[2] > accuracies[4] else 4
+    assert held == [4] and exported == sorted({4, best})
+    assert (run.trained(3) / "pruned.json").exists() and not (run.evaluated(1, "evaluation")).exists()
+    summary = json.loads(run.summary.read_text())
+    assert summary["paths"]["best"] == str(run.exported(best)) and summary["chosen_on_the_reported_set"]
+    rows = json.loads(run_module("tools.status", "--run", run.root, "--json").stdout)["outputs"]
+    assert {row["state"] for row in rows} == {"done"}  # what was deleted still counts as done
 
 
-def test_stages_must_be_together():
-    done = run_all("test-none", "--resident", "--stages", "4,5", iterations=1)
-    assert done.returncode == 2 and "error: --resident runs stages 4, 5 and 6 together" in done.stderr
+def test_weights_that_were_deleted_are_asked_for_by_their_key(sparse, tmp_path):
+    run = open_run(sparse[0])
+    gone = next(number for number in (1, 3) if not list(run.exported(number).glob("*.safetensors")))
     done = run_module(
-        "stages.stage5_train", "--config", DEMO_CONFIG, "--follow", "runs/none", "--data", "x", "--rollback", "y"
+        "stages.stage7_evaluate",
+        "--run",
+        run.root,
+        "--iteration",
+        4,
+        "--hf",
+        run.exported(gone),
+        "--output",
+        tmp_path / "out",
     )
-    assert done.returncode == 2 and "--follow runs/none stands for --data, --rollback: leave them out" in done.stderr
-    done = run_module("stages.stage4_rollout", "--config", DEMO_CONFIG, "--data", "x", "--hf", "y")
-    assert done.returncode == 2 and "required: --server, --iteration, --output" in done.stderr
+    assert done.returncode == 2 and "keep_exports" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["checkpoint_every=2"],
+            "checkpoint_every 2 and hacking_guard.action rollback_and_lower_gamma exclude each other",
+        ),
+        (
+            ["checkpoint_every=2", "hacking_guard.action=warn", "server.shares_gpus=true"],
+            "server.shares_gpus exclude each other",
+        ),
+        (["rollout.max_staleness=1"], "rollout.max_staleness needs objective.importance_sampling_cap"),
+        (
+            ["rollout.max_staleness=1", "objective.importance_sampling_cap=2", "server.shares_gpus=true"],
+            "exclude each other",
+        ),
+    ],
+)
+def test_what_excludes_what(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(DEMO_CONFIG, overrides)
 
 
 @pytest.fixture(scope="module")
 def stale(prepared):
-    run = prepared("stale", "data", "sft", "reference", "evaluation/iteration_0000")
-    done = run_all(run.name, "--resident", *STALE, iterations=3)
+    run = prepared("stale", *START, changes=STALE[1::2])
+    done = run_all(run.name, "--resident", iterations=3)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run
 
@@ -170,7 +268,7 @@ def test_one_iteration_stale(stale):
 
 
 def test_stale_rollouts_are_refused_where_they_are_not_expected(stale, tmp_path):
-    run = RunDirectory(stale, load_config(DEMO_CONFIG))
+    run = open_run(stale)
     paths = [
         "--data",
         run.data,
@@ -181,31 +279,25 @@ def test_stale_rollouts_are_refused_where_they_are_not_expected(stale, tmp_path)
         "--reference",
         run.reference,
     ]
-    one = settings(
+    changes = (
         *SMALL_RUN,
         "parallel.tensor_model_parallel_size=1",
         "parallel.pipeline_model_parallel_size=1",
         "parallel.sequence_parallel=false",
     )
+    one_process = settings(*changes, "hacking_guard.action=warn")
     done = run_module(
-        "stages.stage5_train", "--config", DEMO_CONFIG, *one, *paths, "--iteration", 3, "--output", tmp_path / "out"
+        "stages.stage5_train",
+        "--config",
+        DEMO_CONFIG,
+        *one_process,
+        *paths,
+        "--iteration",
+        3,
+        "--output",
+        tmp_path / "out",
     )
     assert done.returncode == 2 and "rollouts by weights 1 iteration(s) old, rollout.max_staleness is 0" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["rollout.max_staleness=1"], "rollout.max_staleness needs objective.importance_sampling_cap"),
-        (
-            ["rollout.max_staleness=1", "objective.importance_sampling_cap=2", "server.shares_gpus=true"],
-            "exclude each other",
-        ),
-    ],
-)
-def test_what_staleness_needs(overrides, message):
-    with pytest.raises(UserError, match=message):
-        load_config(DEMO_CONFIG, overrides)
 
 
 def test_a_follower_ends_with_the_stage_it_waits_for(tmp_path):

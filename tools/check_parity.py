@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.config import Config, ParallelConfig
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
@@ -281,7 +282,9 @@ class Side:
         servers = open_servers(where, hf, config.server, config.model.dtype)
         self.client = SglangClient(servers, min(config.rollout.concurrency, 64), config.rollout.request_timeout_seconds)
         if load:
-            fingerprint = input_made_or_from_outside(hf, "give --hf a checkpoint directory").fingerprint
+            fingerprint = input_made_or_from_outside(
+                hf, "give --hf a checkpoint directory", model_fingerprint
+            ).fingerprint
             self.client.update_weights(hf, fingerprint[:WEIGHT_VERSION_CHARACTERS])
         versions = set(self.client.weight_versions())
         if len(versions) > 1:

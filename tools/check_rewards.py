@@ -23,6 +23,7 @@ TOLERANCE = 1e-9
 
 
 def read_cases(path: Path) -> list[dict]:
+    """Read FILE. Raises UserError if it is not such a list."""
     try:
         cases = json.loads(path.read_text())
         complete = all(isinstance(case, dict) and {"response", "answer", *FIELDS} <= case.keys() for case in cases)
@@ -34,10 +35,10 @@ def read_cases(path: Path) -> list[dict]:
 
 
 def grade(cases: list[dict]) -> list[Rewards]:
-    """The default reward (weights 0.9 and 0.1) of each case."""
+    """Return the default reward (weights 0.9 and 0.1) of each case."""
     with Grader(RewardConfig()) as grader:
-        submitted = [grader.submit(case["response"], case["answer"], cut_off=False) for case in cases]
-        return [grader.result(one) for one in submitted]
+        under_way = [grader.submit(case["response"], case["answer"], cut_off=False) for case in cases]
+        return [grader.result(submitted) for submitted in under_way]
 
 
 def main() -> None:

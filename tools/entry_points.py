@@ -21,6 +21,20 @@ def check_parity() -> None:
     run(main)
 
 
+def show_config() -> None:
+    """Run `python -m tools.show_config`."""
+    from tools.show_config import main
+
+    run(main)
+
+
+def status() -> None:
+    """Run `python -m tools.status`."""
+    from tools.status import main
+
+    run(main)
+
+
 def sglang_server() -> None:
     """Run `python -m tools.sglang_server`."""
     from tools.sglang_server import main

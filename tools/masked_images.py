@@ -1,44 +1,87 @@
 """The pictures of rollouts as training sees them, original and masked, drawn again from rollouts.jsonl.
 
-    python -m tools.masked_images --config configs/demo.yaml --data runs/demo/data \\
-        --rollouts runs/demo/iterations/0001/rollouts --line 1 --line 9 --output /tmp/masked
+    python -m tools.masked_images --run runs/demo --iteration 1 --line 1 --line 9 --output /tmp/masked
+    python -m tools.masked_images --config FILE [--set KEY=VALUE] --data DIR --rollouts DIR --output DIR
 
-Nothing is stored of a masked picture but its seed, which is in the rollout: give the configuration, with the same
---set, that the run was trained with. Writes lineNNNNNN_imageM_original.png and lineNNNNNN_imageM_masked.png (after the
-resize, as cut into ViT patches) and prints a line per masked picture: its path and the share of its squares that are
-black. A group shares its pictures, so without --line only the first rollout of each group is drawn.
+Nothing is stored of a masked picture but its seed, which is in the rollout; how it is masked is in the configuration of
+the run that trained on it. Writes lineNNNNNN_imageM_original.png and lineNNNNNN_imageM_masked.png (after the resize, as
+cut into ViT patches) and prints a line per masked picture: its path and the share of its squares that are black. A
+group shares its pictures, so without --line only the first rollout of each group is drawn.
 """
 
+import argparse
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_papo.config import Config
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.preprocess import load_images, load_masked_images
-from megatron_papo.run.command_line import run, stage_parser
+from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
+from megatron_papo.run.run_config import open_run
 from megatron_papo.run.stage_output import require_input
 
 
-def parse():
-    inputs = ("data", "output of stage 1"), ("rollouts", "output of stage 4")
-    parser = stage_parser(__doc__, *inputs)
-    parser.add_argument(
+@dataclass(frozen=True)
+class Source:
+    """What is drawn, and how it was masked."""
+
+    config: Config
+    data: Path
+    """Output of stage 1."""
+    rollouts: Path
+    """Output of stage 4."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--run", type=Path, metavar="DIR", help="run directory, with --iteration; or give --config, --data, --rollouts")
+    add("--iteration", type=int, metavar="N", help="number of the iteration, from 1")
+    add("--config", type=Path, metavar="FILE", help="YAML configuration that the rollouts are trained with")
+    add("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value")
+    add("--data", type=Path, metavar="DIR", help="output of stage 1")
+    add("--rollouts", type=Path, metavar="DIR", help="output of stage 4")
+    add(
         "--line",
         dest="lines",
         type=int,
         action="append",
         metavar="N",
-        help="line of rollouts.jsonl, from 1 (may be repeated)",
+        help="line of rollouts.jsonl, from 1; repeatable",
     )
-    return parser.parse_args()
+    add("--output", type=Path, required=True, metavar="DIR", help="directory to make")
+    arguments = parser.parse_args()
+    whole_run = (arguments.run, arguments.iteration)
+    by_hand = (arguments.config, arguments.data, arguments.rollouts)
+    if not (None not in whole_run and by_hand == (None,) * 3 or None not in by_hand and whole_run == (None,) * 2):
+        parser.error("give --run and --iteration, or --config, --data and --rollouts")
+    return arguments
+
+
+def source_of(arguments: argparse.Namespace) -> Source:
+    """Return what the command line names. Raises UserError, naming the stage to run, if it is not there."""
+    if arguments.run is None:
+        source = Source(load_config(arguments.config, arguments.overrides), arguments.data, arguments.rollouts)
+        stage1, stage4 = "python -m stages.stage1_prepare_data", "python -m stages.stage4_rollout"
+    else:
+        named = open_run(arguments.run, arguments.overrides)
+        source = Source(named.config, named.data, named.rollouts(arguments.iteration))
+        stage1 = f"python -m stages.stage1_prepare_data --run {arguments.run}"
+        stage4 = f"python -m stages.stage4_rollout --run {arguments.run} --iteration {arguments.iteration}"
+    require_input(source.data, ("stage1_prepare_data",), stage1)
+    require_input(source.rollouts, ("stage4_rollout",), stage4)
+    return source
 
 
 def chosen_lines(rollouts: list[Rollout], lines: list[int] | None, file: Path) -> list[int]:
-    """Line numbers from 1: those asked for, else the first of each group. Raises UserError for one that is not
-    there."""
+    """Return line numbers from 1: those asked for, else the first of each group.
+
+    Raises UserError for a line that is not there.
+    """
     if lines is None:
         return [number for number, rollout in enumerate(rollouts, 1) if rollout.sample == 0]
     for number in lines:
@@ -47,15 +90,23 @@ def chosen_lines(rollouts: list[Rollout], lines: list[int] | None, file: Path) -
     return lines
 
 
-def draw(rollout: Rollout, line: int, data: Path, config: Config, output: Path) -> list[tuple[str, float]]:
-    """Writes a rollout's pictures; -> (name of the file, share of black squares) of each masked one."""
+def draw(rollout: Rollout, line: int, source: Source, output: Path) -> list[tuple[str, float]]:
+    """Write the pictures of a rollout. Returns the file name and the share of black squares of each masked picture.
+
+    Args:
+        rollout: whose pictures.
+        line: its number, for the file names.
+        source: where its pictures are, and how they are masked.
+        output: directory to write to.
+    """
+    config, data = source.config, source.data
     limits = config.data.min_pixels, config.data.max_pixels
     originals = load_images(data, rollout.images, *limits)
     masked = load_masked_images(
         data, rollout.images, *limits, config.masked_image, rollout.masked_image_seed, rollout.saliency
     )
     drawn = []
-    for number, (original, (picture, squares)) in enumerate(zip(originals, masked)):
+    for number, (original, (picture, squares)) in enumerate(zip(originals, masked, strict=True)):
         stem = f"line{line:06}_image{number}"
         original.save(output / f"{stem}_original.png")
         picture.save(output / f"{stem}_masked.png")
@@ -64,27 +115,25 @@ def draw(rollout: Rollout, line: int, data: Path, config: Config, output: Path) 
 
 
 def main() -> None:
-    args = parse()
-    config = load_config(args.config, args.overrides)
-    require_input(args.data, ("stage1_prepare_data",), "python -m stages.stage1_prepare_data")
-    require_input(args.rollouts, ("stage4_rollout",), "python -m stages.stage4_rollout")
-    if args.output.exists():
-        raise UserError(f"{args.output}: is there already: remove it or choose another --output")
-    file = args.rollouts / "rollouts.jsonl"
+    arguments = parse()
+    source, output = source_of(arguments), arguments.output
+    if output.exists():
+        raise UserError(f"{output}: is there already: remove it or choose another --output")
+    file = source.rollouts / "rollouts.jsonl"
     rollouts = read_jsonl(file, Rollout)
-    lines = chosen_lines(rollouts, args.lines, file)
-    partial = args.output.with_name(args.output.name + ".partial")
+    lines = chosen_lines(rollouts, arguments.lines, file)
+    partial = output.with_name(output.name + ".partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{partial}: cannot create: {error.strerror}")
     try:
-        drawn = [row for line in lines for row in draw(rollouts[line - 1], line, args.data, config, partial)]
-        os.rename(partial, args.output)
+        drawn = [row for line in lines for row in draw(rollouts[line - 1], line, source, partial)]
+        os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for name, share in drawn:
-        print(f"{args.output / name}: {share:.4f} of the squares are black")
+        print(f"{output / name}: {share:.4f} of the squares are black")
     if not drawn:
         print(f"{file}: no pictures in {len(lines)} rollouts")
 

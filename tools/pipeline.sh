@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What run_all.sh needs around its commands: one run_all.sh per run, the log, and an end that leaves nothing running.
 # Sourced, with RUN, TODO, DRY_RUN and PATHS set by tools.start_run.
 
@@ -19,6 +20,7 @@ start() { # KEY COMMAND..., in the background, with its output in the log
   local key=$1 shown
   shift
   printf -v shown '%q ' "$@"
+  if ((DRY_RUN)); then echo "$shown"; return; fi
   echo "== $shown"
   echo "$(date '+%F %T') run: == $shown" >>"$RUN/log.txt"
   "$@" > >(python3 tools/log_lines.py "$RUN/log.txt" "stage $key") 2>&1 &
@@ -34,6 +36,7 @@ stage() { # KEY COMMAND..., if it is left to do
 }
 
 side_by_side() { # two commands after start: the first that fails ends the run, and finish() the other
+  ((${#CHILDREN[@]})) || return 0
   wait -n "${CHILDREN[@]}"
   local child
   for child in "${CHILDREN[@]}"; do wait "$child"; done

@@ -11,11 +11,15 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megatron_papo.checkpoint.hashed_files import read_into
 from megatron_papo.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _LOCAL_HEADER = 30
 _STORAGES = {
@@ -41,8 +45,14 @@ class ChunkData:
 
 
 def find_data(file: int, start: int, length: int, path: Path) -> ChunkData:
-    """Of the archive at file[start : start + length], file being a descriptor of open_for_reading. Raises UserError if
-    it is not a plain tensor."""
+    """Return where the data of one archive lies in its file. Raises UserError if it is not a plain tensor.
+
+    Args:
+        file: descriptor of open_for_reading.
+        start: of the archive in the file.
+        length: of the archive.
+        path: of the file, for messages.
+    """
     try:
         with zipfile.ZipFile(io.BufferedReader(_Slice(file, start, length, path))) as archive:
             entries = {name.partition("/")[2]: name for name in archive.namelist()}
@@ -72,33 +82,34 @@ class _Slice(io.RawIOBase):
     def __init__(self, file: int, start: int, length: int, path: Path):
         self._file, self._start, self._length, self._path, self._at = file, start, length, path, 0
 
-    def readable(self):
+    def readable(self) -> bool:
         return True
 
-    def seekable(self):
+    def seekable(self) -> bool:
         return True
 
-    def seek(self, offset, whence=io.SEEK_SET):
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         at = offset + (0, self._at, self._length)[whence]
         if at < 0:
             raise OSError("seek before the beginning")
         self._at = at
         return at
 
-    def tell(self):
+    def tell(self) -> int:
         return self._at
 
-    def readinto(self, target):
-        count = max(0, min(len(target), self._length - self._at))
-        read_into(self._file, self._start + self._at, memoryview(target)[:count], self._path)
+    def readinto(self, target: "WriteableBuffer") -> int:
+        view = memoryview(target)
+        count = max(0, min(len(view), self._length - self._at))
+        read_into(self._file, self._start + self._at, view[:count], self._path)
         self._at += count
         return count
 
 
 class _TensorPickle(pickle.Unpickler):
-    """data.pkl -> (key of the data, dtype, shape) of one contiguous tensor."""
+    """Reads data.pkl as (key of the data, dtype, shape) of one contiguous tensor."""
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _describe
         if (module, name) == ("collections", "OrderedDict"):
@@ -107,14 +118,17 @@ class _TensorPickle(pickle.Unpickler):
             return _STORAGES[name]
         raise pickle.UnpicklingError(f"refuses to load {module}.{name}")
 
-    def persistent_load(self, identity):
+    def persistent_load(self, identity: tuple) -> tuple[str, torch.dtype]:
         kind, dtype, key, _, _ = identity
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("not a tensor")
         return str(key), dtype
 
 
-def _describe(storage, offset, shape, strides, *_):
+def _describe(
+    storage: tuple[str, torch.dtype], offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: object
+) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    """Stand in for torch's function that would make the tensor."""
     contiguous = torch.empty(shape, device="meta").stride()
     if offset != 0 or any(size > 1 and step != wanted for size, step, wanted in zip(shape, strides, contiguous)):
         raise pickle.UnpicklingError("not a contiguous tensor")

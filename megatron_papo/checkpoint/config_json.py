@@ -14,7 +14,7 @@ _NESTED_ONLY = {"model_type", "architectures", "layer_types", "_name_or_path"}
 
 
 def flatten(directory: Path, tied: bool) -> None:
-    """Rewrites directory/config.json if it is nested; a flat one stays as it is, byte by byte."""
+    """Rewrite directory/config.json if it is nested; a flat one stays as it is, byte by byte."""
     path = directory / "config.json"
     tree = json.loads(path.read_text())
     if tree.get("text_config"):
@@ -22,7 +22,7 @@ def flatten(directory: Path, tied: bool) -> None:
 
 
 def flat(tree: dict, tied: bool) -> dict:
-    """The flat spelling of a nested configuration; tied: its tie flag, which stands in different places."""
+    """Return the flat spelling of a nested configuration; tied: its tie flag, which stands in different places."""
     top = {key: value for key, value in tree.items() if key not in ("text_config", "vision_config")}
     text = {key: value for key, value in tree["text_config"].items() if key not in _NESTED_ONLY}
     merged = {**text, **{key: value for key, value in top.items() if value is not None or key not in text}}
@@ -42,7 +42,7 @@ def flat(tree: dict, tied: bool) -> dict:
 
 
 def _vision(fields: dict) -> dict:
-    """Both spellings of the number of channels; dtypes are those of the whole."""
+    """Return the vision section with both spellings of the number of channels; dtypes are those of the whole."""
     channels = fields.get("in_channels") or fields.get("in_chans") or 3
     kept = {key: value for key, value in fields.items() if key not in ("dtype", "torch_dtype", "model_type")}
     return {**kept, "in_channels": channels, "in_chans": channels}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from megatron_papo.checkpoint import config_json, hf_files, proof
 from megatron_papo.checkpoint.hashed_files import ahead, new_tensor_hash, tensor_bytes, tensor_hash
@@ -36,7 +37,7 @@ there."""
 READERS = 2
 """Threads that read the result back."""
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 """Called with the number of bytes that were just done."""
 
 
@@ -85,18 +86,18 @@ class MegatronCheckpoint:
 
     def _check(self) -> None:
         expected = {piece.megatron: _stored_shape(piece) for piece in self.pieces}
-        found = {key for key in self.stored.tensors if not key.startswith(OPTIMIZER_PREFIXES)}
-        require_same_names(self.directory, found, set(expected))
+        present = {key for key in self.stored.tensors if not key.startswith(OPTIMIZER_PREFIXES)}
+        require_same_names(self.directory, present, set(expected))
         for key, shape in expected.items():
             if self.stored.tensors[key].shape != shape:
                 raise UserError(_wrong_shape(self.directory, key, self.stored.tensors[key].shape, shape))
 
     def read_piece(self, piece: Piece) -> dict[str, torch.Tensor]:
-        """Official names -> tensors."""
+        """Return official name -> tensor."""
         return dict(zip(piece.hf_shapes, piece.layout.to_hf(self.stored.read(piece.megatron, piece.layer), self.hf)))
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """One tensor by its official name, or its rows [first, last)."""
+        """Return one tensor by its official name, or its rows [first, last)."""
         piece = self.piece_of[name]
         if rows is not None and piece.layout is LAYOUTS["same"]:
             return self.stored.read(piece.megatron, piece.layer, rows)
@@ -107,7 +108,10 @@ class MegatronCheckpoint:
 
 
 def open_checkpoint(directory: Path) -> HFCheckpoint | MegatronCheckpoint:
-    """Of either kind; both have .tensors (official name -> TensorInfo) and .read(name, rows). Raises UserError."""
+    """Return a checkpoint of either kind; both have .tensors (official name -> TensorInfo) and .read(name, rows).
+
+    Raises UserError.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory}: not a directory: give a checkpoint directory")
@@ -116,12 +120,12 @@ def open_checkpoint(directory: Path) -> HFCheckpoint | MegatronCheckpoint:
 
 
 def rows_at_once(shape: tuple[int, ...], itemsize: int) -> int:
-    """How many rows of a tensor make a block."""
+    """Return how many rows of a tensor make a block."""
     return max(1, BLOCK_BYTES // (torch.Size(shape[1:]).numel() * itemsize))
 
 
 def _block_rows(piece: Piece, itemsize: int) -> int | None:
-    """Rows per block of a piece that passes in blocks; None for one that is read whole."""
+    """Return the rows per block of a piece that passes in blocks; None for one that is read whole."""
     num_bytes = torch.Size(piece.megatron_shape).numel() * itemsize
     return (
         rows_at_once(piece.megatron_shape, itemsize)
@@ -133,10 +137,15 @@ def _block_rows(piece: Piece, itemsize: int) -> int | None:
 def hf_to_megatron(
     checkpoint: HFCheckpoint, target: Path, progress: Progress = lambda count: None, dtype: torch.dtype | None = None
 ) -> Written:
-    """Writes the torch_dist checkpoint and its proof into the existing directory `target`. `progress` sees every byte
-    of the source twice.
+    """Write the torch_dist checkpoint and its proof into an existing directory.
 
-    dtype: to convert to; None keeps each tensor's.
+    Args:
+        checkpoint: the source.
+        target: the directory.
+        progress: sees every byte of the source twice.
+        dtype: to convert to; None keeps each tensor's.
+
+    Raises UserError where tensors are missing, unknown or of another shape, or the result does not hold them.
     """
     tied_head = checkpoint.hf.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors
     plan = pieces(checkpoint.hf, tied_head)
@@ -154,20 +163,38 @@ def hf_to_megatron(
     return Written(checkpoint.file_hashes, writer.hashes)
 
 
-def _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress) -> list[Piece]:
-    """The pieces in the order in which they were written."""
+def _write_megatron(
+    checkpoint: HFCheckpoint,
+    plan: list[Piece],
+    dtypes: dict[str, torch.dtype],
+    writer: TorchDistWriter,
+    hashes: dict[str, xxhash.xxh3_128],
+    progress: Progress,
+) -> list[Piece]:
+    """Write all pieces and return them in the order in which they were written.
+
+    Args:
+        checkpoint: the source.
+        plan: the pieces of the model.
+        dtypes: Megatron key -> dtype to write.
+        writer: of the target.
+        hashes: tensor -> hash, fed with what was read, in the dtype that is written.
+        progress: called with the bytes of the source that were done.
+    """
     piece_of = {name: piece for piece in plan for name in piece.hf_shapes}
 
     def block_rows(name: str) -> int | None:
         return _block_rows(piece_of[name], checkpoint.tensors[name].dtype.itemsize)
 
-    def hashed():
+    def hashed() -> Iterator[tuple[str, int, torch.Tensor, int]]:
         for name, first, tensor in checkpoint.read_in_order(block_rows):
             cast = tensor.to(dtypes[piece_of[name].megatron])
             hashes[name].update(tensor_bytes(cast))
             yield name, first, cast, tensor.nbytes
 
-    order, seen, held = [], {}, _Held()
+    order: list[Piece] = []
+    seen: dict[str, set[str]] = {}
+    held = _Held()
     for name, first, tensor, num_bytes in ahead(hashed()):
         piece = piece_of[name]
         if block_rows(name) is not None:
@@ -181,8 +208,8 @@ def _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress) -> list[
             if len(names) == len(piece.hf_shapes):
                 waiting = held.take(piece.name)
                 tensors = [
-                    waiting[each] if each in waiting else checkpoint.read(each).to(dtypes[piece.megatron])
-                    for each in piece.hf_shapes
+                    waiting[part] if part in waiting else checkpoint.read(part).to(dtypes[piece.megatron])
+                    for part in piece.hf_shapes
                 ]
                 writer.write(piece.megatron, piece.layer, 0, piece.layout.to_megatron(tensors, checkpoint.hf))
                 order.append(piece)
@@ -193,7 +220,7 @@ def _write_megatron(checkpoint, plan, dtypes, writer, hashes, progress) -> list[
 class _Held:
     """Tensors by piece and name, the oldest pieces forgotten where they are too many."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pieces: dict[str, dict[str, torch.Tensor]] = {}
         self._bytes = 0
 
@@ -204,16 +231,16 @@ class _Held:
             self.take(next(iter(self._pieces)))
 
     def take(self, piece: str) -> dict[str, torch.Tensor]:
-        found = self._pieces.pop(piece, {})
-        self._bytes -= sum(tensor.nbytes for tensor in found.values())
-        return found
+        tensors = self._pieces.pop(piece, {})
+        self._bytes -= sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
     def take_one(self, piece: str, name: str) -> torch.Tensor | None:
-        found = self._pieces.get(piece, {})
-        tensor = found.pop(name, None)
+        tensors = self._pieces.get(piece, {})
+        tensor = tensors.pop(name, None)
         if tensor is not None:
             self._bytes -= tensor.nbytes
-            if not found:
+            if not tensors:
                 del self._pieces[piece]
         return tensor
 
@@ -221,26 +248,26 @@ class _Held:
 def _read_back_megatron(
     written: MegatronCheckpoint, order: list[Piece], source: HFCheckpoint, progress: Progress
 ) -> dict[str, str]:
-    """Official name -> hash of what the finished checkpoint holds."""
-    mine = {piece.name: piece for piece in written.pieces}
+    """Return official name -> hash of what the finished checkpoint holds."""
+    pieces_written = {piece.name: piece for piece in written.pieces}
 
     def read_one(planned: Piece) -> dict[str, str]:
-        piece = mine[planned.name]
+        piece = pieces_written[planned.name]
         hashes = {name: new_tensor_hash() for name in piece.hf_shapes}
         for name, tensor in _hf_blocks(written, piece):
             hashes[name].update(tensor_bytes(tensor))
         return {name: value.hexdigest() for name, value in hashes.items()}
 
-    found = {}
+    result: dict[str, str] = {}
     with ThreadPoolExecutor(READERS) as pool:
         for hashes in pool.map(read_one, order):
-            found |= hashes
+            result |= hashes
             progress(sum(source.tensors[name].num_bytes for name in hashes))
-    return found
+    return result
 
 
 def _hf_blocks(checkpoint: MegatronCheckpoint, piece: Piece) -> Iterator[tuple[str, torch.Tensor]]:
-    """A piece as Hugging Face tensors, or as blocks of rows of the only one: (name, rows)."""
+    """Return a piece as Hugging Face tensors, or as blocks of rows of the only one: (name, rows)."""
     step = _block_rows(piece, checkpoint.stored.tensors[piece.megatron].dtype.itemsize)
     if step is None:
         yield from checkpoint.read_piece(piece).items()
@@ -257,11 +284,17 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
 ) -> Written:
-    """Writes the Hugging Face checkpoint and its proof into the existing directory `target`. `progress` sees every byte
-    of the source twice.
+    """Write the Hugging Face checkpoint and its proof into an existing directory.
 
-    dtype: to convert to; None keeps each tensor's. shard_bytes: cut into files of at most so many bytes (and one tensor
-    at least) under official names; None: the files, names and order of the checkpoint that the Megatron one came from.
+    Args:
+        checkpoint: the source.
+        target: the directory.
+        progress: sees every byte of the source twice.
+        dtype: to convert to; None keeps each tensor's.
+        shard_bytes: cut into files of at most so many bytes (and one tensor at least) under official names; None: the
+            files, names and order of the checkpoint that the Megatron one came from.
+
+    Raises UserError where the result does not hold the source's tensors, or those are not what their proof says.
     """
     infos = {name: TensorInfo(dtype or info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
     hf_files.copy_small_files(checkpoint.directory / HF_FILES, target)
@@ -304,8 +337,7 @@ class _InHFOrder:
             return
         tensor = self._held.take_one(piece.name, name)
         if tensor is None:
-            self._read(piece)
-            tensor = self._held.take_one(piece.name, name)
+            tensor = self._read(piece, name)
         yield tensor
 
     def _streamed(self, piece: Piece, name: str) -> Iterator[torch.Tensor]:
@@ -319,7 +351,8 @@ class _InHFOrder:
         self._require_proved(name, proved.hexdigest())
         self.hashes[piece.name] = stored.hexdigest()
 
-    def _read(self, piece: Piece) -> None:
+    def _read(self, piece: Piece, wanted: str) -> torch.Tensor:
+        """Return one tensor of a piece and hold the others."""
         again = piece.name in self.hashes
         tensor = self.checkpoint.stored.read(piece.megatron, piece.layer)
         num_bytes = tensor.nbytes
@@ -337,10 +370,12 @@ class _InHFOrder:
                     self._require_proved(name, tensor_hash(part))
             self.progress(num_bytes)
         for name, part in parts.items():
-            self._held.add(piece.name, name, part)
+            if name != wanted:
+                self._held.add(piece.name, name, part)
+        return parts[wanted]
 
-    def _require_proved(self, name: str, found: str) -> None:
-        if self._proved and self._proved.get(name) != found:
+    def _require_proved(self, name: str, value: str) -> None:
+        if self._proved and self._proved.get(name) != value:
             raise UserError(
                 f"{self.checkpoint.directory}: {name} is not what its proof.json says: restore the checkpoint or make"
                 " it again"
@@ -348,8 +383,10 @@ class _InHFOrder:
 
 
 def _read_back_hf(written: HFCheckpoint, source: MegatronCheckpoint, progress: Progress) -> dict[str, str]:
-    """Piece -> hash of what the finished checkpoint holds, taken back into Megatron's layout; in the order of the
-    files."""
+    """Return piece -> hash of what the finished checkpoint holds, taken back into Megatron's layout.
+
+    It is read in the order of the files.
+    """
 
     def read_one(piece: Piece) -> str:
         step = _block_rows(piece, source.stored.tensors[piece.megatron].dtype.itemsize)
@@ -362,12 +399,12 @@ def _read_back_hf(written: HFCheckpoint, source: MegatronCheckpoint, progress: P
         return value.hexdigest()
 
     order = sorted(source.pieces, key=lambda piece: written.place(next(iter(piece.hf_shapes))))
-    found = {}
+    result: dict[str, str] = {}
     with ThreadPoolExecutor(READERS) as pool:
-        for piece, value in zip(order, pool.map(read_one, order)):
-            found[piece.name] = value
+        for piece, value in zip(order, pool.map(read_one, order), strict=True):
+            result[piece.name] = value
             progress(sum(source.tensors[name].num_bytes for name in piece.hf_shapes))
-    return found
+    return result
 
 
 def _check_hf(checkpoint: HFCheckpoint, plan: list[Piece]) -> None:
@@ -379,37 +416,36 @@ def _check_hf(checkpoint: HFCheckpoint, plan: list[Piece]) -> None:
 
 
 def _megatron_dtypes(checkpoint: HFCheckpoint, plan: list[Piece], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-    """By Megatron key; the tensors that become one must agree, unless all are converted to `dtype`."""
+    """Return Megatron key -> dtype. Raises UserError where tensors that become one differ and `dtype` is None."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in plan:
         for name in piece.hf_shapes:
-            own = dtype or checkpoint.tensors[name].dtype
-            if dtypes.setdefault(piece.megatron, own) != own:
+            wanted = dtype or checkpoint.tensors[name].dtype
+            if dtypes.setdefault(piece.megatron, wanted) != wanted:
                 raise UserError(
-                    f"{checkpoint.directory}: {name} is {own}, others that become {piece.megatron} are"
+                    f"{checkpoint.directory}: {name} is {wanted}, others that become {piece.megatron} are"
                     f" {dtypes[piece.megatron]}:"
                     " save the checkpoint in one dtype, or convert it: python -m tools.convert to-megatron --dtype"
                 )
     return dtypes
 
 
-def require_same_names(where: Path, found: set[str], expected: set[str]) -> None:
-    """Raises UserError that lists what is missing and what is unknown."""
+def require_same_names(directory: Path, present: set[str], expected: set[str]) -> None:
+    """Raise UserError that lists what is missing and what is unknown."""
     problems = [
-        f"{len(names)} {what} tensor{'s' * (len(names) > 1)}:"
-        f" {', '.join(sorted(names)[:8])}{', ...' * (len(names) > 8)}"
-        for what, names in (("missing", expected - found), ("unknown", found - expected))
+        f"{len(names)} {what} {'tensor' if len(names) == 1 else 'tensors'}:"
+        f" {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}"
+        for what, names in (("missing", expected - present), ("unknown", present - expected))
         if names
     ]
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}: config.json and the weights do not belong together")
+        raise UserError(f"{directory}: {'; '.join(problems)}: config.json and the weights do not belong together")
 
 
 def _stored_shape(piece: Piece) -> tuple[int, ...]:
     return piece.megatron_shape if piece.layer is None else (piece.num_layers, *piece.megatron_shape)
 
 
-def _wrong_shape(where: Path, name: str, found: tuple, expected: tuple) -> str:
-    return (
-        f"{where}: {name} has shape {list(found)}, config.json asks for {list(expected)}: they do not belong together"
-    )
+def _wrong_shape(directory: Path, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    wanted = f"config.json asks for {list(expected)}"
+    return f"{directory}: {name} has shape {list(shape)}, {wanted}: they do not belong together"

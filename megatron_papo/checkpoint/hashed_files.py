@@ -16,11 +16,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, Self, TypeVar
 
 import torch
 import xxhash
 
 from megatron_papo.errors import UserError
+
+_Item = TypeVar("_Item")
 
 BLOCK = 16 << 20
 """Bytes per read and write."""
@@ -29,39 +32,41 @@ _ALIGNED = 4096
 """What O_DIRECT asks of addresses and sizes."""
 
 
-def new_tensor_hash():
-    """Of a tensor's bytes in row-major order, fed in blocks: XXH3, 128 bits. 20 times faster than sha256: it finds
-    accidents, not attacks."""
+def new_tensor_hash() -> xxhash.xxh3_128:
+    """Return a hash to feed with a tensor's bytes in row-major order, in blocks: XXH3, 128 bits.
+
+    20 times faster than sha256: it finds accidents, not attacks.
+    """
     return xxhash.xxh3_128()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, as hashes and files take them."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """Return the bytes of a tensor, as hashes and files take them."""
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """new_tensor_hash of a whole tensor."""
+    """Return new_tensor_hash of a whole tensor, in hex."""
     return xxhash.xxh3_128(tensor_bytes(tensor)).hexdigest()
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to say when a file system refuses."""
+    """Return what to say when a file system refuses."""
     return UserError(
         f"{path}: cannot write: {error.strerror}: nothing was left behind; free space or choose another --output"
     )
 
 
 class _Sha256:
-    """sha256 fed from one thread and computed in another, in order."""
+    """A sha256 that is fed from one thread and computed in another, in order."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
         self._running: deque[Future] = deque()
 
-    def update(self, data) -> None:
-        """data must not change until wait() or the update after next."""
+    def update(self, data: memoryview) -> None:
+        """Hash more data, which must not change until wait() or the update after next."""
         if len(self._running) > 1:
             self._running.popleft().result()
         self._running.append(self._pool.submit(self._hash.update, data))
@@ -85,7 +90,7 @@ class HashedWriter:
     """
 
     def __init__(self, path: Path):
-        self.path, self.position, self.sha256 = path, 0, None
+        self.path, self.position, self.sha256 = path, 0, ""
         self._hash = hashlib.sha256()
         self._pools = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._buffers = [mmap.mmap(-1, BLOCK) for _ in range(_BUFFERS)]
@@ -93,7 +98,7 @@ class HashedWriter:
         """Of the blocks before the current one, oldest first."""
         self._number = self._filled = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
             try:
@@ -106,8 +111,8 @@ class HashedWriter:
             raise cannot_write(self.path, error)
         return self
 
-    def write(self, data) -> int:
-        """Bytes or a memoryview; on return it may be changed."""
+    def write(self, data: bytes | memoryview) -> int:
+        """Append data, which may be changed on return, and return its size."""
         view = memoryview(data).cast("B")
         size = len(view)
         self.position += size
@@ -124,11 +129,13 @@ class HashedWriter:
         """torch.save calls it; leaving the context is what counts."""
 
     def _start_block(self) -> None:
-        """Hands the current buffer over and takes the next, when that is free again."""
+        """Hand the current buffer over and take the next, when that is free again."""
         buffer, size = memoryview(self._buffers[self._number]), self._filled
         padded = -(-size // _ALIGNED) * _ALIGNED  # of the last block; cut off again in the end
-        work = (self._hash.update, buffer[:size]), (self._write_all, buffer[:padded])
-        self._running.append(tuple(pool.submit(*each) for pool, each in zip(self._pools, work)))
+        hashing, writing = self._pools
+        self._running.append(
+            (hashing.submit(self._hash.update, buffer[:size]), writing.submit(self._write_all, buffer[:padded]))
+        )
         self._number, self._filled = (self._number + 1) % _BUFFERS, 0
         if len(self._running) == _BUFFERS:
             self._wait_for_oldest()
@@ -151,7 +158,7 @@ class HashedWriter:
         except OSError as error:
             raise cannot_write(self.path, error)
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         try:
             if kind is None:
                 if self._filled:
@@ -174,17 +181,17 @@ class HashedReader:
     """A file read from beginning to end. A context manager; after it, .sha256 of what was read."""
 
     def __init__(self, path: Path):
-        self.path, self.position, self.sha256 = path, 0, None
+        self.path, self.position, self.sha256 = path, 0, ""
         self._hash = _Sha256()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._file = open_for_reading(self.path)
         return self
 
     def read(self, size: int) -> torch.Tensor:
-        """The next `size` bytes; they must not be changed. Raises UserError if there are fewer."""
+        """Return the next `size` bytes; they must not be changed. Raises UserError if there are fewer."""
         data = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy().data)
         for start in range(0, size, BLOCK):
             block = view[start : start + BLOCK]
             read_into(self._file, self.position, block, self.path)
@@ -192,17 +199,17 @@ class HashedReader:
             self.position += len(block)
         return data
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         os.close(self._file)
         self.sha256 = self._hash.close()
 
 
-def ahead(items: Iterable, depth: int = 2) -> Iterator:
-    """The items in their order, made in another thread up to `depth` ahead; its exceptions are raised here."""
-    made: queue.Queue = queue.Queue(depth)
+def ahead(items: Iterable[_Item], depth: int = 2) -> Iterator[_Item]:
+    """Return the items in their order, made in another thread up to `depth` ahead; its exceptions are raised here."""
+    made: queue.Queue[tuple[Literal["item"], _Item] | tuple[Literal["end"], BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
 
-    def put(entry) -> bool:
+    def put(entry: tuple[Literal["item"], _Item] | tuple[Literal["end"], BaseException | None]) -> bool:
         while not stopped.is_set():
             try:
                 made.put(entry, timeout=0.1)
@@ -211,32 +218,33 @@ def ahead(items: Iterable, depth: int = 2) -> Iterator:
                 pass
         return False
 
-    def make():
+    def make() -> None:
         try:
             for item in items:
-                if not put((item, None)):
+                if not put(("item", item)):
                     return
-            put((None, StopIteration()))
+            put(("end", None))
         except BaseException as error:
-            put((None, error))
+            put(("end", error))
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
     try:
         while True:
-            item, error = made.get()
-            if isinstance(error, StopIteration):
+            entry = made.get()
+            if entry[0] == "item":
+                yield entry[1]
+            elif entry[1] is None:
                 return
-            if error is not None:
-                raise error
-            yield item
+            else:
+                raise entry[1]
     finally:
         stopped.set()
         thread.join()
 
 
 def open_for_reading(path: Path) -> int:
-    """A descriptor for read_into, past the page cache where the file system can. Raises UserError."""
+    """Return a descriptor for read_into, past the page cache where the file system can. Raises UserError."""
     try:
         try:
             return os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -252,7 +260,16 @@ _thread = threading.local()
 
 
 def read_into(file: int, offset: int, view: memoryview, path: Path) -> None:
-    """Fills `view` from a descriptor of open_for_reading. Raises UserError where the file ends or cannot be read."""
+    """Fill `view` from a descriptor of open_for_reading.
+
+    Args:
+        file: the descriptor.
+        offset: of the first byte in the file.
+        view: where the bytes go.
+        path: of the file, for messages.
+
+    Raises UserError where the file ends or cannot be read.
+    """
     if not hasattr(_thread, "buffer"):
         _thread.buffer = memoryview(mmap.mmap(-1, BLOCK + 2 * _ALIGNED))
     while len(view):

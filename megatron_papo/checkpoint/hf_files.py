@@ -40,6 +40,8 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """What is known of a tensor before it is read."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -99,7 +101,7 @@ class HFCheckpoint:
             )
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """One tensor by its official on-disk name, or its rows [first, last)."""
+        """Return one tensor by its official on-disk name, or its rows [first, last)."""
         file, offset = self._places[name]
         info = self.tensors[name]
         shape = info.shape
@@ -115,12 +117,13 @@ class HFCheckpoint:
         return target
 
     def place(self, name: str) -> tuple[str, int]:
-        """(file, offset of the data in it)."""
+        """Return (file, offset of the data in it)."""
         return self._places[name]
 
     def read_in_order(self, rows_at_once: Callable[[str], int | None]) -> Iterator[tuple[str, int, torch.Tensor]]:
-        """All tensors in the order of the files: (name, first row, rows); whole ones (first row 0) where
-        rows_at_once(name) is None.
+        """Return all tensors in the order of the files: (name, first row, rows).
+
+        They are whole (first row 0) where rows_at_once(name) is None.
 
         Every byte of the weight files is read once, so that afterwards .file_hashes holds their sha256.
         """
@@ -146,7 +149,7 @@ class HFCheckpoint:
 
 
 def _read_header(path: Path) -> str:
-    """The JSON text that begins a safetensors file, checked against the file's size."""
+    """Return the JSON text that begins a safetensors file, checked against the file's size. Raises UserError."""
     try:
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -164,8 +167,10 @@ def _read_header(path: Path) -> str:
 
 
 def _check_entries(entries: dict[str, dict]) -> int:
-    """The bytes of data that a header announces. Raises ValueError where tensors overlap, leave gaps or have impossible
-    shapes."""
+    """Return the bytes of data that a header announces.
+
+    Raises ValueError where tensors overlap, leave gaps or have impossible shapes.
+    """
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, stop = entry["data_offsets"]
@@ -180,13 +185,12 @@ def _check_entries(entries: dict[str, dict]) -> int:
 
 
 def header_entries(header: str) -> dict[str, dict]:
-    """Tensor name -> dtype, shape and data_offsets."""
+    """Return tensor name -> dtype, shape and data_offsets."""
     return {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Configuration, tokenizer, processor, templates: all of a checkpoint's top-level files but weights and our own
-    records."""
+    """Copy configuration, tokenizer, processor, templates: all top-level files but weights and our own records."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (MANIFEST, PROOF, HEADERS):
@@ -194,7 +198,7 @@ def copy_small_files(source: Path, target: Path) -> None:
 
 
 def correct_config(directory: Path, dtypes: set[torch.dtype], headers: dict[str, str], tied: bool) -> None:
-    """Makes config.json true for loaders, only where it is not.
+    """Make config.json true for loaders, only where it is not.
 
     The tie flag: transformers 5.12 does not see one that stands only inside text_config (as 4.57 wrote it) and loads a
     random lm_head. The dtype, which loaders cast to, and the index's total size, where training changed the dtype.
@@ -231,11 +235,12 @@ def _correct_dtype(directory: Path, dtypes: set[torch.dtype], headers: dict[str,
 
 
 def save_headers(headers: dict[str, str], target: Path) -> None:
+    """Write down file name -> header text."""
     (target / HEADERS).write_text(json.dumps(headers))
 
 
 def load_headers(directory: Path) -> dict[str, str]:
-    """File name -> header text, as save_headers wrote them."""
+    """Return file name -> header text, as save_headers wrote them. Raises UserError."""
     path = directory / HEADERS
     try:
         headers = json.loads(path.read_text())
@@ -291,16 +296,19 @@ def _with_dtypes(header: str, dtypes: dict[str, torch.dtype]) -> str:
 
 
 def names_in_order(header: str) -> list[str]:
-    """The names in a header, in the order of their data."""
+    """Return the names in a header, in the order of their data."""
     entries = header_entries(header)
     return sorted(entries, key=lambda name: tuple(entries[name]["data_offsets"]))
 
 
 def headers_for(headers: dict[str, str], infos: dict[str, TensorInfo], shard_bytes: int | None) -> dict[str, str]:
-    """File -> header of a checkpoint to write. infos: by official name.
+    """Return file -> header of a checkpoint to write.
 
-    Without shard_bytes the given files with their names, with new headers where a dtype differs. With it, the tensors
-    in the same order under official names, in files of at most shard_bytes each; a larger tensor has a file of its own.
+    Args:
+        headers: of the checkpoint that it comes from.
+        infos: official name -> dtype and shape to write.
+        shard_bytes: None: the given files and names, with new headers where a dtype differs. Else the tensors in the
+            same order under official names, in files of at most so many bytes; a larger tensor has a file to itself.
     """
     if shard_bytes is None:
         return {
@@ -339,7 +347,7 @@ def _header_text(infos: dict[str, TensorInfo], metadata: dict) -> str:
 
 
 def write_index(directory: Path, headers: dict[str, str], infos: dict[str, TensorInfo]) -> None:
-    """The index of a checkpoint of several files; none where there is one."""
+    """Write the index of a checkpoint of several files; none where there is one."""
     (directory / INDEX).unlink(missing_ok=True)
     if len(headers) > 1:
         weight_map = {name: file for file, header in headers.items() for name in names_in_order(header)}

@@ -13,11 +13,14 @@ from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import read_manifest
 
 
-def describe(directory: Path) -> dict:
-    """Plain data for JSON. Raises UserError where the checkpoint is incomplete, damaged or foreign."""
+def describe(directory: Path) -> dict[str, object]:
+    """Return what a checkpoint holds as plain data for JSON.
+
+    Raises UserError where it is incomplete, damaged or foreign.
+    """
     checkpoint = open_checkpoint(directory)
     hf, infos = checkpoint.hf, checkpoint.tensors.values()
-    facts = {
+    facts: dict[str, object] = {
         "format": "megatron torch_dist" if isinstance(checkpoint, MegatronCheckpoint) else "hugging face safetensors",
         "parameters": sum(torch.Size(info.shape).numel() for info in infos),
         "bytes": sum(info.num_bytes for info in infos),
@@ -54,7 +57,7 @@ def describe(directory: Path) -> dict:
     return facts
 
 
-def _megatron(checkpoint: MegatronCheckpoint) -> dict:
+def _megatron(checkpoint: MegatronCheckpoint) -> dict[str, object]:
     stored = checkpoint.stored
     optimizer = [key for key in stored.tensors if key.startswith(OPTIMIZER_PREFIXES)]
     state = stored.common.get("state", {})
@@ -68,7 +71,7 @@ def _megatron(checkpoint: MegatronCheckpoint) -> dict:
 
 
 def _tensor_parallel_size(checkpoint: MegatronCheckpoint) -> int:
-    """In how many parts the first layer's attention output, which tensor parallelism cuts along its columns, was
+    """Return in how many parts the first layer's attention output, which tensor parallelism cuts along its columns, was
     saved."""
     chunks = checkpoint.stored.chunks("language_model.decoder.layers.self_attention.linear_proj.weight")
     return len({offsets[2] for offsets, _, _ in chunks if offsets[0] == 0})

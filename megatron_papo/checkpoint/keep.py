@@ -119,7 +119,7 @@ def published_iterations(iterations: Path, name: str) -> list[int]:
     return [number for number in _iterations(iterations, name) if not _at(iterations, number, name, PRUNED).exists()]
 
 
-def _prune_others(iterations: Path, name: str, kept: set[int], key: str, keep: int) -> None:
+def _prune_others(iterations: Path, name: str, kept: set[int], key: str, keep: int | None) -> None:
     """Prune what is not kept; where somebody stopped in the middle of it, finish."""
     for number in _iterations(iterations, name):
         if number not in kept:
@@ -161,7 +161,7 @@ def _require_files(directory: Path) -> None:
             )
 
 
-def prune(directory: Path, key: str, keep: int) -> None:
+def prune(directory: Path, key: str, keep: int | None) -> None:
     """Delete the weights of a published checkpoint or export, leaving a note; nothing to do where that has happened.
 
     Args:

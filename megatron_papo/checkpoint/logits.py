@@ -23,7 +23,7 @@ _SEED = 20250707
 
 
 def compare_logits(first: Path, second: Path) -> list[str]:
-    """Prints the largest difference; one line per complaint. Raises UserError where a model does not fit into
+    """Print the largest difference and return one line per complaint. Raises UserError where a model does not fit into
     memory."""
     a, b = (logits_of(directory) for directory in (first, second))
     if a.shape != b.shape:
@@ -38,7 +38,7 @@ def compare_logits(first: Path, second: Path) -> list[str]:
 
 
 def logits_of(directory: Path) -> torch.Tensor:
-    """[tokens, vocabulary] in float32."""
+    """Return the logits of seeded_prompt, [tokens, vocabulary] in float32. Raises UserError where memory is short."""
     checkpoint = open_checkpoint(directory)
     needed = 4 * sum(torch.Size(info.shape).numel() for info in checkpoint.tensors.values())
     available = psutil.virtual_memory().available
@@ -54,7 +54,7 @@ def logits_of(directory: Path) -> torch.Tensor:
 
 
 def seeded_prompt(hf: HFConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids [1, s] with one picture in the middle, position ids [3, 1, s], pixels [patches, patch_values]."""
+    """Return token ids [1, s] with one picture in the middle, position ids [3, 1, s] and pixels."""
     random = torch.Generator().manual_seed(_SEED)
     special = {hf.image_token_id, hf.video_token_id, hf.vision_start_token_id, hf.vision_end_token_id}
     words = torch.randint(0, hf.text.vocab_size, (64,), generator=random).tolist()
@@ -66,7 +66,9 @@ def seeded_prompt(hf: HFConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return ids[None], mrope_position_ids(ids, [_GRID], hf.image_token_id)[:, None], pixels
 
 
-def _transformers(directory: Path, hf: HFConfig, ids, positions, pixels) -> torch.Tensor:
+def _transformers(
+    directory: Path, hf: HFConfig, ids: torch.Tensor, positions: torch.Tensor, pixels: torch.Tensor
+) -> torch.Tensor:
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
     config = AutoConfig.from_pretrained(directory)
@@ -77,7 +79,9 @@ def _transformers(directory: Path, hf: HFConfig, ids, positions, pixels) -> torc
     ).logits[0]
 
 
-def _megatron(directory: Path, hf: HFConfig, ids, positions, pixels) -> torch.Tensor:
+def _megatron(
+    directory: Path, hf: HFConfig, ids: torch.Tensor, positions: torch.Tensor, pixels: torch.Tensor
+) -> torch.Tensor:
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.config import ParallelConfig
     from megatron_papo.distributed import process_groups

@@ -7,7 +7,7 @@ hf/, the small files of the Hugging Face checkpoint, so that exporting needs not
 import logging
 import shutil
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 
@@ -41,7 +42,7 @@ class _PlainSave(TorchDistSaveShardedStrategy):
     if one dies.
     """
 
-    def save(self, sharded_state_dict, checkpoint_dir) -> None:
+    def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         try:
@@ -181,7 +182,8 @@ def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _model_state(model: torch.nn.Module) -> dict:
-    return _unwrap(model).sharded_state_dict(
+    sharded_state_dict = cast(MegatronModule, _unwrap(model)).sharded_state_dict
+    return sharded_state_dict(
         metadata={"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     )
 

@@ -102,10 +102,9 @@ def model_card(
     return "\n".join(lines)
 
 
-def _rows(config: dict) -> list[tuple[str, object]]:
-    """Dotted name and value of the settings that say how it was trained; sections are taken with all that is in
-    them."""
-    rows = []
+def _rows(config: dict) -> list[tuple[str, str]]:
+    """Return dotted name and value of the settings that say how it was trained; of a section, all that is in it."""
+    rows: list[tuple[str, str]] = []
     for name in _SETTINGS:
         value = config.get(name)
         if value is None:
@@ -118,16 +117,16 @@ def _rows(config: dict) -> list[tuple[str, object]]:
     return rows
 
 
-def _shown(value) -> str:
+def _shown(value: object) -> str:
     return str("null" if value is None else value).replace("|", "\\|").replace("\n", " ")
 
 
 def _front_matter(text: str) -> dict:
-    """The YAML block that a card on the Hub begins with; nothing where it is absent or damaged."""
+    """Return the YAML block that a card on the Hub begins with; nothing where it is absent or damaged."""
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:
-        found = yaml.safe_load(text[4 : text.index("\n---", 4)])
-        return found if isinstance(found, dict) else {}
+        block = yaml.safe_load(text[4 : text.index("\n---", 4)])
+        return block if isinstance(block, dict) else {}
     except yaml.YAMLError:
         return {}

@@ -6,6 +6,7 @@ on a first axis. Shapes are written in the dimensions of `_dimensions`.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,9 +16,11 @@ from megatron_papo.checkpoint.layouts import LAYOUTS, Layout
 from megatron_papo.model.hf_config import HFConfig
 
 
-class Row(NamedTuple):
+class MappingRow(NamedTuple):
+    """One Megatron tensor and the Hugging Face tensors that it is made of."""
+
     megatron: str
-    hf: dict[str, tuple[str, ...]]
+    hf: Mapping[str, tuple[str, ...]]
     """Name -> shape."""
     layout: str = "same"
 
@@ -25,8 +28,8 @@ class Row(NamedTuple):
 _TEXT, _VISION = "language_model.decoder.layers.", "vision_model.decoder.layers."
 
 TEXT_LAYER = [
-    Row(_TEXT + "input_layernorm.weight", {"model.layers.*.input_layernorm.weight": ("hidden",)}),
-    Row(
+    MappingRow(_TEXT + "input_layernorm.weight", {"model.layers.*.input_layernorm.weight": ("hidden",)}),
+    MappingRow(
         _TEXT + "self_attention.linear_qkv.weight",
         {
             "model.layers.*.self_attn.q_proj.weight": ("queries", "hidden"),
@@ -35,7 +38,7 @@ TEXT_LAYER = [
         },
         "query_groups",
     ),
-    Row(
+    MappingRow(
         _TEXT + "self_attention.linear_qkv.bias",
         {
             "model.layers.*.self_attn.q_proj.bias": ("queries",),
@@ -44,9 +47,11 @@ TEXT_LAYER = [
         },
         "query_groups",
     ),
-    Row(_TEXT + "self_attention.linear_proj.weight", {"model.layers.*.self_attn.o_proj.weight": ("hidden", "queries")}),
-    Row(_TEXT + "pre_mlp_layernorm.weight", {"model.layers.*.post_attention_layernorm.weight": ("hidden",)}),
-    Row(
+    MappingRow(
+        _TEXT + "self_attention.linear_proj.weight", {"model.layers.*.self_attn.o_proj.weight": ("hidden", "queries")}
+    ),
+    MappingRow(_TEXT + "pre_mlp_layernorm.weight", {"model.layers.*.post_attention_layernorm.weight": ("hidden",)}),
+    MappingRow(
         _TEXT + "mlp.linear_fc1.weight",
         {
             "model.layers.*.mlp.gate_proj.weight": ("ffn", "hidden"),
@@ -54,21 +59,25 @@ TEXT_LAYER = [
         },
         "gate_up",
     ),
-    Row(_TEXT + "mlp.linear_fc2.weight", {"model.layers.*.mlp.down_proj.weight": ("hidden", "ffn")}),
+    MappingRow(_TEXT + "mlp.linear_fc2.weight", {"model.layers.*.mlp.down_proj.weight": ("hidden", "ffn")}),
 ]
 
 VISION_LAYER = [
-    Row(_VISION + "input_layernorm.weight", {"visual.blocks.*.norm1.weight": ("v_hidden",)}),
-    Row(
+    MappingRow(_VISION + "input_layernorm.weight", {"visual.blocks.*.norm1.weight": ("v_hidden",)}),
+    MappingRow(
         _VISION + "self_attention.linear_qkv.weight",
         {"visual.blocks.*.attn.qkv.weight": ("v_qkv", "v_hidden")},
         "vision_heads",
     ),
-    Row(_VISION + "self_attention.linear_qkv.bias", {"visual.blocks.*.attn.qkv.bias": ("v_qkv",)}, "vision_heads"),
-    Row(_VISION + "self_attention.linear_proj.weight", {"visual.blocks.*.attn.proj.weight": ("v_hidden", "v_hidden")}),
-    Row(_VISION + "self_attention.linear_proj.bias", {"visual.blocks.*.attn.proj.bias": ("v_hidden",)}),
-    Row(_VISION + "pre_mlp_layernorm.weight", {"visual.blocks.*.norm2.weight": ("v_hidden",)}),
-    Row(
+    MappingRow(
+        _VISION + "self_attention.linear_qkv.bias", {"visual.blocks.*.attn.qkv.bias": ("v_qkv",)}, "vision_heads"
+    ),
+    MappingRow(
+        _VISION + "self_attention.linear_proj.weight", {"visual.blocks.*.attn.proj.weight": ("v_hidden", "v_hidden")}
+    ),
+    MappingRow(_VISION + "self_attention.linear_proj.bias", {"visual.blocks.*.attn.proj.bias": ("v_hidden",)}),
+    MappingRow(_VISION + "pre_mlp_layernorm.weight", {"visual.blocks.*.norm2.weight": ("v_hidden",)}),
+    MappingRow(
         _VISION + "mlp.linear_fc1.weight",
         {
             "visual.blocks.*.mlp.gate_proj.weight": ("v_ffn", "v_hidden"),
@@ -76,37 +85,37 @@ VISION_LAYER = [
         },
         "gate_up",
     ),
-    Row(
+    MappingRow(
         _VISION + "mlp.linear_fc1.bias",
         {"visual.blocks.*.mlp.gate_proj.bias": ("v_ffn",), "visual.blocks.*.mlp.up_proj.bias": ("v_ffn",)},
         "gate_up",
     ),
-    Row(_VISION + "mlp.linear_fc2.weight", {"visual.blocks.*.mlp.down_proj.weight": ("v_hidden", "v_ffn")}),
-    Row(_VISION + "mlp.linear_fc2.bias", {"visual.blocks.*.mlp.down_proj.bias": ("v_hidden",)}),
+    MappingRow(_VISION + "mlp.linear_fc2.weight", {"visual.blocks.*.mlp.down_proj.weight": ("v_hidden", "v_ffn")}),
+    MappingRow(_VISION + "mlp.linear_fc2.bias", {"visual.blocks.*.mlp.down_proj.bias": ("v_hidden",)}),
 ]
 
 ONCE = [
-    Row("language_model.decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}),
-    Row(
+    MappingRow("language_model.decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}),
+    MappingRow(
         "vision_model.patch_embed.weight",
         {"visual.patch_embed.proj.weight": ("v_hidden", "channels", "frames", "patch", "patch")},
         "flat_patch",
     ),
-    Row("vision_model.decoder.final_layernorm.weight", {"visual.merger.ln_q.weight": ("v_hidden",)}),
-    Row("vision_model.merger_fc1.weight", {"visual.merger.mlp.0.weight": ("v_cell", "v_cell")}),
-    Row("vision_model.merger_fc1.bias", {"visual.merger.mlp.0.bias": ("v_cell",)}),
-    Row("vision_model.merger_fc2.weight", {"visual.merger.mlp.2.weight": ("hidden", "v_cell")}),
-    Row("vision_model.merger_fc2.bias", {"visual.merger.mlp.2.bias": ("hidden",)}),
+    MappingRow("vision_model.decoder.final_layernorm.weight", {"visual.merger.ln_q.weight": ("v_hidden",)}),
+    MappingRow("vision_model.merger_fc1.weight", {"visual.merger.mlp.0.weight": ("v_cell", "v_cell")}),
+    MappingRow("vision_model.merger_fc1.bias", {"visual.merger.mlp.0.bias": ("v_cell",)}),
+    MappingRow("vision_model.merger_fc2.weight", {"visual.merger.mlp.2.weight": ("hidden", "v_cell")}),
+    MappingRow("vision_model.merger_fc2.bias", {"visual.merger.mlp.2.bias": ("hidden",)}),
 ]
 
 _EMBEDDING = {"model.embed_tokens.weight": ("vocabulary", "hidden")}
 _HEAD = {"lm_head.weight": ("vocabulary", "hidden")}
 UNTIED = [
-    Row("language_model.embedding.word_embeddings.weight", _EMBEDDING),
-    Row("language_model.output_layer.weight", _HEAD),
+    MappingRow("language_model.embedding.word_embeddings.weight", _EMBEDDING),
+    MappingRow("language_model.output_layer.weight", _HEAD),
 ]
-TIED = [Row("language_model.embedding.word_embeddings.weight", _EMBEDDING)]
-TIED_TWICE = [Row("language_model.embedding.word_embeddings.weight", {**_EMBEDDING, **_HEAD}, "tied_twice")]
+TIED = [MappingRow("language_model.embedding.word_embeddings.weight", _EMBEDDING)]
+TIED_TWICE = [MappingRow("language_model.embedding.word_embeddings.weight", {**_EMBEDDING, **_HEAD}, "tied_twice")]
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,11 @@ def pieces(hf: HFConfig, tied_head_on_disk: bool = False) -> list[Piece]:
 
 
 def disk_name(name: str) -> str:
-    """The official name of a tensor that was saved under transformers' in-memory name."""
+    """Return the official name of a tensor that was saved under transformers' in-memory name."""
     return re.sub(r"^model\.visual\.", "visual.", re.sub(r"^model\.language_model\.", "model.", name))
 
 
-def _piece(row: Row, layer: int | None, count: int, hf: HFConfig) -> Piece:
+def _piece(row: MappingRow, layer: int | None, count: int, hf: HFConfig) -> Piece:
     sizes, layout = _dimensions(hf), LAYOUTS[row.layout]
     shapes = {name.replace("*", str(layer)): tuple(sizes[side] for side in shape) for name, shape in row.hf.items()}
     combined = layout.to_megatron([torch.empty(shape, device="meta") for shape in shapes.values()], hf)

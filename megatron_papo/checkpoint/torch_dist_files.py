@@ -13,12 +13,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Self, cast
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
@@ -86,49 +88,60 @@ class TorchDistCheckpoint:
                         raise ValueError(f"a part of {key} lies outside of it")
 
     def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
-        """(offsets, sizes, file) of the parts in which a tensor was saved."""
-        return [(chunk.offsets, chunk.sizes, chunk.place.relative_path) for chunk in self._chunks[key]]
+        """Return (offsets, sizes, file) of the parts in which a tensor was saved."""
+        return [(chunk.offsets, chunk.sizes, chunk.place.relative_path) for chunk in self._placed(key)]
+
+    def _placed(self, key: str) -> "list[_Chunk]":
+        """Return the parts of a tensor. Raises UserError where .metadata does not say in which file one is."""
+        if any(chunk.unplaced for chunk in self._chunks[key]):
+            raise UserError(f"{self.directory}: .metadata does not say where a part of {key} is: {_AGAIN}")
+        return self._chunks[key]
 
     def checksums(self, key: str) -> list[list[int]]:
         """Return, for each part in which a tensor was saved, its offsets and sizes and the CRC-32 of its data, as the
         files say; the data is not read."""
         rows = []
-        for chunk in sorted(self._chunks[key], key=lambda chunk: chunk.offsets):
+        for chunk in sorted(self._placed(key), key=lambda chunk: chunk.offsets):
             with _opened(self.directory / chunk.place.relative_path) as (file, path):
                 data = chunk.find(file, path, self.tensors[key].dtype)
             rows.append([*chunk.offsets, *chunk.sizes, data.crc])
         return rows
 
     def read(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> torch.Tensor:
-        """A whole tensor, or one index of its first axis (`layer`); of that, the rows [first, last) of the first
-        remaining axis.
+        """Return a tensor, or a part of it.
 
         The checksum of every chunk that was read to its end, in one go or in consecutive parts, is verified.
+
+        Args:
+            key: name of the tensor.
+            layer: index on its first axis; None: all of it.
+            rows: [first, last) on the first axis that remains; None: all.
+
+        Raises UserError where the checkpoint does not hold all of it, or bits have changed.
         """
         info = self.tensors[key]
-        stacked = layer is not None
-        shape = info.shape[stacked:]
+        shape = info.shape if layer is None else info.shape[1:]
         first, last = rows or (0, shape[0] if shape else 1)
         target = torch.empty((last - first, *shape[1:]) if shape else (1,), dtype=info.dtype)
-        found = 0
-        for chunk in self._chunks[key]:
-            if stacked and not chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
-                continue
-            found += self._read_chunk(key, chunk, info.dtype, stacked, layer, first, target)
-        if found != target.numel():
-            raise UserError(f"{self.directory}: holds {found} of the {target.numel()} values of {key}: {_AGAIN}")
+        count = 0
+        for chunk in self._placed(key):
+            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
+                count += self._read_chunk(chunk, info.dtype, layer, first, target)
+        if count != target.numel():
+            raise UserError(f"{self.directory}: holds {count} of the {target.numel()} values of {key}: {_AGAIN}")
         return target if shape else target[0]
 
-    def _read_chunk(self, key, chunk, dtype, stacked, layer, first, target) -> int:
-        """Copies what a chunk has of the target, which begins at row `first`; the number of values."""
+    def _read_chunk(
+        self, chunk: "_Chunk", dtype: torch.dtype, layer: int | None, first: int, target: torch.Tensor
+    ) -> int:
+        """Copy what a chunk has of the target, which begins at row `first`, and return the number of values."""
+        stacked = 0 if layer is None else 1
         offsets, sizes = chunk.offsets[stacked:] or (0,), chunk.sizes[stacked:] or (1,)
         begin, end = max(first, offsets[0]), min(first + target.shape[0], offsets[0] + sizes[0])
         if begin >= end:
             return 0
-        if chunk.place is None:
-            raise UserError(f"{self.directory}: .metadata does not say where a part of {key} is: {_AGAIN}")
         row_bytes = torch.Size(sizes[1:]).numel() * dtype.itemsize
-        skipped = (layer - chunk.offsets[0]) * sizes[0] if stacked else 0
+        skipped = 0 if layer is None else (layer - chunk.offsets[0]) * sizes[0]
         span = ((skipped + begin - offsets[0]) * row_bytes, (skipped + end - offsets[0]) * row_bytes)
         part = target[begin - first : end - first]
         for axis, (offset, size) in enumerate(zip(offsets[1:], sizes[1:]), start=1):
@@ -148,11 +161,22 @@ class _Chunk:
     """One saved part of a tensor, and how far its checksum has been followed."""
 
     def __init__(self, part: ChunkStorageMetadata, place: _StorageInfo | None):
-        self.offsets, self.sizes, self.place = tuple(part.offsets), tuple(part.sizes), place
+        self.offsets, self.sizes, self._place = tuple(part.offsets), tuple(part.sizes), place
         self._data: ChunkData | None = None
         self._followed, self._crc = 0, 0
 
+    @property
+    def unplaced(self) -> bool:
+        return self._place is None
+
+    @property
+    def place(self) -> _StorageInfo:
+        if self._place is None:
+            raise ValueError("no place in any file")
+        return self._place
+
     def find(self, file: int, path: Path, dtype: torch.dtype) -> ChunkData:
+        """Return where its data lies in the file, which is open. Raises UserError if it is not what .metadata says."""
         if self._data is None:
             if self.place.transform_descriptors:
                 raise UserError(
@@ -169,6 +193,17 @@ class _Chunk:
         return self._data
 
     def read(self, file: int, path: Path, data: ChunkData, span: tuple[int, int], target: memoryview) -> None:
+        """Fill `target` with the bytes `span` [first, last) of the data, following the checksum.
+
+        Args:
+            file: descriptor of open_for_reading.
+            path: of the file, for messages.
+            data: where the data lies in it.
+            span: first and last + 1 of the bytes to read.
+            target: as many bytes.
+
+        Raises UserError where the checksum is wrong.
+        """
         start, end = span
         for at in range(start, end, BLOCK):
             block = target[at - start : min(at + BLOCK, end) - start]
@@ -194,31 +229,38 @@ def _opened(path: Path) -> Iterator[tuple[int, Path]]:
 
 
 class TorchDistWriter:
-    """Writes a checkpoint from one tensor after the other, in any order. A context manager; after it, .hashes: file ->
-    sha256.
-
-    infos: by Megatron key, of the whole tensors.
-    """
+    """Writes a checkpoint from one tensor after the other, in any order. A context manager; after it, .hashes holds
+    file -> sha256."""
 
     def __init__(self, directory: Path, infos: dict[str, TensorInfo]):
-        self.directory, self.hashes = directory, {}
+        """Write below an existing directory. infos: by Megatron key, of the whole tensors."""
+        self.directory = directory
+        self.hashes: dict[str, str] = {}
         self._infos = infos
         self._chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in infos}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
         self._file: HashedWriter | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def write(self, key: str, layer: int | None, first_row: int, tensor: torch.Tensor) -> None:
-        """A tensor, or some of its rows; layer: where on the stacked first axis, None where nothing is stacked."""
+        """Append a tensor, or some of its rows.
+
+        Args:
+            key: name of the tensor.
+            layer: where on the stacked first axis; None where nothing is stacked.
+            first_row: where the rows begin.
+            tensor: the rows.
+        """
         if layer is not None:
             tensor = tensor[None]
         offsets = torch.Size([*([] if layer is None else [layer]), first_row, *[0] * tensor.dim()][: tensor.dim()])
         file = self._current_file()
         start = file.position
         # A copy where the tensor is part of a larger one, which torch.save would write whole.
-        torch.save(tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone(), file)
+        data = tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        torch.save(data, cast(IO[bytes], file))  # which needs write() and flush() alone
         self._chunks[key].append(ChunkStorageMetadata(offsets, tensor.shape))
         self._places[MetadataIndex(key, offsets)] = _StorageInfo(file.path.name, start, file.position - start)
 
@@ -229,19 +271,19 @@ class TorchDistWriter:
             self._file = HashedWriter(self.directory / f"__0_{len(self.hashes)}.distcp").__enter__()
         return self._file
 
-    def _close_file(self, *error) -> None:
+    def _close_file(self, kind: type[BaseException] | None = None, error: object = None, trace: object = None) -> None:
         file, self._file = self._file, None
         if file is not None:
-            file.__exit__(*(error or (None, None, None)))
+            file.__exit__(kind, error, trace)
             self.hashes[file.path.name] = file.sha256
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._close_file(kind, error, trace)
         if kind is None:
             self._write_metadata()
 
     def _write_metadata(self) -> None:
-        table = {}
+        table: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for key, info in self._infos.items():
             if sum(chunk.sizes.numel() for chunk in self._chunks[key]) != torch.Size(info.shape).numel():
                 raise UserError(f"{self.directory}: not all of {key} was written: convert again")
@@ -256,15 +298,14 @@ class TorchDistWriter:
             raise cannot_write(self.directory, error if isinstance(error, OSError) else OSError(0, str(error)[:120]))
 
 
-def cause_of(error: CheckpointException, directory: Path) -> Exception:
-    """What really went wrong on some rank; a UserError where the file system refused (a full disk)."""
-    cause = next((failure for failure, _ in error.failures.values()), error)
+def cause_of(error: CheckpointException, directory: Path) -> BaseException:
+    """Return what really went wrong on some rank; a UserError where the file system refused (a full disk)."""
+    cause: BaseException = next((failure for failure, _ in error.failures.values()), error)
     return UserError(f"{directory}: cannot write: {cause.strerror}") if isinstance(cause, OSError) else cause
 
 
 def make_reproducible(directory: Path) -> None:
-    """Takes a random id, the path and the writers' plans out of `.metadata`: the same tensors then make the same
-    bytes."""
+    """Take random id, path and the writers' plans out of `.metadata`: the same tensors then make the same bytes."""
     metadata = _read_metadata(directory / ".metadata")
     vars(metadata).pop("all_local_plans", None)
     metadata.storage_meta = None
@@ -273,7 +314,7 @@ def make_reproducible(directory: Path) -> None:
 
 
 def _read_common(directory: Path) -> dict:
-    """The plain data beside the tensors, after a check that this is a torch_dist checkpoint."""
+    """Return the plain data beside the tensors, after a check that this is a torch_dist checkpoint."""
     path = directory / "metadata.json"
     try:
         backend = json.loads(path.read_text()).get("sharded_backend")
@@ -312,7 +353,7 @@ _PLAIN = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> object:
         if name not in _PLAIN.get(module, ()):
             raise pickle.UnpicklingError(f"refuses to load {module}.{name}")
         return super().find_class(module, name)

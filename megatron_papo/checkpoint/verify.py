@@ -1,15 +1,24 @@
 """The comparison of any two checkpoints, tensor by tensor, in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from megatron_papo.checkpoint.convert import MegatronCheckpoint, rows_at_once
 from megatron_papo.checkpoint.hashed_files import new_tensor_hash, tensor_bytes
+from megatron_papo.checkpoint.hf_files import HFCheckpoint, TensorInfo
+
+Checkpoint = HFCheckpoint | MegatronCheckpoint
+"""As convert.open_checkpoint returns it."""
 
 
-def differences(first, second, progress=lambda count: None) -> Iterator[str]:
-    """One line per tensor in which two opened checkpoints (convert.open_checkpoint) differ: presence, dtype, shape or
-    any bit."""
+def differences(
+    first: Checkpoint, second: Checkpoint, progress: Callable[[int], object] = lambda count: None
+) -> Iterator[str]:
+    """Return one line per tensor in which two opened checkpoints differ: in presence, dtype, shape or any bit.
+
+    progress: called with the bytes of the first one that were compared.
+    """
     for name in sorted(first.tensors.keys() ^ second.tensors.keys()):
         yield f"{name}: only in {(first if name in first.tensors else second).directory}"
     for name in _in_reading_order(first, second):
@@ -24,21 +33,23 @@ def differences(first, second, progress=lambda count: None) -> Iterator[str]:
             yield f"{name}: {what}, {extent}, xxh3 {hashes[0]} {hashes[1]}"
 
 
-def _in_reading_order(first, second) -> list[str]:
-    """The names that both have, so that a Megatron checkpoint reads each piece once."""
-    leading = second if hasattr(second, "pieces") else first
+def _in_reading_order(first: Checkpoint, second: Checkpoint) -> list[str]:
+    """Return the names that both have, so that a Megatron checkpoint reads each piece once."""
+    leading = second if isinstance(second, MegatronCheckpoint) else first
     return [name for name in leading.tensors if name in first.tensors and name in second.tensors]
 
 
-def _kind(info) -> str:
+def _kind(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)}"
 
 
-def _compare(name, info, first, second, progress) -> tuple[float, int, tuple[str, str]]:
-    """(largest absolute difference, number of values that differ in any bit or in their number, hashes), block by
-    block."""
-    from megatron_papo.checkpoint.convert import rows_at_once
+def _compare(
+    name: str, info: TensorInfo, first: Checkpoint, second: Checkpoint, progress: Callable[[int], object]
+) -> tuple[float, int, list[str]]:
+    """Compare one tensor block by block.
 
+    Returns the largest absolute difference, how many values differ in any bit or in their number, and both hashes.
+    """
     largest, count, hashes = 0.0, 0, (new_tensor_hash(), new_tensor_hash())
     rows = info.shape[0] if info.shape else 1
     step = rows_at_once(info.shape, 8) if info.shape else 1  # differences are taken in float64
@@ -53,7 +64,7 @@ def _compare(name, info, first, second, progress) -> tuple[float, int, tuple[str
             difference = (a.double() - b.double()).abs()[~same]
             largest = max(largest, float(difference.max())) if difference.numel() else largest
         progress(a.nbytes)
-    return largest, count, tuple(value.hexdigest() for value in hashes)
+    return largest, count, [value.hexdigest() for value in hashes]
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

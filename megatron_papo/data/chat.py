@@ -27,7 +27,8 @@ TOKENIZER_FILES = (
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """sha256 of tokenizer.json, in hex: two checkpoints with the same one give the same token ids. Raises UserError."""
+    """Return the sha256 of tokenizer.json, in hex: two checkpoints with the same one give the same token ids. Raises
+    UserError."""
     try:
         return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
     except OSError as error:
@@ -60,7 +61,7 @@ class ChatFormat:
         self._refuse_control_tokens(system_prompt or "", "data.system_prompt")
 
     def encode_prompt(self, problem: str, num_images: int) -> list[int]:
-        """Token ids up to the start of the response. Raises UserError if the pictures do not fit the `<image>` places.
+        """Return the token ids up to the start of the response. Raises UserError if pictures do not fit the places.
 
         Pictures go where the `<image>` places are, in order. A problem without any place has its pictures in front of
         the text. Text around the places is kept as it is. A token such as <|image_pad|> in it is refused: the model
@@ -80,18 +81,18 @@ class ChatFormat:
         return token_ids
 
     def render(self, text: str) -> str:
-        """The chat text of one user message whose `<image>` places are pictures."""
+        """Return the chat text of one user message whose `<image>` places are pictures."""
         first, *rest = text.split(IMAGE_PLACE)
-        content = [{"type": "text", "text": first}] if first else []
+        content: list[dict[str, str]] = [{"type": "text", "text": first}] if first else []
         for part in rest:
             content.append({"type": "image"})
             if part:
                 content.append({"type": "text", "text": part})
-        messages = [*self.system, {"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages: list[dict] = [*self.system, {"role": "user", "content": content}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def encode_target(self, target: str) -> list[int]:
-        """Token ids of a response, the end-of-turn token included."""
+        """Return the token ids of a response, the end-of-turn token included."""
         self._refuse_control_tokens(target, "the target")
         return [*self._encode(target), self.end_of_turn]
 
@@ -111,10 +112,13 @@ class ChatFormat:
 
 
 def forbidden_tokens(hf_dir: Path, vocabulary: dict[str, int]) -> tuple[int, ...]:
-    """Ids that a response must not hold: vision tokens, which would claim a picture that is not there, and the padding
-    of the embedding.
+    """Return the ids that a response must not hold.
 
-    vocabulary: of the tokenizer, special tokens included.
+    Those are vision tokens, which would claim a picture that is not there, and the padding of the embedding.
+
+    Args:
+        hf_dir: checkpoint directory, for the size of the embedding.
+        vocabulary: of the tokenizer, special tokens included.
     """
     config = json.loads((Path(hf_dir) / "config.json").read_text())
     size = config.get("text_config", config).get("vocab_size") or config["vocab_size"]
@@ -125,7 +129,13 @@ def forbidden_tokens(hf_dir: Path, vocabulary: dict[str, int]) -> tuple[int, ...
 def expand_image_pads(
     token_ids: Sequence[int], image_token_id: int, grids: Sequence[tuple[int, int, int]]
 ) -> list[int]:
-    """One image-pad token per image becomes as many as the image has tokens."""
+    """Return token ids in which each image-pad token stands as often as its picture has tokens.
+
+    Args:
+        token_ids: with one image-pad token per picture.
+        image_token_id: the image-pad token.
+        grids: of the pictures, in order.
+    """
     expanded, remaining = [], iter(grids)
     for token in token_ids:
         expanded += [token] * num_image_tokens(next(remaining)) if token == image_token_id else [token]

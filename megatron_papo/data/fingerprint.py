@@ -40,6 +40,7 @@ class SourceHash:
             self._add("pictures", *digests)
 
     def hexdigest(self) -> str:
+        """Return the fingerprint of what was added so far."""
         return self._sum.hexdigest()
 
     def _add(self, *entry: str) -> None:

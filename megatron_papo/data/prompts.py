@@ -29,7 +29,7 @@ class PromptMaker:
     _seen: dict[str, str] = field(default_factory=dict)
 
     def prompts(self, rows: Iterable[SourceRow]) -> Iterator[Prompt]:
-        """A record per row that is not overlong. Raises UserError naming the first row that is bad."""
+        """Return a record per row that is not overlong. Raises UserError naming the first row that is bad."""
         for row in rows:
             try:
                 prompt, files = self._prompt(row)

@@ -14,8 +14,13 @@ NPY_MAGIC = b"\x93NUMPY"
 
 
 def resolve_inside(root: Path, name: str, what: str = "image") -> Path:
-    """The file of a path that must stay inside root (symbolic links followed). Raises UserError; what: what to call it
-    there."""
+    """Return the file of a path that must stay inside root, symbolic links followed. Raises UserError.
+
+    Args:
+        root: the data root.
+        name: path from root on.
+        what: to call it in messages.
+    """
     root = Path(root).resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
@@ -26,7 +31,7 @@ def resolve_inside(root: Path, name: str, what: str = "image") -> Path:
 
 
 def read_inside(root: Path, name: str, what: str = "image") -> bytes:
-    """The content of resolve_inside's file. Raises UserError."""
+    """Return the content of resolve_inside's file. Raises UserError."""
     path = resolve_inside(root, name, what)
     try:
         return path.read_bytes()
@@ -35,11 +40,11 @@ def read_inside(root: Path, name: str, what: str = "image") -> bytes:
 
 
 def decode_image(content: bytes, shown: str) -> tuple[Image.Image, str]:
-    """The picture as RGB, turned as its EXIF orientation says (as transformers' load_image does), and its format, e.g.
-    PNG."""
+    """Return a picture as RGB, turned as its EXIF orientation says (as transformers' load_image does), and its format,
+    e.g. PNG. Raises UserError; shown: what to call it there."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            return ImageOps.exif_transpose(image).convert("RGB"), image.format
+            return ImageOps.exif_transpose(image).convert("RGB"), str(image.format)
     # Decoders meet damaged data with many kinds of exception; all mean the same to the user.
     except Exception as error:
         raise UserError(
@@ -48,14 +53,15 @@ def decode_image(content: bytes, shown: str) -> tuple[Image.Image, str]:
 
 
 def decode_saliency(content: bytes, shown: str) -> tuple[np.ndarray, str]:
-    """A saliency map, float64 [height, width], at least 1 x 1, finite, larger where the picture matters more, and its
-    format.
+    """Return a saliency map and its format: float64 [height, width], finite, larger where the picture matters more.
+
+    Args:
+        content: a .npy file of a 2-D array of numbers (read without unpickling), or a picture in grey levels of any
+            depth, turned upright like the pictures; one in RGB whose three channels are equal counts as grey, a
+            transparency channel is left out.
+        shown: what to call it in messages.
 
     Raises UserError for anything else.
-
-    content: a .npy file of a 2-D array of numbers (read without unpickling), or a picture in grey levels of any depth,
-    turned upright like the pictures; one in RGB whose three channels are equal counts as grey, a transparency channel
-    is left out.
     """
     again = "give a 2-D .npy array or a greyscale picture, or drop the row"
     try:
@@ -79,9 +85,9 @@ def decode_saliency(content: bytes, shown: str) -> tuple[np.ndarray, str]:
 
 
 def _grey_levels(content: bytes) -> tuple[np.ndarray, str]:
-    """[height, width], format; raises ValueError for a picture in colours."""
+    """Return [height, width] and the format. Raises ValueError for a picture in colours."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        upright, kind = ImageOps.exif_transpose(image), image.format
+        upright, kind = ImageOps.exif_transpose(image), str(image.format)
     if upright.mode in ("1", "L", "I", "F") or upright.mode.startswith("I;16"):
         return np.asarray(upright), kind
     if upright.mode in ("LA", "La"):

@@ -21,7 +21,7 @@ def black_squares(
     seed: int,
     saliency: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Which squares of a (width, height) picture are black: bool [rows, columns], at least one of them True.
+    """Return which squares of a (width, height) picture are black: bool [rows, columns], at least one of them True.
 
     The picture is cut into squares of square_pixels from its top left corner, the last row and column as narrow as the
     picture leaves them. Draws come from numpy.random.default_rng(seed).
@@ -58,8 +58,7 @@ def black_squares(
 
 
 def blacken(image: Image.Image, squares: np.ndarray, square_pixels: int) -> Image.Image:
-    """A copy of an RGB picture that is black where squares, bool [rows, columns], says so; the input is left as it
-    is."""
+    """Return a copy of an RGB picture that is black where squares, bool [rows, columns], says so."""
     pixels = np.array(image)
     black = squares.repeat(square_pixels, axis=0).repeat(square_pixels, axis=1)
     pixels[black[: pixels.shape[0], : pixels.shape[1]]] = 0
@@ -67,11 +66,10 @@ def blacken(image: Image.Image, squares: np.ndarray, square_pixels: int) -> Imag
 
 
 def mean_saliency(size: tuple[int, int], square_pixels: int, saliency: np.ndarray) -> np.ndarray:
-    """float64 [rows, columns]: mean over each square of a map [h, w] stretched over a (width, height) picture, scaled
-    to 0..1.
+    """Return the mean of a saliency map [h, w] over each square of the picture, from 0 to 1: float64 [rows, columns].
 
-    Each entry of the map covers height / h x width / w pixels; a square that cuts through some takes their share by
-    area.
+    The map is stretched over the (width, height) of the picture: each entry covers height / h x width / w pixels; a
+    square that cuts through some takes their share by area. It is scaled to 0..1 beforehand.
     """
     saliency = saliency.astype(np.float64)
     saliency = saliency - saliency.min()
@@ -81,8 +79,8 @@ def mean_saliency(size: tuple[int, int], square_pixels: int, saliency: np.ndarra
 
 
 def _shares(pixels: int, square_pixels: int, cells: int) -> np.ndarray:
-    """float64 [squares, cells]: which share of each square along one side each cell of the map covers; rows sum to
-    1."""
+    """Return which share of each square along one side each cell of the map covers: float64 [squares, cells], rows
+    sum to 1."""
     # In units of 1 / cells of a pixel all borders are whole numbers.
     squares = np.minimum(np.arange(0, pixels + square_pixels, square_pixels), pixels) * cells
     borders = np.arange(cells + 1) * pixels

@@ -31,20 +31,20 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
 def open_image(root: Path, name: str) -> Image.Image:
-    """The native picture as RGB, upright. Raises UserError for a missing, outside or unreadable file."""
+    """Return the native picture as RGB, upright. Raises UserError for a missing, outside or unreadable file."""
     return decode_image(read_inside(root, name), f"image {resolve_inside(root, name)}")[0]
 
 
 def open_saliency(root: Path, name: str) -> np.ndarray:
-    """A saliency map, float64 [height, width]. Raises UserError for a missing, outside or unusable file."""
+    """Return a saliency map, float64 [height, width]. Raises UserError for a missing, outside or unusable file."""
     return decode_saliency(read_inside(root, name, "saliency map"), f"saliency map {name}")[0]
 
 
 def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) in multiples of 28 with min_pixels <= width * height <= max_pixels, aspect kept (Qwen2-VL
-    smart_resize).
+    """Return (width, height) in multiples of 28 with min_pixels <= width * height <= max_pixels, aspect kept.
 
-    Raises UserError for a picture over 200 times as long as wide, which transformers refuses too.
+    As Qwen2-VL's smart_resize. Raises UserError for a picture over 200 times as long as wide, which transformers
+    refuses too.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(
@@ -61,7 +61,7 @@ def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tup
 
 
 def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
-    """Bicubic, to smart_size; the picture itself if it has that size."""
+    """Return the picture resized to smart_size, bicubic; itself if it has that size."""
     size = smart_size(*image.size, min_pixels, max_pixels)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -75,9 +75,12 @@ def load_images(
     seed: int | None = None,
     saliency: Sequence[str] = (),
 ) -> list[Image.Image]:
-    """A prompt's pictures, opened and resized; with `masking`, masked: see load_masked_images."""
+    """Return a prompt's pictures, opened and resized; with `masking`, which needs a seed, masked: see
+    load_masked_images."""
     if masking is None:
         return [resize(open_image(root, name), min_pixels, max_pixels) for name in names]
+    if seed is None:
+        raise ValueError("masked pictures need a seed")
     return [picture for picture, _ in load_masked_images(root, names, min_pixels, max_pixels, masking, seed, saliency)]
 
 
@@ -90,14 +93,21 @@ def load_masked_images(
     seed: int,
     saliency: Sequence[str] = (),
 ) -> list[tuple[Image.Image, np.ndarray]]:
-    """A prompt's pictures resized with squares blackened in masking.space, one seed per picture; and which squares,
-    bool [rows, columns].
+    """Return a prompt's pictures resized with squares blackened, and which squares, bool [rows, columns].
 
-    saliency: names of the pictures' saliency maps, read by strategy `semantic` only. Raises UserError where that lacks
-    them.
+    Args:
+        root: the data root.
+        names: of the pictures, from root on.
+        min_pixels: of the resized picture.
+        max_pixels: likewise.
+        masking: strategy, ratio, and whether squares are blackened before or after the resize.
+        seed: of this prompt; each picture's is derived from it.
+        saliency: names of the pictures' saliency maps, read by strategy `semantic` only.
+
+    Raises UserError for a picture that cannot be read, and where `semantic` lacks maps.
     """
     require_saliency(masking, names, saliency)
-    found = []
+    pictures = []
     for index, name in enumerate(names):
         picture = open_image(root, name)
         if masking.space == "patch":
@@ -113,12 +123,12 @@ def load_masked_images(
         picture = blacken(picture, squares, masking.square_pixels)
         if masking.space == "native":
             picture = resize(picture, min_pixels, max_pixels)
-        found.append((picture, squares))
-    return found
+        pictures.append((picture, squares))
+    return pictures
 
 
 def require_saliency(masking: MaskedImageConfig, names: Sequence[str], saliency: Sequence[str]) -> None:
-    """Raises UserError if the strategy needs a saliency map of each of these pictures and they have none."""
+    """Raise UserError if the strategy needs a saliency map of each of these pictures and they have none."""
     if masking.strategy == "semantic" and len(saliency) != len(names):
         raise UserError(
             f"image {names[0]}: no saliency map, which masked_image.strategy semantic needs: give the data a column of"
@@ -128,12 +138,12 @@ def require_saliency(masking: MaskedImageConfig, names: Sequence[str], saliency:
 
 
 def grid_of(image: Image.Image) -> tuple[int, int, int]:
-    """(1, rows, columns) of ViT patches of a resized picture."""
+    """Return (1, rows, columns) of ViT patches of a resized picture."""
     return 1, image.height // PATCH, image.width // PATCH
 
 
 def grid_of_file(root: Path, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
-    """The grid that a native picture will have once upright and resized; reads only the file's header."""
+    """Return the grid that a native picture will have once upright and resized; only the file's header is read."""
     path = resolve_inside(root, name)
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -149,11 +159,12 @@ def grid_of_file(root: Path, name: str, min_pixels: int, max_pixels: int) -> tup
 
 
 def num_image_tokens(grid: tuple[int, int, int]) -> int:
+    """Return how many image tokens the model sees of a picture with this grid of patches."""
     return grid[0] * grid[1] * grid[2] // MERGE**2
 
 
 def to_patches(image: Image.Image) -> np.ndarray:
-    """A resized picture as float32 [rows * columns, 3 * 2 * 14 * 14], normalised, the frame repeated in time.
+    """Return a resized picture as float32 [rows * columns, 3 * 2 * 14 * 14], normalised, the frame repeated in time.
 
     Rows run over (row / 2, column / 2, 2, 2), so that four consecutive rows become one image token.
     """
@@ -167,7 +178,7 @@ def to_patches(image: Image.Image) -> np.ndarray:
 
 
 def to_data_uri(image: Image.Image) -> str:
-    """data:image/png;base64,..."""
+    """Return a picture as data:image/png;base64,..."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

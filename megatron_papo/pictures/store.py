@@ -2,6 +2,7 @@
 is whole."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,17 +37,26 @@ class ImageStore:
         (directory / IMAGES).mkdir()
 
     def read(self, image: bytes | str, root: Path | None) -> StoredImage:
-        """The picture with its name and size. Raises UserError if it is none.
+        """Return a picture with its name and size. Raises UserError if it is none.
 
-        image: encoded picture, or the path of one that must stay inside root.
+        Args:
+            image: encoded picture, or the path of one that must stay inside root.
+            root: None: a path is an error.
         """
         return self._read(IMAGES, _look_at_image, image, root, "image")
 
     def read_saliency(self, saliency: bytes | str, root: Path | None) -> StoredImage:
-        """A saliency map likewise: see picture_files.decode_saliency."""
+        """Return a saliency map likewise: see files.decode_saliency."""
         return self._read(SALIENCY, _look_at_saliency, saliency, root, "saliency map")
 
-    def _read(self, folder: str, look_at, source: bytes | str, root: Path | None, what: str) -> StoredImage:
+    def _read(
+        self,
+        folder: str,
+        look_at: Callable[[bytes, str], tuple[str, tuple[int, int]]],
+        source: bytes | str,
+        root: Path | None,
+        what: str,
+    ) -> StoredImage:
         content, shown = (
             (source, what) if isinstance(source, bytes) else (read_named(source, root, what), f"{what} {source}")
         )
@@ -57,7 +67,7 @@ class ImageStore:
         return StoredImage(*self._seen[folder, digest], content)
 
     def write(self, image: StoredImage) -> None:
-        """Its bytes as they are, once."""
+        """Write the bytes of a picture as they are, once."""
         if image.name not in self.written:
             path = self.directory / image.name
             path.parent.mkdir(exist_ok=True)
@@ -65,7 +75,7 @@ class ImageStore:
             self.written.add(image.name)
 
     def count(self, folder: str) -> int:
-        """Files written below IMAGES or SALIENCY."""
+        """Return how many files were written below IMAGES or SALIENCY."""
         return sum(name.startswith(f"{folder}/") for name in self.written)
 
 
@@ -76,7 +86,7 @@ def _look_at_image(content: bytes, shown: str) -> tuple[str, tuple[int, int]]:
 
 def _look_at_saliency(content: bytes, shown: str) -> tuple[str, tuple[int, int]]:
     values, kind = decode_saliency(content, shown)
-    return kind, values.shape[::-1]
+    return kind, (values.shape[1], values.shape[0])
 
 
 def read_named(name: str, root: Path | None, what: str = "image") -> bytes:

@@ -25,6 +25,7 @@ from megatron_papo.run.stage_output import (
     require_input,
 )
 from megatron_papo.run.stages import STAGES, Stage, Turn, maker, paths
+from megatron_papo.run.state import require_current
 
 RUN_FORM = """
 
@@ -74,6 +75,8 @@ class Task:
     def input(self, name: str, outside: Callable[[Path], str] = content_fingerprint) -> Input:
         """Return a needed input with its fingerprint. Raises UserError, naming the command that makes it."""
         spec, path = next(spec for spec in self.stage.inputs if spec.name == name), self.paths[name]
+        if self.run is not None:
+            require_current(self.run, path)
         if not spec.from_outside:
             return require_input(path, spec.made_by, self.hint(name))
         root = None if self.run is None else self.run.root
@@ -81,7 +84,13 @@ class Task:
         return input_made_or_from_outside(path, missing, lambda place: remembered_fingerprint(root, place, outside))
 
     def inputs(self, outside: Callable[[Path], str] = content_fingerprint) -> dict[str, Input]:
-        """Return all needed inputs, by name. outside: hashes one that no stage made."""
+        """Return all needed inputs, by name. outside: hashes one that no stage made.
+
+        Raises UserError where one is missing, or is not what the run would make now; so may be what it was made from.
+        """
+        if self.run is not None:
+            for path in (self.run.data, self.run.reference):  # where things from outside enter a run
+                require_current(self.run, path)
         return {name: self.input(name, outside) for name in self.paths}
 
     def stage_output(self, inputs: dict[str, Input], started: float | None = None) -> StageOutput:

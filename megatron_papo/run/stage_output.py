@@ -227,7 +227,21 @@ class StageOutput:
         return True
 
     def announce_done(self) -> None:
+        """Say that there is nothing to do; where an input has moved since, its new place is put on record."""
+        self._record_places()
         print(f"{self.stage}: {self.output} is there already, made from the same inputs: nothing to do", flush=True)
+
+    def _record_places(self) -> None:
+        manifest = read_manifest(self.output)
+        places = _places(self.inputs)
+        if manifest is None or manifest.get("inputs", places) == places:
+            return
+        partial = self.output / f"{MANIFEST}.partial"
+        try:
+            partial.write_text(json.dumps(manifest | {"inputs": places}, indent=1))
+            partial.replace(self.output / MANIFEST)
+        except OSError:  # a read-only output: it is compared by content again next time
+            partial.unlink(missing_ok=True)
 
     def __enter__(self):
         for path in {made_from.path for made_from in self.inputs.values() if made_from.verify and made_from.path}:
@@ -273,7 +287,7 @@ class StageOutput:
             "stage": self.stage,
             "fingerprint": self.fingerprint,
             "recipe": self._recipe,
-            "inputs": {name: str(made_from.path) for name, made_from in self.inputs.items() if made_from.path},
+            "inputs": _places(self.inputs),
             "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
             "counts": self.counts,
             "seconds": round(time.time() - self.started, 2),
@@ -288,6 +302,10 @@ class StageOutput:
             _fsync(directory)
         os.rename(self.partial, self.output)
         _fsync(self.output.parent)
+
+
+def _places(inputs: Mapping[str, Input]) -> dict[str, str]:
+    return {name: str(made_from.path) for name, made_from in inputs.items() if made_from.path}
 
 
 def partial_of(output: Path) -> Path:

@@ -1,13 +1,16 @@
 """Where a run stands: of every output whether it is done, stale, missing or being made, by the table of stages."""
 
 import os
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_papo.errors import UserError
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import PRUNED, differences, nested, partial_of, read_manifest
-from megatron_papo.run.stages import Stage, Turn, all_turns
+from megatron_papo.run.stages import Stage, Turn, all_turns, maker
 
 Word = Literal["done", "stale", "missing", "running"]
 
@@ -44,7 +47,7 @@ def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> Sta
     manifest = read_manifest(output)
     if manifest is None:
         return State(stage, turn, output, "running" if is_locked(output) else "missing")
-    reason = _reason(run, stage, turn, manifest, stale)
+    reason = what_differs(run, stage, turn, manifest, stale)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     pruned = (output / PRUNED).exists()
     word: Word = "stale" if reason else "done"
@@ -53,7 +56,32 @@ def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> Sta
     )
 
 
-def _reason(run: RunDirectory, stage: Stage, turn: Turn, manifest: dict[str, Any], stale: set[Path]) -> str:
+def require_current(run: RunDirectory, output: Path) -> None:
+    """Raise UserError where an output of a run is there, but is not what the run would make now."""
+    made_by = maker(run, output)
+    manifest = read_manifest(output) if made_by else None
+    if made_by is None or manifest is None:
+        return
+    reason = what_differs(run, *made_by, manifest, frozenset())
+    if reason:
+        number = made_by[0].number
+        raise UserError(
+            f"{output}: made from something else ({reason}): put it back, or remove {output} and make it again with:"
+            f" bash run_all.sh --name {run.root.name} --stages {number}"
+        )
+
+
+def what_differs(
+    run: RunDirectory, stage: Stage, turn: Turn, manifest: dict[str, Any], stale: AbstractSet[Path]
+) -> str:
+    """Return the key or input in which an output differs from what the run would make now; "" if in none.
+
+    Args:
+        run: Its configuration is compared.
+        stage, turn: What made the output.
+        manifest: Of the output.
+        stale: Outputs of which that is known already.
+    """
     recipe = manifest["recipe"]
     wanted = {"config": nested(stage.values(run.config, turn)), "arguments": stage.arguments(turn)}
     if wanted != {name: recipe[name] for name in wanted} and stage.number not in (3, 6):
@@ -62,16 +90,17 @@ def _reason(run: RunDirectory, stage: Stage, turn: Turn, manifest: dict[str, Any
     for spec in stage.needed_inputs(run.config, turn):
         path = spec.path(run, turn)
         made = read_manifest(path)
+        recorded = recorded_places.get(spec.name)
         if path in stale:
             return f"input {spec.name} is stale"
         if made is not None and made["fingerprint"] != recipe["inputs"].get(spec.name):
             return f"input {spec.name} is another one"
-        if made is None and spec.name in recorded_places and recorded_places[spec.name] != str(path):
-            return f"input {spec.name} is at another place"
+        if made is None and recorded is not None and not is_same_place(recorded, path):
+            return f"input {spec.name} was at {recorded}"
     return _moved_sources(run, stage, turn, recorded_places)
 
 
-def _moved_sources(run: RunDirectory, stage: Stage, turn: Turn, recorded: dict[str, str]) -> str:
+def _moved_sources(run: RunDirectory, stage: Stage, turn: Turn, recorded: Mapping[str, str]) -> str:
     """Say which source of stage 1 lies elsewhere than when it was read: its content is then to be compared."""
     if stage.number != 1:
         return ""
@@ -82,8 +111,13 @@ def _moved_sources(run: RunDirectory, stage: Stage, turn: Turn, recorded: dict[s
             continue
         place = None if source.source == "synthetic" else str(Path(source.source))
         if recorded.get(name) != place:
-            return f"data.{name}.source is at another place"
+            return f"data.{name}.source is {source.source}, was {recorded.get(name, 'synthetic')}"
     return ""
+
+
+def is_same_place(recorded: str, path: Path) -> bool:
+    """Say whether two paths lead to the same place, the run directory itself perhaps having moved."""
+    return os.path.abspath(recorded) == os.path.abspath(path)
 
 
 def is_locked(output: Path) -> bool:

@@ -7,6 +7,7 @@ number of processes changes it.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +20,21 @@ from megatron_papo.pictures import preprocess
 from megatron_papo.run.records import Prompt
 from megatron_papo.seeds import derive_seed
 
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
 
 def batch_indices(num_samples: int, step: int, global_batch_size: int, seed: int) -> list[int]:
-    """Samples of optimizer step `step`, from 0. The order is one seeded permutation per epoch, epoch after epoch."""
-    orders, indices = {}, []
+    """Return the indices of the samples of one optimizer step. The order is a seeded permutation per epoch.
+
+    Args:
+        num_samples: in the data set.
+        step: from 0.
+        global_batch_size: samples of a step.
+        seed: of the run.
+    """
+    orders: dict[int, np.ndarray] = {}
+    indices = []
     for position in range(step * global_batch_size, (step + 1) * global_batch_size):
         epoch, offset = divmod(position, num_samples)
         if epoch not in orders:
@@ -32,7 +44,7 @@ def batch_indices(num_samples: int, step: int, global_batch_size: int, seed: int
 
 
 def learning_rate(config: SftConfig, step: int) -> float:
-    """Of optimizer step `step`, from 0: a linear warm-up, then constant."""
+    """Return the learning rate of optimizer step `step`, from 0: a linear warm-up, then constant."""
     return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
@@ -56,27 +68,37 @@ class SftBatch:
     """[N]"""
 
     def to(self, device: torch.device) -> dict[str, Tensor | bool]:
-        """As keyword arguments of TargetLoss."""
+        """Return it on a device, as keyword arguments of TargetLoss."""
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
 
 
 def collate(prompts: list[Prompt], root: Path, data: DataConfig, image_token_id: int) -> SftBatch:
-    """Pictures are read from root. Raises UserError for a missing or damaged one."""
+    """Return a batch of prompts that have targets.
+
+    Args:
+        prompts: the rows.
+        root: directory that their pictures are read from.
+        data: how pictures are resized.
+        image_token_id: the image-pad token.
+
+    Raises UserError for a missing or damaged picture.
+    """
+    targets = [_target_of(prompt) for prompt in prompts]
     tokens, grids, patches = [], [], []
-    for prompt in prompts:
+    for prompt, target in zip(prompts, targets, strict=True):
         pictures = preprocess.load_images(root, prompt.images, data.min_pixels, data.max_pixels)
         grids.append([preprocess.grid_of(picture) for picture in pictures])
         patches += [torch.from_numpy(preprocess.to_patches(picture)) for picture in pictures]
-        tokens.append(expand_image_pads(prompt.token_ids, image_token_id, grids[-1]) + prompt.target_token_ids)
+        tokens.append(expand_image_pads(prompt.token_ids, image_token_id, grids[-1]) + target)
     length = max(map(len, tokens))
     input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
     position_ids = torch.zeros(3, len(prompts), length, dtype=torch.long)
     predicting = []
-    for row, (prompt, ids) in enumerate(zip(prompts, tokens)):
+    for row, (target, ids) in enumerate(zip(targets, tokens, strict=True)):
         input_ids[row, : len(ids)] = torch.tensor(ids)
         position_ids[:, row, : len(ids)] = mrope_position_ids(ids, grids[row], image_token_id)
         end = row * length + len(ids) - 1
-        predicting.append(torch.arange(end - len(prompt.target_token_ids), end))
+        predicting.append(torch.arange(end - len(target), end))
     return SftBatch(
         input_ids,
         position_ids,
@@ -84,21 +106,34 @@ def collate(prompts: list[Prompt], root: Path, data: DataConfig, image_token_id:
         torch.tensor([grid for row in grids for grid in row] or [(1, 4, 4)]),
         bool(patches),
         torch.cat(predicting),
-        torch.tensor([token for prompt in prompts for token in prompt.target_token_ids]),
+        torch.tensor([token for target in targets for token in target]),
     )
+
+
+def _target_of(prompt: Prompt) -> list[int]:
+    if prompt.target_token_ids is None:
+        raise ValueError(f"prompt {prompt.id} has no target")
+    return prompt.target_token_ids
 
 
 class TargetLoss(torch.nn.Module):
     """A Hugging Face Qwen2.5-VL whose forward pass returns the summed -log p of the target tokens."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: "Qwen2_5_VLForConditionalGeneration"):
         super().__init__()
         self.model = model
 
     def forward(
-        self, input_ids, position_ids, pixel_values, image_grid_thw, has_images, predicting_positions, target_tokens
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        pixel_values: Tensor,
+        image_grid_thw: Tensor,
+        has_images: bool,
+        predicting_positions: Tensor,
+        target_tokens: Tensor,
     ) -> Tensor:
-        """SftBatch's tensors -> scalar, float32. Only positions that predict a target become logits.
+        """Return a float32 scalar for SftBatch's fields. Only positions that predict a target become logits.
 
         Every rank runs the same modules in the same order, pictures or not: ZeRO's collectives follow the order of the
         modules, and a rank that skipped the vision tower would leave the others waiting. No attention mask: padding is
@@ -118,8 +153,8 @@ class TargetLoss(torch.nn.Module):
 
 
 def deepspeed_config(config: SftConfig, dtype: str) -> dict:
-    """What deepspeed.initialize takes."""
-    zero = {"stage": config.zero_stage}
+    """Return the configuration for deepspeed.initialize."""
+    zero: dict[str, object] = {"stage": config.zero_stage}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {

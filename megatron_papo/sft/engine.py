@@ -6,6 +6,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,9 +26,12 @@ from megatron_papo.distributed import process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.sft.batches import SftBatch, TargetLoss, deepspeed_config
 
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-def import_deepspeed():
-    """DeepSpeed, kept from compiling C++ when it starts."""
+
+def import_deepspeed() -> ModuleType:
+    """Return DeepSpeed, kept from compiling C++ when it starts."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # A launcher sets it; a single process may be started without one.
@@ -61,10 +66,12 @@ class SftEngine:
         self.engine, *_ = self.deepspeed.initialize(model=loss, optimizer=self.optimizer, config=settings)
 
     def step(self, batches: list[SftBatch], total_tokens: int, learning_rate: float) -> tuple[float, float]:
-        """One optimizer step on this rank's micro-batches; total_tokens: target tokens of the global batch, all ranks
-        together.
+        """Make one optimizer step and return (loss, norm of the gradient before clipping), the same on every rank.
 
-        Returns (loss, norm of the gradient before clipping), the same on every rank.
+        Args:
+            batches: this rank's micro-batches.
+            total_tokens: target tokens of the global batch, all ranks together.
+            learning_rate: of this step.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -117,7 +124,7 @@ class SftEngine:
         return write_weights(directory, headers, gathered)
 
 
-def _load(directory: Path, model: ModelConfig, settings: dict, tied: bool) -> torch.nn.Module:
+def _load(directory: Path, model: ModelConfig, settings: dict, tied: bool) -> "Qwen2_5_VLForConditionalGeneration":
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
     from transformers.utils import logging as transformers_logging
 

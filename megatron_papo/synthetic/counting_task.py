@@ -31,7 +31,7 @@ class GridCountTask:
         self.config = config
 
     def render(self, seed: int) -> Sample:
-        """The same sample for the same seed. Its picture has grid * 14 pixels a side."""
+        """Return the same sample for the same seed. Its picture has grid * 14 pixels a side."""
         rng = np.random.default_rng(seed)
         number = int(rng.integers(self.config.lowest, self.config.highest + 1))
         colour = _COLOURS[rng.integers(len(_COLOURS))]

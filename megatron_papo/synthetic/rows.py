@@ -12,7 +12,15 @@ from megatron_papo.synthetic.counting_task import PROBLEM, GridCountTask
 def synthetic_rows(
     config: SyntheticTaskConfig, seed: int, name: str, count: int, with_target: bool
 ) -> Iterator[SourceRow]:
-    """`count` rows of the set `name`; sets of different names are drawn from different seeds."""
+    """Return `count` rows of the set `name`; sets of different names are drawn from different seeds.
+
+    Args:
+        config: of the task.
+        seed: of the run.
+        name: of the set: train, sft, ...
+        count: how many.
+        with_target: whether rows have a response to learn.
+    """
     task = GridCountTask(config)
     for index in range(count):
         sample = task.render(derive_seed(seed, "synthetic", name, index))

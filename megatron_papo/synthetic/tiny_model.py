@@ -2,10 +2,15 @@
 0.4 M parameters."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_papo.synthetic.tiny_tokenizer import make_tiny_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class TinySizes:
 
 
 def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) -> None:
-    """Writes a Hugging Face checkpoint that transformers (4.57 to 5.x) and SGLang load: float32 safetensors with the
+    """Write a Hugging Face checkpoint that transformers (4.57 to 5.x) and SGLang load: float32 safetensors with the
     official names.
 
     The same seed gives the same bytes.
@@ -72,7 +77,7 @@ def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) 
     (directory / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR, indent=2))
 
 
-def _randomise(model, spread: float) -> None:
+def _randomise(model: "torch.nn.Module", spread: float) -> None:
     import torch
 
     with torch.no_grad():
@@ -81,9 +86,9 @@ def _randomise(model, spread: float) -> None:
                 parameter.copy_(torch.randn_like(parameter) * spread + (0.0 if name.endswith("bias") else 1.0))
 
 
-def _official_config(sizes: TinySizes, token_id) -> dict:
-    """config.json in the flat spelling of the published checkpoints, which every version of transformers and SGLang
-    reads alike."""
+def _official_config(sizes: TinySizes, token_id: Callable[[str], object]) -> dict:
+    """Return config.json in the flat spelling of the published checkpoints, which every version of transformers and
+    SGLang reads alike."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",

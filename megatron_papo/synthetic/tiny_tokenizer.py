@@ -45,7 +45,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tiny_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, at most vocab_size tokens; the same bytes
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, at most vocab_size tokens; the same bytes
     every time."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -86,7 +86,7 @@ def make_tiny_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def _corpus() -> list[str]:
-    """Each sentence weighted so that its words become whole tokens."""
+    """Return sentences, each as often as makes its words whole tokens."""
     count = [f"How many squares are there? I count {n} square. I count {n} squares. \\boxed{{{n}}}" for n in range(10)]
     papo = (
         "You first think through the reasoning process as an internal monologue, enclosed within  tags."

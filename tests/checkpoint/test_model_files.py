@@ -8,14 +8,23 @@ import pytest
 from megatron_papo.checkpoint.model_files import files_read, model_fingerprint
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import file_hash
+from megatron_papo.synthetic.tiny_model import make_tiny_model
 from tests.workers import random_model
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, tiny_hf):
+def single(tmp_path_factory):
+    """A model of one file."""
+    directory = tmp_path_factory.mktemp("single") / "model"
+    make_tiny_model(directory, seed=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, single):
     """A sharded model with a tokenizer."""
     directory = tmp_path_factory.mktemp("models") / "model"
-    shutil.copytree(tiny_hf, directory)
+    shutil.copytree(single, directory)
     (directory / "model.safetensors").unlink()
     random_model.save(random_model.make(False), directory, max_shard_size="400KB")
     for name in ("vocab.json", "merges.txt", "processor_config.json", "special_tokens_map.json"):
@@ -104,9 +113,9 @@ def test_another_file_that_is_read_is_another_model(model, name):
     assert model_fingerprint(model) == before
 
 
-def test_a_second_weight_file_without_an_index(tiny_hf, tmp_path):
+def test_a_second_weight_file_without_an_index(single, tmp_path):
     """SGLang loads every safetensors file then."""
-    model = shutil.copytree(tiny_hf, tmp_path / "model")
+    model = shutil.copytree(single, tmp_path / "model")
     before = model_fingerprint(model)
     shutil.copyfile(model / "model.safetensors", model / "model_backup.safetensors")
     assert model_fingerprint(model) != before

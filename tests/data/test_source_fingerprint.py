@@ -17,6 +17,7 @@ from megatron_papo.data.prompts import PromptMaker
 from megatron_papo.data.rows import read_rows
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.store import ImageStore
+from megatron_papo.synthetic.tiny_tokenizer import make_tiny_tokenizer
 
 NAMES = ("red.png", "deep/blue.png", "map.png")
 
@@ -43,6 +44,13 @@ def data_set(tmp_path):
     for seed, name in enumerate(NAMES):
         (directory / name).write_bytes(png(seed, "L" if name == "map.png" else "RGB"))
     (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    make_tiny_tokenizer(directory, vocab_size=448)
     return directory
 
 
@@ -145,13 +153,13 @@ def test_paths_inside_parquet(data_set):
 
 
 @pytest.mark.parametrize("max_prompt_tokens", [512, 20])
-def test_stage_1_adds_it_up_while_it_reads(data_set, tmp_path, tiny_hf, max_prompt_tokens):
+def test_stage_1_adds_it_up_while_it_reads(data_set, tmp_path, tokenizer, max_prompt_tokens):
     """Also where rows are left out for their length."""
     source = PromptSource(source=str(data_set))
     settings = config().model_copy(update={"max_prompt_tokens": max_prompt_tokens})
     total = SourceHash(source)
     (tmp_path / "out").mkdir()
-    chat = ChatFormat(tiny_hf, "{problem}", None)
+    chat = ChatFormat(tokenizer, "{problem}", None)
     maker = PromptMaker(settings, chat, ImageStore(tmp_path / "out"), source_hash=total)
     assert len(list(maker.prompts(read_rows(source, settings, False)))) == (4 if max_prompt_tokens == 512 else 3)
     assert total.hexdigest() == fingerprint(data_set)

@@ -6,6 +6,7 @@ NOT covered here: what the tower makes of them (tests/model), whether masked log
 
 import base64
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -261,12 +262,11 @@ def published(work, tmp_path_factory):
     from megatron_papo.run.stage_output import StageOutput
 
     root = tmp_path_factory.mktemp("published")
-    config = load_config(DEMO_CONFIG)
-    with StageOutput("stage1_prepare_data", root / "data", config, [], {}) as out:
+    with StageOutput("stage1_prepare_data", root / "data", {}, {}) as out:
         for name in SIZES:
             for file in (work / f"{name}.png", work / f"{name}.npy"):
                 (out.partial / file.name).write_bytes(file.read_bytes())
-    with StageOutput("stage4_rollout", root / "rollouts", config, [], {}) as out:
+    with StageOutput("stage4_rollout", root / "rollouts", {}, {}) as out:
         groups = enumerate(["second", "third", "fourth"])
         records = [rollout(work, name, group=group, sample=sample) for group, name in groups for sample in range(2)]
         write_jsonl(out.partial / "rollouts.jsonl", records)
@@ -317,6 +317,30 @@ def test_the_tool_draws_what_the_collator_fed(work, published, tmp_path, strateg
             stem = path.rsplit("/", 1)[1].removesuffix("_masked.png")
             changed = (expected[f"{stem}_masked.png"] != expected[f"{stem}_original.png"]).any(dim=1).float().mean()
             assert float(share.split()[0]) == pytest.approx(float(changed), abs=5e-5)
+
+
+def test_a_run_and_an_iteration_are_all_the_tool_needs(published, tmp_path):
+    from megatron_papo.run.run_config import write_run
+    from megatron_papo.run.run_directory import RunDirectory
+
+    overrides = masking("random", "patch")
+    run = RunDirectory(tmp_path / "run", load_config(DEMO_CONFIG, [*LIMITS, *overrides]))
+    write_run(run, [], "a test")
+    shutil.copytree(published / "data", run.data)
+    shutil.copytree(published / "rollouts", run.rollouts(2))
+    outputs = tmp_path / "by run", tmp_path / "by hand"
+    command = ["--run", run.root, "--iteration", 2, "--line", 1, "--output", outputs[0]]
+    by_run = run_module("tools.masked_images", *command)
+    assert by_run.returncode == 0, by_run.stderr
+    assert draw(published, outputs[1], overrides, "--line", 1).returncode == 0
+    pictures = [{file.name: file.read_bytes() for file in output.iterdir()} for output in outputs]
+    assert pictures[0] == pictures[1] and len(pictures[0]) > 0
+    missing = run_module("tools.masked_images", *command[:3], 1, "--output", tmp_path / "none")
+    assert missing.returncode == 2 and "stages.stage4_rollout --run" in missing.stderr
+    for wrong in (["--run", run.root], ["--run", run.root, "--iteration", 2, "--data", run.data]):
+        refused = run_module("tools.masked_images", *wrong, "--output", tmp_path / "none")
+        assert refused.returncode == 2 and "give --run and --iteration, or" in refused.stderr
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_tool_draws_chosen_lines_and_refuses_others(published, tmp_path):

@@ -34,7 +34,9 @@ def test_living_keys_change_and_the_log_says_so(tmp_path):
     assert {change.key for change in differences} == {"iterations", "server.port"}
     assert open_run(tmp_path / "r").config.iterations == 9 == run.config.iterations
     assert open_run(tmp_path / "r").config.seed == 7  # which the second start did not name
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d run: iterations: 6 -> 9$", (tmp_path / "r" / "log.txt").read_text(), re.M)
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d run: iterations: 6 -> 9$", (tmp_path / "r" / "log.txt").read_text(), re.M
+    )
     assert (tmp_path / "r" / CONFIG).read_text().splitlines()[0].endswith("Started with: bash run_all.sh")
 
 
@@ -86,7 +88,13 @@ def test_relative_paths_are_the_callers(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "rows.jsonl").touch()
     monkeypatch.setenv("HOME", str(tmp_path))
-    places = ("data.train.source=rows.jsonl", "model.path=model", "data.image_root=~/pictures", "data.sft=null", "sft=null")
+    places = (
+        "data.train.source=rows.jsonl",
+        "model.path=model",
+        "data.image_root=~/pictures",
+        "data.sft=null",
+        "sft=null",
+    )
     run, _ = start(tmp_path / "r", *places, caller=tmp_path / "here")
     data = run.config.data
     assert data.train.source == str(tmp_path / "here" / "rows.jsonl")
@@ -121,7 +129,9 @@ def name():
 
 
 def run_all(*arguments, cwd=ROOT, **options):
-    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *arguments], cwd=cwd, capture_output=True, text=True, **options)
+    return subprocess.run(
+        ["bash", str(ROOT / "run_all.sh"), *arguments], cwd=cwd, capture_output=True, text=True, **options
+    )
 
 
 def test_dry_run_touches_nothing_and_a_second_start_leaves(name, tmp_path):
@@ -130,7 +140,9 @@ def test_dry_run_touches_nothing_and_a_second_start_leaves(name, tmp_path):
     assert done.returncode == 0 and "makes runs/" in done.stdout and not (ROOT / "runs" / name).exists()
     run = ROOT / "runs" / name
     run.mkdir()
-    holder = subprocess.Popen(["flock", run / ".lock", "sh", "-c", f"echo 'process 1 on somewhere' > {run}/.lock; sleep 60"])
+    holder = subprocess.Popen(
+        ["flock", run / ".lock", "sh", "-c", f"echo 'process 1 on somewhere' > {run}/.lock; sleep 60"]
+    )
     try:
         while not (run / ".lock").exists() or not (run / ".lock").read_text():
             time.sleep(0.05)

@@ -47,11 +47,23 @@ def test_no_key_of_the_table_is_unknown():
 def test_a_fingerprint_changes_with_what_decides_and_with_nothing_else(name):
     stage, base = STAGES[name], load_config(DEMO_CONFIG)
     others = {
-        "seed": 2, "rollout.concurrency": 3, "reward.workers": 1, "server.port": 40000, "iterations": 9, "keep_exports": 3,
-        "training.max_rollout_log_prob_difference": 0.5, "rollout.temperature": 0.5, "reward.format_weight": 0.2,
-        "optimizer.learning_rate": 1e-5, "evaluation.temperature": 0.5, "objective.kl_prcp_coef": 0.5, "sft.steps": 3,
-        "masked_image.ratio": 0.5, "model.recompute": "full", "data.max_prompt_tokens": 63,
-    }  # fmt: skip
+        "seed": 2,
+        "rollout.concurrency": 3,
+        "reward.workers": 1,
+        "server.port": 40000,
+        "iterations": 9,
+        "keep_exports": 3,
+        "training.max_rollout_log_prob_difference": 0.5,
+        "rollout.temperature": 0.5,
+        "reward.format_weight": 0.2,
+        "optimizer.learning_rate": 1e-5,
+        "evaluation.temperature": 0.5,
+        "objective.kl_prcp_coef": 0.5,
+        "sft.steps": 3,
+        "masked_image.ratio": 0.5,
+        "model.recompute": "full",
+        "data.max_prompt_tokens": 63,
+    }
     for key, value in others.items():
         changed = load_config(DEMO_CONFIG, [f"{key}={value}"])
         decides = key in stage.decided_by or (covered(key, stage.decided_by) and not is_living(key))
@@ -88,7 +100,9 @@ def test_turns_of_a_run(run):
 def test_rollback_and_staleness(run):
     assert [run.rollback(number) for number in (1, 2, 3)] == [None, run.reference, run.trained(1)]
     assert paths(STAGES["stage5_train"], run, Turn(4))["rollback"] == run.trained(2)
-    stale = RunDirectory(run.root, load_config(DEMO_CONFIG, ["rollout.max_staleness=1", "objective.importance_sampling_cap=2"]))
+    stale = RunDirectory(
+        run.root, load_config(DEMO_CONFIG, ["rollout.max_staleness=1", "objective.importance_sampling_cap=2"])
+    )
     hf = [paths(STAGES["stage4_rollout"], stale, Turn(number))["hf"] for number in (1, 2, 3)]
     assert hf == [run.sft, run.sft, run.exported(1)]
 

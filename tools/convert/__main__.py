@@ -26,6 +26,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse() -> argparse.Namespace:
+    """Return the command line, parsed."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,9 +83,12 @@ def main() -> None:
 
 
 def convert(arguments: argparse.Namespace) -> None:
+    """Run to-megatron or to-hf."""
     from megatron_papo.checkpoint import conversion_output
 
-    options = {"dtype": arguments.dtype} if arguments.dtype else {}
+    options = conversion_output.Options()
+    if arguments.dtype:
+        options["dtype"] = arguments.dtype
     if arguments.command == "to-megatron":
         conversion_output.to_megatron(arguments.source, arguments.output, options)
         return
@@ -94,7 +98,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def parse_size(text: str) -> int:
-    """ "5GB" -> 5_000_000_000. Raises UserError."""
+    """Return 5_000_000_000 for "5GB". Raises UserError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"--shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
@@ -102,24 +106,23 @@ def parse_size(text: str) -> int:
 
 
 def verify(first: Path, second: Path, with_logits: bool) -> None:
+    """Print in what two checkpoints differ and exit with 1 if they do, else with 0."""
     from megatron_papo.checkpoint.conversion_output import byte_progress
     from megatron_papo.checkpoint.convert import open_checkpoint
     from megatron_papo.checkpoint.verify import differences
 
     a, b = open_checkpoint(first), open_checkpoint(second)
     with byte_progress("compare", a, passes=1) as progress:
-        found = list(differences(a, b, progress))
-    for line in found:
+        complaints = list(differences(a, b, progress))
+    for line in complaints:
         print(line)
-    print(
-        f"{first} and {second}: "
-        + (f"{len(found)} tensors differ" if found else f"all {len(a.tensors)} tensors are equal")
-    )
+    result = f"{len(complaints)} tensors differ" if complaints else f"all {len(a.tensors)} tensors are equal"
+    print(f"{first} and {second}: {result}")
     if with_logits:
         from megatron_papo.checkpoint.logits import compare_logits
 
-        found += compare_logits(first, second)
-    sys.exit(1 if found else 0)
+        complaints += compare_logits(first, second)
+    sys.exit(1 if complaints else 0)
 
 
 if __name__ == "__main__":

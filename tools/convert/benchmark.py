@@ -36,7 +36,7 @@ SPARE = 1 << 30
 
 
 def benchmark(geometry: str, directory: Path | None) -> dict:
-    """Raises UserError where the disk is too small. Leaves nothing behind."""
+    """Return what was measured, as plain data. Leaves nothing behind. Raises UserError where the disk is too small."""
     try:
         with tempfile.TemporaryDirectory(prefix="convert_benchmark_", dir=directory) as root:
             return _measure(geometry, Path(root))
@@ -90,8 +90,10 @@ def _measure(geometry: str, root: Path) -> dict:
 
 
 def make_checkpoint(directory: Path, infos: dict[str, TensorInfo], seed: int = 0) -> None:
-    """Writes safetensors files with random values of less than 2 in magnitude; no two tensors are alike. infos: in the
-    order of the files."""
+    """Write safetensors files with random values of less than 2 in magnitude; no two tensors are alike.
+
+    infos: in the order of the files.
+    """
     random = np.random.Generator(np.random.SFC64(seed))
     for file, header in (headers := headers_for({"all": _header(infos)}, infos, SHARD_BYTES)).items():
         size = sum(
@@ -122,7 +124,7 @@ def _header(infos: dict[str, TensorInfo]) -> str:
 
 
 def _copies(source: Path, target: Path) -> list[float]:
-    """Seconds of the two ways to copy a directory."""
+    """Return the seconds of the two ways to copy a directory."""
     return [_copy(source, target, way) for way in (shutil.copyfile, _copy_in_blocks)]
 
 
@@ -143,7 +145,7 @@ def _copy(source: Path, target: Path, way: Callable) -> float:
 
 
 def _copy_in_blocks(source: Path, target: Path) -> None:
-    """With the block size and the page cache treated as the conversion does, without hashing."""
+    """Copy with the block size and the page cache treated as the conversion does, without hashing."""
     buffer = memoryview(bytearray(BLOCK))
     with open(source, "rb", buffering=0) as reading, open(target, "wb", buffering=0) as writing:
         while count := reading.readinto(buffer):
@@ -152,8 +154,8 @@ def _copy_in_blocks(source: Path, target: Path) -> None:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _command(*arguments, source: Path) -> tuple[float, int]:
-    """(seconds, peak resident bytes) of a command of tools.convert."""
+def _command(*arguments: str | Path, source: Path) -> tuple[float, int]:
+    """Run a command of tools.convert and return seconds and peak resident bytes."""
     _forget(source)
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "tools.convert", *map(str, arguments)], stdout=subprocess.DEVNULL)
@@ -170,7 +172,7 @@ def _command(*arguments, source: Path) -> tuple[float, int]:
 
 
 def _forget(directory: Path) -> None:
-    """Takes the files out of the page cache."""
+    """Take the files out of the page cache."""
     for file in directory.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)

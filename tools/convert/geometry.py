@@ -22,7 +22,7 @@ NAMES = tuple(_TEXT)
 
 
 def config_tree(name: str) -> dict:
-    """The flat config.json of Qwen/Qwen2.5-VL-<NAME>-Instruct, or of a tiny model."""
+    """Return the flat config.json of Qwen/Qwen2.5-VL-<NAME>-Instruct, or of a tiny model."""
     hidden, heads, groups, layers, mlp, vocabulary, tied = _TEXT[name]
     vision_hidden, vision_heads, vision_layers, vision_mlp = _VISION[name]
     half = hidden // heads // 2

@@ -40,7 +40,7 @@ LARGEST_DIFFERENCE = 1e-5
 """Of a gradient, relative to the largest: the two layouts must have done the same work."""
 
 
-def parse(arguments: list[str] | None = None):
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="picture to write, e.g. docs/performance.png"
@@ -58,40 +58,42 @@ def parse(arguments: list[str] | None = None):
 
 
 def grid() -> list[dict[str, int]]:
-    """The base point and its neighbours along each axis, each once."""
+    """Return the base point and its neighbours along each axis, without repetition."""
     points = [BASE]
     for axis, (values, _) in AXES.items():
         points += [{**BASE, axis: value} for value in values if value != BASE[axis]]
     return points
 
 
-def measure(point: dict[str, int], args) -> dict:
-    """The point with what tools.benchmark.layout found. Raises UserError where it failed or where the gradients
-    differ."""
+def measure(point: dict[str, int], args: argparse.Namespace) -> dict:
+    """Return the point with what tools.benchmark.layout measured.
+
+    Raises UserError if it failed or if the gradients of the two layouts differ.
+    """
     settings = {**point, "groups": args.groups, "hidden": args.hidden, "layers": args.layers, "repeat": args.repeat}
     options = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "tools.benchmark.layout", *options]
     done = subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if not found["max_abs_gradient_difference"] <= LARGEST_DIFFERENCE * found["max_abs_gradient"]:
+    measured = json.loads(done.stdout.splitlines()[-1])
+    if not measured["max_abs_gradient_difference"] <= LARGEST_DIFFERENCE * measured["max_abs_gradient"]:
         raise UserError(
-            f"{point}: gradients of the layouts differ by {found['max_abs_gradient_difference']:.1e}: the times are"
+            f"{point}: gradients of the layouts differ by {measured['max_abs_gradient_difference']:.1e}: the times are"
             " worth nothing"
         )
-    return {**settings, **found}
+    return {**settings, **measured}
 
 
-def ratios(found: dict) -> dict[str, float]:
-    """plain / group of one point, by the name in the legend."""
-    plain, group = (found[f"seconds_{layout}"] - found["seconds_pictures"] for layout in ("plain", "group"))
+def ratios(measured: dict) -> dict[str, float]:
+    """Return plain / group of a point, by the name in the legend."""
+    plain, group = (measured[f"seconds_{layout}"] - measured["seconds_pictures"] for layout in ("plain", "group"))
     return {
-        "time, whole step": found["ratio"],
+        "time, whole step": measured["ratio"],
         "time, without the pictures": plain / group,
-        "tokens": found["token_ratio"],
-        "tokens, with padding": found["padded_token_ratio"],
-        "peak memory": found["peak_bytes_plain"] / found["peak_bytes_group"],
+        "tokens": measured["token_ratio"],
+        "tokens, with padding": measured["padded_token_ratio"],
+        "peak memory": measured["peak_bytes_plain"] / measured["peak_bytes_group"],
     }
 
 
@@ -106,6 +108,7 @@ STYLES = {
 
 
 def draw(points: list[dict], output: Path) -> None:
+    """Draw the ratios along each axis into a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,18 +134,19 @@ def draw(points: list[dict], output: Path) -> None:
     pyplot.close(figure)
 
 
-def show(found: dict) -> None:
-    shape = f"G {found['group_size']}, P {found['prompt_tokens']:4}, R {found['response_tokens']:3}"
-    print(f"{shape}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios(found).items()), flush=True)
+def show(measured: dict) -> None:
+    """Print a point."""
+    shape = f"G {measured['group_size']}, P {measured['prompt_tokens']:4}, R {measured['response_tokens']:3}"
+    print(f"{shape}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios(measured).items()), flush=True)
 
 
 def read(source: Path) -> list[dict]:
-    """Raises UserError where the file is not what this tool wrote."""
+    """Read the numbers of an earlier run. Raises UserError if the file is not what this tool wrote."""
     try:
         points = json.loads(source.read_text())
         for point in points:
             ratios(point)
-        missing = [point for point in grid() if not any(point.items() <= found.items() for found in points)]
+        missing = [point for point in grid() if not any(point.items() <= measured.items() for measured in points)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{source}: not the numbers of an earlier run ({error!r}): measure again, without --from"
@@ -156,8 +160,8 @@ def main() -> None:
     args = parse()
     if args.source:
         points = read(args.source)
-        for found in points:
-            show(found)
+        for measured in points:
+            show(measured)
     else:
         points = []
         for point in grid():

@@ -38,18 +38,19 @@ def main() -> None:
 
 
 def read_drift(run_dir: Path) -> dict[int, dict[str, float]]:
-    """Number of the iteration -> its metrics. Raises UserError where there is none."""
-    found = {}
+    """Return the first metrics of each iteration, by its number. Raises UserError if there are none."""
+    drift = {}
     for file in sorted(run_dir.glob("iterations/*/megatron/metrics.jsonl")):
-        found[int(file.parts[-3])] = read_metrics(file)[0]
-    if not found:
+        drift[int(file.parts[-3])] = read_metrics(file)[0]
+    if not drift:
         raise UserError(
             f"{run_dir}: no iterations/*/megatron/metrics.jsonl: give the directory of a run that has trained"
         )
-    return found
+    return drift
 
 
 def draw(drift: dict[int, dict[str, float]], output: Path) -> None:
+    """Draw the metrics of all iterations into a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
