@@ -60,17 +60,19 @@ def source_fingerprint(source: PromptSource, config: DataConfig) -> str:
     total = SourceHash(source)
     seen: dict[tuple[Path | None, str], str] = {}
     for row in read_pictures(source, config):
-        names = [picture for picture in [*row.images, *(row.saliency or [])] if isinstance(picture, str)]
-        for name in names:
-            if (row.image_root, name) not in seen:
-                seen[row.image_root, name] = _hash_of_picture(name, row)
-        total.add([seen[row.image_root, name] for name in names])
+        digests = []
+        for what, pictures in (("image", row.images), ("saliency map", row.saliency or [])):
+            for name in (picture for picture in pictures if isinstance(picture, str)):
+                if (row.image_root, name) not in seen:
+                    seen[row.image_root, name] = _hash_of_picture(name, row, what)
+                digests.append(seen[row.image_root, name])
+        total.add(digests)
     return total.hexdigest()
 
 
-def _hash_of_picture(name: str, row: RowPictures) -> str:
+def _hash_of_picture(name: str, row: RowPictures, what: str) -> str:
     try:
-        return hashlib.sha256(read_named(name, row.image_root)).hexdigest()
+        return hashlib.sha256(read_named(name, row.image_root, what)).hexdigest()
     except UserError as error:
         raise UserError(f"{row.place}: {error}")
 
