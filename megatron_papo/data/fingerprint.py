@@ -60,12 +60,13 @@ def source_fingerprint(source: PromptSource, config: DataConfig) -> str:
     total = SourceHash(source)
     seen: dict[tuple[Path | None, str], str] = {}
     for row in read_pictures(source, config):
-        named = [(picture, "image") for picture in row.images if isinstance(picture, str)]
-        named += [(picture, "saliency map") for picture in row.saliency or [] if isinstance(picture, str)]
-        for name, what in named:
-            if (row.image_root, name) not in seen:
-                seen[row.image_root, name] = _hash_of_picture(name, row, what)
-        total.add([seen[row.image_root, name] for name, _ in named])
+        digests = []
+        for what, pictures in (("image", row.images), ("saliency map", row.saliency or [])):
+            for name in (picture for picture in pictures if isinstance(picture, str)):
+                if (row.image_root, name) not in seen:
+                    seen[row.image_root, name] = _hash_of_picture(name, row, what)
+                digests.append(seen[row.image_root, name])
+        total.add(digests)
     return total.hexdigest()
 
 

@@ -131,6 +131,10 @@ def test_columns_and_count_decide_which_pictures_count(data_set):
     assert source_fingerprint(first, config()) == before
     with pytest.raises(UserError, match=r"rows.jsonl:2: image red.png: no such file"):
         fingerprint(data_set)
+    (data_set / "red.png").write_bytes(png(0))
+    (data_set / "map.png").unlink()
+    with pytest.raises(UserError, match=r"rows.jsonl:2: saliency map map.png: no such file"):
+        fingerprint(data_set)
 
 
 def test_pictures_inside_parquet_count_with_the_file(tmp_path):
