@@ -118,7 +118,7 @@ def train(task: Task, sft: SftConfig, prompts: list[Prompt], out: StageOutput) -
                     "tokens": total_tokens,
                 }
                 metrics.write(json.dumps(row | {"seconds": round(time.perf_counter() - started, 4)}) + "\n")
-    engine.save(out.partial if speaks else None)
+    out.hashes |= engine.save(out.partial if speaks else None)
     out.counts |= {"steps": sft.steps, "samples": sft.steps * sft.global_batch_size, "final_loss": loss}
     if speaks:
         print(f"stage 2: {sft.steps} steps, loss {loss:.4f}", flush=True)

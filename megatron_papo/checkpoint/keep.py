@@ -20,6 +20,7 @@ from megatron_papo.run.stage_output import MANIFEST, PRUNED, read_manifest
 WEIGHTS = {
     "keep_checkpoints": ("*.distcp", ".metadata", "common.pt", "metadata.json"),
     "keep_exports": ("*.safetensors",),
+    "checkpoint_every": ("*.distcp", ".metadata", "common.pt", "metadata.json"),
 }
 """Key of the configuration -> the files that its kind of checkpoint loses."""
 WEIGHTS_ALONE = "weights_alone"
@@ -89,6 +90,8 @@ def tidy(run: RunDirectory, newest: int) -> None:
     if set(saved) <= kept | between and set(exported) <= kept_of_exports:
         return
     require_complete(run.iterations, newest)
+    for number in set(saved) - set(whole) - between:
+        prune(run.trained(number), "checkpoint_every", config.checkpoint_every)
     _prune_others(run.iterations, "megatron", kept | between, "keep_checkpoints", config.keep_checkpoints)
     _prune_others(run.iterations, "hf", kept_of_exports, "keep_exports", config.keep_exports)
 
