@@ -13,6 +13,7 @@ from megatron_papo.run.records import Prediction, Prompt, Rollout, groups_of, re
 from tests.helpers import DEMO_CONFIG, run_module, settings
 
 DATA = settings("data.train.count=64", "data.evaluation.count=8")
+EVALUATION = ["--evaluation-set", "evaluation"]
 SFT = settings("sft.processes=1", "sft.micro_batch_size=64")
 GROUP_SIZE, BATCH, PER_ROUND, MAX_TOKENS = 4, 8, 6, 20
 SMALL = settings(
@@ -29,13 +30,15 @@ class World:
     """What the commands of this file are given."""
 
     data: Path
+    evaluation_data: Path
     untrained: Path
     trained: Path
     server_dir: Path
     root: Path
 
     def stage(self, name: str, hf: Path, *arguments, overrides=()):
-        common = ["--data", self.data, "--hf", hf, "--server", self.server_dir]
+        data = self.evaluation_data if "stage7" in name else self.data
+        common = ["--data", data, "--hf", hf, "--server", self.server_dir]
         return run_module(name, "--config", DEMO_CONFIG, *SMALL, *settings(*overrides), *common, *arguments)
 
     def roll_out(self, name: str, *arguments, iteration=1, overrides=()) -> Path:
@@ -59,13 +62,14 @@ class World:
 def world(server, server_dir, tmp_path_factory) -> World:
     """The demo's cold start: right in a third of its answers."""
     root = tmp_path_factory.mktemp("dapo")
-    data, trained = root / "data", root / "sft"
-    made = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *DATA, "--output", data)
-    assert made.returncode == 0, made.stderr
+    data, evaluation_data, trained = root / "data", root / "evaluation", root / "sft"
+    for options in (["--output", data], [*EVALUATION, "--hf", data / "model", "--output", evaluation_data]):
+        made = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *DATA, *options)
+        assert made.returncode == 0, made.stderr
     inputs = ["--data", data, "--hf", data / "model", "--output", trained]
     learned = run_module("stages.stage2_sft", "--config", DEMO_CONFIG, *DATA, *SFT, *inputs, processes=1)
     assert learned.returncode == 0, learned.stderr
-    return World(data, data / "model", trained, server_dir, root)
+    return World(data, evaluation_data, data / "model", trained, server_dir, root)
 
 
 @pytest.fixture(scope="module")
@@ -198,10 +202,10 @@ def test_mistakes_with_previous(world, first, second, everything, tmp_path):
         arguments = ["--iteration", 2, *previous, "--output", tmp_path / "output"]
         return world.stage("stages.stage4_rollout", world.trained, *arguments, overrides=overrides)
 
-    refused(second_after(), "--previous: missing", "stages.stage4_rollout --iteration 1")
-    refused(
-        second_after("--previous", tmp_path / "none"), str(tmp_path / "none"), "stages.stage4_rollout --iteration 1"
-    )
+    result = second_after()
+    assert result.returncode == 2 and "error: without --run needed: --previous\n" in result.stderr
+    command = "make it with: .venv/bin/python -m stages.stage4_rollout ..."
+    refused(second_after("--previous", tmp_path / "none"), str(tmp_path / "none"), command)
     refused(second_after("--previous", world.data), "expected the output of stage4_rollout")
     refused(second_after("--previous", second), "its iteration is 2, expected 1")
     refused(second_after("--previous", first, overrides=(DYNAMIC, "seed=2")), "its seed is 1, expected 2")
@@ -218,7 +222,7 @@ def test_mistakes_with_previous(world, first, second, everything, tmp_path):
 
 
 def test_previous_counts_only_with_dynamic_sampling(world, second, everything):
-    """As run_all.sh gives it: not part of the fingerprint where it decides nothing."""
+    """It is not part of the fingerprint where it decides nothing."""
     again = ["--iteration", 1, "--output", everything, "--previous", world.root / "none"]
     overrides = [f"rollout.rollout_batch_size={counts(everything)['prompts']}"]
     result = world.stage("stages.stage4_rollout", world.trained, *again, overrides=overrides)
