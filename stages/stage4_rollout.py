@@ -113,7 +113,10 @@ def end_of_previous(task: Task, data: Input) -> int:
             raise UserError(
                 f"--previous {previous}: its {what} is {stored}, expected {expected}: give the output of {hint}"
             )
-    return manifest["counts"]["next_position"]
+    position = manifest["counts"].get("next_position")
+    if position is None:
+        raise UserError(f"--previous {previous}: does not say where it stopped: remove it and make it again")
+    return position
 
 
 def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out: StageOutput) -> None:

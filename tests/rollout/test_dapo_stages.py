@@ -13,6 +13,7 @@ from megatron_papo.run.records import Prediction, Prompt, Rollout, groups_of, re
 from tests.helpers import DEMO_CONFIG, run_module, settings
 
 DATA = settings("data.train.count=64", "data.evaluation.count=8")
+EVALUATION = ["--evaluation-set", "evaluation"]
 SFT = settings("sft.processes=1", "sft.micro_batch_size=64")
 GROUP_SIZE, BATCH, PER_ROUND, MAX_TOKENS = 4, 8, 6, 20
 SMALL = settings(
@@ -29,15 +30,14 @@ class World:
     """What the commands of this file are given."""
 
     data: Path
-    evaluation: Path
-    """Stage 1's output for the evaluation set."""
+    evaluation_data: Path
     untrained: Path
     trained: Path
     server_dir: Path
     root: Path
 
     def stage(self, name: str, hf: Path, *arguments, overrides=()):
-        data = self.evaluation if "stage7" in name else self.data
+        data = self.evaluation_data if "stage7" in name else self.data
         common = ["--data", data, "--hf", hf, "--server", self.server_dir]
         return run_module(name, "--config", DEMO_CONFIG, *SMALL, *settings(*overrides), *common, *arguments)
 
@@ -62,16 +62,14 @@ class World:
 def world(server, server_dir, tmp_path_factory) -> World:
     """The demo's cold start: right in a third of its answers."""
     root = tmp_path_factory.mktemp("dapo")
-    data, trained = root / "data", root / "sft"
-    made = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *DATA, "--output", data)
-    assert made.returncode == 0, made.stderr
-    evaluation = ["--evaluation-set", "evaluation", "--hf", data / "model", "--output", root / "evaluation"]
-    made = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *DATA, *evaluation)
-    assert made.returncode == 0, made.stderr
+    data, evaluation_data, trained = root / "data", root / "evaluation", root / "sft"
+    for options in (["--output", data], [*EVALUATION, "--hf", data / "model", "--output", evaluation_data]):
+        made = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *DATA, *options)
+        assert made.returncode == 0, made.stderr
     inputs = ["--data", data, "--hf", data / "model", "--output", trained]
     learned = run_module("stages.stage2_sft", "--config", DEMO_CONFIG, *DATA, *SFT, *inputs, processes=1)
     assert learned.returncode == 0, learned.stderr
-    return World(data, root / "evaluation", data / "model", trained, server_dir, root)
+    return World(data, evaluation_data, data / "model", trained, server_dir, root)
 
 
 @pytest.fixture(scope="module")
@@ -204,21 +202,27 @@ def test_mistakes_with_previous(world, first, second, everything, tmp_path):
         arguments = ["--iteration", 2, *previous, "--output", tmp_path / "output"]
         return world.stage("stages.stage4_rollout", world.trained, *arguments, overrides=overrides)
 
-    missing = second_after()
-    assert missing.returncode == 2 and "--previous" in missing.stderr and "Traceback" not in missing.stderr
-    refused(second_after("--previous", tmp_path / "none"), str(tmp_path / "none"), "stages.stage4_rollout")
+    result = second_after()
+    assert result.returncode == 2 and "error: without --run needed: --previous\n" in result.stderr
+    command = "make it with: .venv/bin/python -m stages.stage4_rollout ..."
+    refused(second_after("--previous", tmp_path / "none"), str(tmp_path / "none"), command)
     refused(second_after("--previous", world.data), "expected the output of stage4_rollout")
     refused(second_after("--previous", second), "its iteration is 2, expected 1")
     refused(second_after("--previous", first, overrides=(DYNAMIC, "seed=2")), "its seed is 1, expected 2")
     old = tmp_path / "old"
     shutil.copytree(first, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["counts"]["next_position"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    refused(second_after("--previous", old), "does not say where it stopped")
     with open(old / "rollouts.jsonl", "a") as stream:
         stream.write("\n")
+    shutil.copy(first / "manifest.json", old / "manifest.json")
     refused(second_after("--previous", old), "differs from its manifest")
 
 
 def test_previous_counts_only_with_dynamic_sampling(world, second, everything):
-    """As run_all.sh gives it: not part of the fingerprint where it decides nothing."""
+    """It is not part of the fingerprint where it decides nothing."""
     again = ["--iteration", 1, "--output", everything, "--previous", world.root / "none"]
     overrides = [f"rollout.rollout_batch_size={counts(everything)['prompts']}"]
     result = world.stage("stages.stage4_rollout", world.trained, *again, overrides=overrides)
