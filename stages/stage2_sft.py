@@ -4,9 +4,9 @@ For each step: draw global_batch_size samples in seeded order; loss = -mean log 
 so far) over all target tokens of the batch; AdamW with linear warm-up and gradient clipping.
 
 Reads:  --data (stage 1: sft.jsonl, images/), --hf (Hugging Face checkpoint to start from).
-Writes: a Hugging Face checkpoint with the same file and tensor names, metrics.jsonl.
-Run by: torchrun --nproc-per-node N -m -- stages.stage2_sft ..., N = sft.processes,
-        or deepspeed --num_gpus N --module stages.stage2_sft ...
+Writes: a Hugging Face checkpoint with the same file and tensor names, metrics.jsonl. Run by: torchrun --nproc-per-node
+N -m -- stages.stage2_sft ..., or deepspeed --num_gpus N --module stages.stage2_sft ...,
+        N = sft.processes.
 """
 
 import json

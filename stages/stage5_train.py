@@ -11,7 +11,7 @@
 reads   --megatron   weights, optimizer and step of the iteration before (or stage 3's output)
         --reference  stage 3's output, the frozen reference of KL_ref
         --rollouts   stage 4's output, --data stage 1's output (the images)
-        --rollback   an earlier checkpoint that the guard may go back to (default: --megatron)
+        --rollback   an earlier checkpoint that the guard may go back to, where it may
 writes  --output     Megatron checkpoint with optimizer state, metrics.jsonl (one line per optimizer step), guard.jsonl
 run by  torchrun --nproc-per-node TP*PP*DP -m -- stages.stage5_train ...
 

@@ -58,10 +58,21 @@ def small_run() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> Path:
-    """Output of stage 1: 64 train, 64 sft and 32 evaluation rows of configs/demo.yaml, and the tiny model in model/."""
+    """Output of stage 1: 64 train and 64 sft rows of configs/demo.yaml, and the tiny model in model/."""
     output = tmp_path_factory.mktemp("demo") / "data"
-    counts = settings("data.train.count=64", "data.sft.count=64", "data.evaluation.count=32")
+    counts = settings("data.train.count=64", "data.sft.count=64")
     result = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *counts, "--output", output)
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="session")
+def evaluation_data(demo_data, tmp_path_factory) -> Path:
+    """Output of stage 1 for the evaluation set of configs/demo.yaml, 32 rows, made with the tiny model's tokenizer."""
+    output = tmp_path_factory.mktemp("demo_evaluation") / "evaluation"
+    inputs = ["--evaluation-set", "evaluation", "--hf", demo_data / "model"]
+    counts = settings("data.evaluation.count=32")
+    result = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, *counts, *inputs, "--output", output)
     assert result.returncode == 0, result.stderr
     return output
 

@@ -68,6 +68,7 @@ MARKERS = {
 EXCEPTIONS = {
     "quick": [
         "config/test_presets.py::test_run_all_shows_the_commands_of_a_preset",
+        "config/test_presets.py::test_the_plan_of_a_preset",
         "objective/test_golden.py::test_the_tool_passes_the_golden_file",
         "objective/test_golden.py::test_the_tool_finds_a_damaged_number",
         "objective/test_golden.py::test_the_tool_refuses_other_files",
@@ -78,7 +79,7 @@ EXCEPTIONS = {
 FIXTURES = {"server": {"server", "small_run"}, "torchrun": {"small_run"}}
 """Marker -> fixtures whose tests carry it, wherever they are."""
 
-SLOW_FIXTURES = {"demo_data", "tiny_hf", "small_run", "server"}
+SLOW_FIXTURES = {"demo_data", "evaluation_data", "tiny_hf", "small_run", "server"}
 """Fixtures that take too long for a quick test."""
 
 

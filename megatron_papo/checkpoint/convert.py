@@ -425,8 +425,8 @@ def _megatron_dtypes(checkpoint: HFCheckpoint, plan: list[Piece], dtype: torch.d
                 raise UserError(
                     f"{checkpoint.directory}: {name} is {wanted}, others that become {piece.megatron} are"
                     f" {dtypes[piece.megatron]}:"
-                    " save the checkpoint in one dtype, or convert it:"
-                    " .venv/bin/python -m tools.convert to-megatron --dtype"
+                    " save the checkpoint in one dtype, or convert it: .venv/bin/python -m tools.convert to-megatron"
+                    " --dtype"
                 )
     return dtypes
 

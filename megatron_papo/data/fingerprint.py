@@ -60,17 +60,18 @@ def source_fingerprint(source: PromptSource, config: DataConfig) -> str:
     total = SourceHash(source)
     seen: dict[tuple[Path | None, str], str] = {}
     for row in read_pictures(source, config):
-        names = [picture for picture in [*row.images, *(row.saliency or [])] if isinstance(picture, str)]
-        for name in names:
+        named = [(picture, "image") for picture in row.images if isinstance(picture, str)]
+        named += [(picture, "saliency map") for picture in row.saliency or [] if isinstance(picture, str)]
+        for name, what in named:
             if (row.image_root, name) not in seen:
-                seen[row.image_root, name] = _hash_of_picture(name, row)
-        total.add([seen[row.image_root, name] for name in names])
+                seen[row.image_root, name] = _hash_of_picture(name, row, what)
+        total.add([seen[row.image_root, name] for name, _ in named])
     return total.hexdigest()
 
 
-def _hash_of_picture(name: str, row: RowPictures) -> str:
+def _hash_of_picture(name: str, row: RowPictures, what: str) -> str:
     try:
-        return hashlib.sha256(read_named(name, row.image_root)).hexdigest()
+        return hashlib.sha256(read_named(name, row.image_root, what)).hexdigest()
     except UserError as error:
         raise UserError(f"{row.place}: {error}")
 

@@ -60,7 +60,7 @@ def initialize(parallel: ParallelConfig) -> None:
 
 
 def connect() -> None:
-    """Join the processes that the launcher started and picks this one's device; nothing to do where that has
+    """Join the processes that the launcher started and pick this one's device; nothing to do where that has
     happened."""
     # Lets tensor-parallel communication overlap with computation; CUDA reads it once, when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -88,7 +88,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def finalize_gradients(model: Sequence[torch.nn.Module], *args: object, **options: object) -> None:
-    """Do megatron-core's finalize_model_grads, then the sum of the spread tower's gradients over the tensor-parallel
+    """Do megatron-core's finalize_model_grads, then sum the spread tower's gradients over the tensor-parallel
     ranks.
 
     All ranks get the same bits, so that their towers stay equal. After the data-parallel reduction: with

@@ -211,32 +211,35 @@ class VisionTower(MegatronModule):
         self.merger_fc2 = RowParallelLinear(cell, vision.out_hidden_size, input_is_parallel=True, **linear)
 
     def forward(self, pixel_values: torch.Tensor, image_grids: list[tuple[int, int, int]]) -> torch.Tensor:
-        """[patches, patch_values], (1, rows, columns) of each picture -> [patches / 4, out_hidden_size], in the pixels'
-        order.
+        """Return the image tokens of some pictures, [patches / 4, out_hidden_size], in the pixels' order.
+
+        Args:
+            pixel_values: [patches, patch_values].
+            image_grids: (1, rows, columns) of each picture.
 
         Raises ValueError if the patches are not those of the grids.
         """
         check_patches(pixel_values, image_grids)
-        where, device = geometry(self.vision, image_grids), pixel_values.device
-        cells, merge = where.cells.to(device), self.vision.spatial_merge_size**2
-        if where.pictures.order is not None:
-            where.pictures.order = where.pictures.order.to(device)
+        places, device = geometry(self.vision, image_grids), pixel_values.device
+        cells, merge = places.cells.to(device), self.vision.spatial_merge_size**2
+        if places.pictures.order is not None:
+            places.pictures.order = places.pictures.order.to(device)
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden = hidden.unflatten(0, (-1, merge))[cells].flatten(0, 1).unsqueeze(1)
-        angles = self._rotary_angles(where.positions.to(device)).unflatten(0, (-1, merge))[cells].flatten(0, 1)
+        angles = self._rotary_angles(places.positions.to(device)).unflatten(0, (-1, merge))[cells].flatten(0, 1)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
             rotary_pos_emb=angles[:, None, None, :],
-            packed_seq_params=VisionSegments(qkv_format="sbhd", windows=where.windows, pictures=where.pictures),
+            packed_seq_params=VisionSegments(qkv_format="sbhd", windows=places.windows, pictures=places.pictures),
         )
         tokens, _ = self.merger_fc1(hidden.reshape(cells.numel(), -1))
         tokens, _ = self.merger_fc2(F.gelu(tokens))
         return tokens[torch.argsort(cells)]
 
     def _rotary_angles(self, positions: torch.Tensor) -> torch.Tensor:
-        """[patches, 2] -> float32 [patches, head_dim]: half of the frequencies turn with the row, half with the
-        column."""
+        """Return float32 [patches, head_dim] from [patches, 2]: half of the frequencies turn with the row, half with
+        the column."""
         width = self.vision.head_dim // 2
         frequencies = ROPE_BASE ** (-torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width)
         return (positions[..., None] * frequencies).flatten(1).repeat(1, 2)

@@ -250,7 +250,7 @@ def annealed_kl_prcp_coef(step: int, start: float, end: float, steps: int) -> fl
 
 @dataclass(frozen=True)
 class Averages:
-    """What is averaged how: counts of the step, and the weights that the terms of the loss are summed with.
+    """The denominators of the step, and what the terms of the loss are averaged over.
 
     Entropies, clip fractions and the variance of KL_prcp are averages over tokens, whatever `of_loss` is.
     """

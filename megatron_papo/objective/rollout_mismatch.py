@@ -10,7 +10,7 @@ from megatron_papo.objective.papo_loss import LOG_RATIO_LIMIT
 
 
 def mismatch_sums(old_log_probs: Tensor, rollout_log_probs: Tensor) -> dict[str, float]:
-    """Sums over [N] response tokens, which add up over rollouts and ranks (not `max`: take the largest)."""
+    """Return sums over [N] response tokens, which add up over rollouts and ranks."""
     log_ratio = (old_log_probs - rollout_log_probs).double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     weights = log_ratio.exp()
     return {
@@ -24,7 +24,11 @@ def mismatch_sums(old_log_probs: Tensor, rollout_log_probs: Tensor) -> dict[str,
 
 
 def mismatch_metrics(sums: dict[str, float], largest: float) -> dict[str, float]:
-    """Per token, in nats unless said otherwise, from summed mismatch_sums and the largest |difference|.
+    """Return the metrics per token, in nats unless said otherwise.
+
+    Args:
+        sums: mismatch_sums, added up.
+        largest: |difference| of a token.
 
     rollout_log_prob_difference_mean, _max: |log pi_old - log pi_rollout|. rollout_kl, rollout_kl_k3: KL(pi_rollout ||
     pi_old) by k1 (unbiased, any sign) and k3 (non-negative). rollout_effective_sample_size: (sum w)^2 / (N sum w^2)
@@ -43,8 +47,10 @@ def mismatch_metrics(sums: dict[str, float], largest: float) -> dict[str, float]
 
 
 def sampling_bias_sums(log_probs: Tensor, entropy: Tensor) -> dict[str, float]:
-    """Sums over [N] response tokens: their log-probs under the policy, and the entropy of the distributions they were
-    drawn from."""
+    """Return sums over [N] response tokens, which add up over rollouts and ranks.
+
+    log_probs: of the tokens under the policy. entropy: of the distributions that they were drawn from.
+    """
     surprise = -log_probs.double() - entropy.double()
     return {
         "tokens": float(len(surprise)),
@@ -54,7 +60,7 @@ def sampling_bias_sums(log_probs: Tensor, entropy: Tensor) -> dict[str, float]:
 
 
 def sampling_bias_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """sampling_bias, in nats per token: mean of -log pi(token) - H(pi), and its standard error.
+    """Return sampling_bias, in nats per token: the mean of -log pi(token) - H(pi), and its standard error.
 
     0 within a few errors if the tokens were drawn from pi itself. Below 0 where sampling cut off the unlikely ones
     (top_p, top_k, forbidden tokens): the gradient estimate is then biased against them, and by how much is not

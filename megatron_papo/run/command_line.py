@@ -147,6 +147,8 @@ class StageParser:
             return args, [self._task(args, run.config, turn, run) for turn in self._turns(args, run)]
         if getattr(args, "iterations", None) is not None:
             self.parser.error("--iterations stands for the iterations of a --run: give --iteration")
+        if self.stage.iteration_decides and args.iteration is None:
+            self.parser.error("without --run needed: --iteration")
         turn = Turn(getattr(args, "iteration", None), getattr(args, "evaluation_set", None))
         return args, [self._task(args, load_config(args.config, args.overrides), turn, None)]
 

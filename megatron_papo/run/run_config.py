@@ -72,7 +72,8 @@ def write_run(run: RunDirectory, differences: Sequence[Change], command: str) ->
         return
     heading = (
         f"# The configuration of this run, every key. Started with: {command}\n"
-        "# --set changes the keys that may change while a run lives: .venv/bin/python -m tools.show_config --living\n"
+        "# Keys that may change while a run lives are changed with --set: .venv/bin/python -m tools.show_config"
+        " --living says which.\n"
     )
     if not is_new:
         heading = "".join(line for line in (run.root / CONFIG).read_text().splitlines(True)[:2] if line.startswith("#"))

@@ -52,14 +52,22 @@ with sparsity."""
 
 
 def attention_pairs(prompt: int, responses: Iterable[int]) -> int:
-    """(query, key) pairs of a prompt and its responses, each token seeing itself: the prompt causal, a response all of
-    it and itself."""
+    """Return the number of (query, key) pairs of a prompt and its responses, given by their lengths.
+
+    Each token sees itself; the prompt is causal, a response sees all of the prompt and, causally, itself.
+    """
     return prompt * (prompt + 1) // 2 + sum(length * prompt + length * (length + 1) // 2 for length in responses)
 
 
 def decoder_flops(text: TextConfig, tokens: int, pairs: int, responses: int) -> int:
-    """Of one forward pass. tokens: positions. pairs: see attention_pairs. responses: positions that reach the output
-    layer."""
+    """Return the FLOPs of one forward pass through the decoder.
+
+    Args:
+        text: its sizes.
+        tokens: positions.
+        pairs: of attention_pairs.
+        responses: positions that reach the output layer.
+    """
     queries, keys = text.num_heads * text.head_dim, text.num_kv_groups * text.head_dim
     per_token = (
         2 * text.hidden_size * (queries + 2 * keys)
@@ -74,7 +82,7 @@ def decoder_flops(text: TextConfig, tokens: int, pairs: int, responses: int) -> 
 
 @lru_cache(maxsize=1 << 16)
 def vision_flops(vision: VisionConfig, grid: Grid) -> int:
-    """Of one forward pass of one picture of (1, rows, columns) patches."""
+    """Return the FLOPs of one forward pass of one picture of (1, rows, columns) patches through the vision tower."""
     width, merge = vision.hidden_size, vision.spatial_merge_size
     patches = grid[0] * grid[1] * grid[2]
     full = sum(layer in vision.full_attention_layers for layer in range(vision.depth))
@@ -85,8 +93,8 @@ def vision_flops(vision: VisionConfig, grid: Grid) -> int:
 
 
 def window_pairs(vision: VisionConfig, grid: Grid) -> int:
-    """(query, key) pairs of the patches of one picture in its windows, which are smaller at the right and lower
-    edge."""
+    """Return the number of (query, key) pairs of one picture's patches in their windows, which are smaller at the right
+    and lower edge."""
     side = vision.window_size // vision.patch_size // vision.spatial_merge_size * vision.spatial_merge_size
     rows, columns = ([side] * (length // side) + [length % side] for length in grid[1:])
     return sum(height**2 for height in rows) * sum(width**2 for width in columns)
@@ -104,14 +112,14 @@ class Pass:
 
 
 def sweeps(pictures: Sequence[Pictures], training: TrainingConfig) -> list[Pass]:
-    """Passes without gradient over rows with these pictures: ["original", "masked"] for old policy and masked
-    branch."""
+    """Return the passes without gradient over rows with these pictures: ["original", "masked"] for old policy and
+    masked branch."""
     return [Pass(kind, training.log_prob_micro_batch_size) for kind in pictures]
 
 
 def update(objective: ObjectiveConfig, training: TrainingConfig) -> Pass:
-    """The forward and backward pass of an optimizer step. Twins that ride for their logits alone count as a forward
-    pass."""
+    """Return the forward and backward pass of an optimizer step. Twins that ride for their logits alone count as a
+    forward pass."""
     size = training.micro_batch_size
     if not objective.masked_rows_ride:
         return Pass("original", size, ("original",))
@@ -156,7 +164,7 @@ def work_of(rows: Sequence[TrainingRollout], one_pass: Pass, config: Config, hf:
 
 
 def _distinct_pictures(part: Sequence[TrainingRollout], kind: Kind) -> list[Grid]:
-    """Grids of what Collator sends through the vision tower for a micro-batch."""
+    """Return the grids of what Collator sends through the vision tower for a micro-batch."""
     distinct = {
         (*row.rollout.images, row.rollout.masked_image_seed if kind == "masked" else None): row.grids for row in part
     }
@@ -175,10 +183,18 @@ def step_accounting(
     seconds: float,
     device: str | None = None,
 ) -> dict[str, float]:
-    """Metrics of the passes that the rows of these optimizer steps went through together, in so many seconds.
+    """Return metrics of the passes that the rows of these optimizer steps went through together.
 
-    steps: the rows of each, those of all data-parallel ranks: one step for an update, all steps of an iteration for a
-    sweep over it. device: device_name(). Everything is over all ranks:
+    Args:
+        steps: the rows of each, those of all data-parallel ranks: one step for an update, all steps of an iteration for
+            a sweep over it.
+        config: layout, parallel sizes, dtype.
+        hf: the model.
+        passes: what the rows went through.
+        seconds: how long that took.
+        device: device_name().
+
+    Everything is over all ranks:
 
         tokens_computed    tokens through the decoder, all passes and twins; image tokens included, padding not
         padding_tokens     positions on top of them that hold no token
@@ -215,23 +231,23 @@ def step_accounting(
 
 
 def peak_flops(device: str | None) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name; None for one that is not known, and for a MIG slice, which is a part
-    of one."""
+    """Return the dense bf16 FLOP/s of a device by its name; None for one that is not known, and for a MIG slice, which
+    is a part of one."""
     if device is None or "MIG" in device:
         return None
     return next((flops for words, flops in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", device)), None)
 
 
 def device_name() -> str | None:
-    """Of this process's GPU; None without one."""
+    """Return the name of this process's GPU; None without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def peak_memory() -> dict[str, float]:
-    """peak_memory_bytes: the most that tensors held on any rank since the call before; {} without GPUs. All ranks call
-    it together."""
+    """Return peak_memory_bytes, the most that tensors held on any rank since the call before; {} without GPUs. All
+    ranks call it together."""
     if not torch.cuda.is_available():
         return {}
-    here = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    return {"peak_memory_bytes": float(collectives.max_over_ranks(here))}
+    return {"peak_memory_bytes": float(collectives.max_over_ranks(peak))}

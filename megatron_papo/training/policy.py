@@ -33,7 +33,7 @@ class Policy:
 
     @property
     def model(self) -> DistributedDataParallel:
-        """The network in its data-parallel wrapper; load() comes first."""
+        """Return the network in its data-parallel wrapper; load() comes first."""
         return self._held()[0]
 
     @property
@@ -46,8 +46,8 @@ class Policy:
         return self._trained
 
     def load(self, checkpoint: Path) -> None:
-        """Weights, and, unless it comes from a conversion, optimizer and state of a checkpoint; what was held before is
-        forgotten."""
+        """Load a checkpoint's weights and, unless it comes from a conversion, its optimizer and state; what was held
+        before is forgotten."""
         self.forget()
         stored = TorchDistCheckpoint(checkpoint)
         model = self._build(stored)
@@ -88,8 +88,8 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
-        """Within it the model has the reference's weights, its own wait in the reference's place. Afterwards they are
-        back, bit for bit."""
+        """Give the model the reference's weights for a while; its own wait in the reference's place. Afterwards they
+        are back, bit for bit."""
         self._exchange()
         yield self.model
         self._exchange()
@@ -99,9 +99,9 @@ class Policy:
         if self._reference is None:
             raise RuntimeError("no reference is loaded")
         for parameter, stored in zip(self.model.parameters(), self._reference, strict=True):
-            own = parameter.detach().clone()
+            waiting = parameter.detach().clone()
             parameter.copy_(stored)
-            stored.copy_(own)
+            stored.copy_(waiting)
 
     def _build(self, stored: TorchDistCheckpoint) -> torch.nn.Module:
         parallel, recompute = self.config.parallel, self.config.model.recompute

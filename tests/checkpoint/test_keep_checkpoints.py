@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from megatron_papo.checkpoint.convert import open_checkpoint
 from megatron_papo.checkpoint.hf_files import HFCheckpoint
-from megatron_papo.checkpoint.keep import keep_newest, keep_newest_exports, kept_checkpoints, kept_exports
+from megatron_papo.checkpoint.keep import kept_checkpoints, kept_exports, tidy
 from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
+from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import require_input, verify_files
-from tests.helpers import DEMO_CONFIG, run_module
+from tests.helpers import DEMO_CONFIG
 from tools.convert.geometry import config_tree
 
 ROWS = {
@@ -30,11 +31,11 @@ ROWS = {
 def iterations(tmp_path):
     """Five finished iterations; weights of 10 bytes."""
     for number in range(1, 6):
-        add(tmp_path, number)
-    return tmp_path
+        add(tmp_path / "iterations", number)
+    return tmp_path / "iterations"
 
 
-def add(root, number):
+def add(root, number, weights_alone=False):
     for name, weights in (("megatron", "__0_0.distcp"), ("hf", "model.safetensors")):
         directory = root / f"{number:04}" / name
         directory.mkdir(parents=True)
@@ -46,6 +47,7 @@ def add(root, number):
             "stage": stage,
             "fingerprint": str(number),
             "command": "again",
+            "counts": {"weights_alone": True} if name == "megatron" and weights_alone else {},
             "files": {weights: {"bytes": 10, "sha256": "?"}},
         }
         (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -56,29 +58,25 @@ def kept(root):
     return [int(path.name) for path in sorted(root.iterdir()) if list((path / "megatron").glob("*.distcp"))]
 
 
-def call(root, newest, *overrides):
-    arguments = [part for override in overrides for part in ("--set", override)]
-    return run_module(
-        "tools.keep_checkpoints", "--config", DEMO_CONFIG, *arguments, "--iterations", root, "--newest", newest
-    )
+def call(iterations, newest, *overrides):
+    """After iteration `newest` of a run of 100 without an evaluation in between, its guard going back nowhere."""
+    settings = ["iterations=100", "hacking_guard.rollback_iterations=0", "keep_exports=null", *overrides]
+    tidy(RunDirectory(iterations.parent, load_config(DEMO_CONFIG, settings)), newest)
 
 
-def test_only_the_newest_are_kept_and_the_rest_stays_on_record(iterations):
-    done = call(iterations, 5, "keep_checkpoints=null")
-    assert done.returncode == 0 and kept(iterations) == [1, 2, 3, 4, 5]  # all
-    done = call(iterations, 5, "keep_checkpoints=2")
-    assert done.returncode == 0, done.stderr
-    assert kept(iterations) == [4, 5] and "0003/megatron: 0.00 GB deleted" in done.stdout
+def test_only_the_newest_are_kept_and_the_rest_stays_on_record(iterations, capsys):
+    call(iterations, 5, "keep_checkpoints=null")
+    assert kept(iterations) == [1, 2, 3, 4, 5]  # all
+    call(iterations, 5, "keep_checkpoints=2")
+    assert kept(iterations) == [4, 5] and "0003/megatron: 0.00 GB deleted" in capsys.readouterr().out
     old = iterations / "0002"
     assert (old / "megatron" / "metrics.jsonl").exists() and (old / "hf" / "model.safetensors").exists()
-    assert require_input(old / "megatron", ("stage5_train",), "hint") == "2"  # its stage still counts as done
+    assert require_input(old / "megatron", ("stage5_train",), "hint").fingerprint == "2"  # its stage counts as done
     for use in (verify_files, TorchDistCheckpoint, open_checkpoint):
         with pytest.raises(UserError, match="its weights were deleted .*raise keep_checkpoints, or make it again"):
             use(old / "megatron")
-    assert call(iterations, 2, "keep_checkpoints=2").returncode == 0 and kept(iterations) == [
-        4,
-        5,
-    ]  # run again after a crash
+    call(iterations, 2, "keep_checkpoints=2")  # run again after a crash
+    assert kept(iterations) == [4, 5]
 
 
 SAVED = st.lists(st.integers(1, 30), unique=True)
@@ -140,45 +138,66 @@ def exports(root):
     return [int(path.parent.parent.name) for path in sorted(root.glob("*/hf/model.safetensors"))]
 
 
+def evaluate(iterations, number, accuracy):
+    directory = iterations.parent / "evaluation" / f"iteration_{number:04}" / "evaluation"
+    directory.mkdir(parents=True)
+    (directory / "metrics.json").write_text(json.dumps({"accuracy": accuracy}))
+    (directory / "manifest.json").write_text("{}")
+
+
+EXPORTS = ("keep_checkpoints=null", "evaluate_every=1", "keep_exports=1")
+
+
 def test_exports_are_pruned_and_stay_on_record(iterations, capsys):
-    config = load_config(DEMO_CONFIG, ["keep_exports=1"])
-    keep_newest_exports(config, iterations, 5, best={2}, needed={3})
+    """Not the best, nor those that wait for their evaluation."""
+    for number, accuracy in ((1, 0.1), (2, 0.9), (4, 0.3), (5, 0.2)):
+        evaluate(iterations, number, accuracy)
+    call(iterations, 5, *EXPORTS, "keep_best=1")
     assert exports(iterations) == [2, 3, 5] and kept(iterations) == [1, 2, 3, 4, 5]
     assert "keep_exports: " in capsys.readouterr().out
     gone = iterations / "0004" / "hf"
     assert (gone / "metrics.jsonl").exists() and (gone / "proof.json").exists()
     assert json.loads((gone / "pruned.json").read_text())["reason"] == "keep_exports: 1"
-    assert require_input(gone, ("stage6_convert_to_hf",), "hint") == "4"  # its stage still counts as done
+    assert require_input(gone, ("stage6_convert_to_hf",), "hint").fingerprint == "4"  # its stage counts as done
     message = "0004/hf: its weights were deleted .*raise keep_exports, or make it again"
     for use in (verify_files, HFCheckpoint, model_fingerprint):
         with pytest.raises(UserError, match=message):
             use(gone)
     verify_files(iterations / "0003" / "hf", {"model.safetensors": "?"})  # control
-    keep_newest_exports(config, iterations, 5, best=set(), needed=set())  # no longer held
+    evaluate(iterations, 3, 0.2)
+    call(iterations, 5, *EXPORTS)  # nothing holds them any more
     assert exports(iterations) == [5]
-    keep_newest_exports(load_config(DEMO_CONFIG, ["keep_exports=null"]), iterations, 5, best=set(), needed=set())
+    call(iterations, 5, *EXPORTS, "keep_exports=null")
     assert exports(iterations) == [5]
 
 
 def test_no_export_goes_before_the_newest_is_complete(iterations):
     (iterations / "0005/hf/model.safetensors").write_bytes(b"0")
     with pytest.raises(UserError, match="0005/hf/model.safetensors: missing or of another size .* nothing is deleted"):
-        keep_newest_exports(load_config(DEMO_CONFIG, ["keep_exports=1"]), iterations, 5, best=set(), needed=set())
+        call(iterations, 5, "keep_exports=1", "keep_checkpoints=null")
     assert exports(iterations) == [1, 2, 3, 4, 5]
 
 
 def test_what_was_stopped_in_the_middle_is_finished_and_does_not_count(iterations):
     """The note is there, some of the weights as well: not a checkpoint to keep."""
     (iterations / "0004/megatron/pruned.json").write_text('{"key": "keep_checkpoints"}')
-    config = load_config(DEMO_CONFIG, ["keep_checkpoints=2", "hacking_guard.rollback_iterations=0"])
-    keep_newest(config, iterations, 5)
+    call(iterations, 5, "keep_checkpoints=2")
     assert kept(iterations) == [3, 5]
 
 
 def test_the_best_are_held(iterations):
-    config = load_config(DEMO_CONFIG, ["keep_checkpoints=1", "hacking_guard.rollback_iterations=0"])
-    keep_newest(config, iterations, 5, best={1, 9})
+    for number, accuracy in ((1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3), (5, 0.2)):
+        evaluate(iterations, number, accuracy)
+    call(iterations, 5, "keep_checkpoints=1", "evaluate_every=1", "keep_best=1")
     assert kept(iterations) == [1, 5]
+
+
+def test_weights_without_an_optimizer_go_once_they_are_exported(tmp_path):
+    """checkpoint_every 2: they do not count among the kept, and the newest stays until the next is there."""
+    for number in range(1, 6):
+        add(tmp_path / "iterations", number, weights_alone=number % 2 == 1)
+    call(tmp_path / "iterations", 5, "keep_checkpoints=1", "checkpoint_every=2", "hacking_guard.action=warn")
+    assert kept(tmp_path / "iterations") == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +213,6 @@ def test_the_best_are_held(iterations):
 )
 def test_nothing_goes_before_the_newest_is_complete(iterations, spoil, message):
     spoil(iterations)
-    done = call(iterations, 5, "keep_checkpoints=1")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=message):
+        call(iterations, 5, "keep_checkpoints=1")
     assert kept(iterations) == [1, 2, 3, 4, 5]

@@ -100,12 +100,18 @@ def test_every_key_can_be_seen_to_change(demo, key):
         (["keep_exports=0"], "keep_exports: Input should be greater than 0"),
         (["evaluate_every=0"], "evaluate_every: Input should be greater than 0"),
         (["evaluation.validation=mmk12"], "no evaluation set of that name: there is evaluation"),
+        (["checkpoint_every=2"], "checkpoint_every 2 and hacking_guard.action rollback_and_lower_gamma exclude each"),
+        (
+            ["checkpoint_every=2", "hacking_guard.action=stop", "server.shares_gpus=true"],
+            "checkpoint_every 2 and server.shares_gpus exclude each other",
+        ),
     ],
 )
 def test_cadence_that_cannot_be(overrides, complaint):
     with pytest.raises(UserError, match=complaint):
         load_config(DEMO_CONFIG, overrides)
-    load_config(DEMO_CONFIG, ["keep_best=1", "evaluate_every=2", "keep_exports=null", "checkpoint_every=3"])
+    possible = ["keep_best=1", "evaluate_every=2", "keep_exports=null", "checkpoint_every=3"]
+    load_config(DEMO_CONFIG, [*possible, "hacking_guard.action=stop"])
 
 
 def test_a_coefficient_that_reaches_no_gradient_is_said():

@@ -3,6 +3,7 @@ spells out every key."""
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -373,20 +374,31 @@ def test_parameters_gradients_and_optimizer_fit_beside_the_activations(parameter
     assert round(gigabytes_of_fullest_gpu(parameters["72b"], 8, 4, 2)) == 29
 
 
+def shown_by_start_run(*arguments) -> dict[str, str]:
+    """What run_all.sh would be told, by variable; nothing is written."""
+    done = run_module("tools.start_run", *arguments, "--dry-run", "--write", "--caller", ROOT)
+    assert done.returncode == 0, done.stderr
+    assignments, paths = done.stdout.split("declare -A PATHS=")
+    return dict(word.split("=", 1) for word in shlex.split(assignments)) | {"PATHS": paths}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_plan_of_a_preset(name):
-    done = run_module("tools.plan", "--config", CONFIGS / f"{name}.yaml")
-    assert done.returncode == 0, done.stderr
+    plan = shown_by_start_run("--config", CONFIGS / f"{name}.yaml", "--name", "test-plan")
     tp, pp, dp = SIZES[size_of(name)][-3:]
-    plan = dict(line.split("=", 1) for line in done.stdout.splitlines())
-    assert plan == {
-        "BASE_MODEL": f"Qwen2.5-VL-{size_of(name).upper()}-Instruct",
-        "ITERATIONS": "202",
-        "SFT_PROCESSES": "0",
-        "TRAIN_PROCESSES": str(tp * pp * dp),
-        "ROLLBACK_ITERATIONS": "0",
-        "STAGES": "'1 2 3 4 5 6 7'",
-    }
+    assert plan["TRAIN"] == f".venv/bin/torchrun --standalone --nproc-per-node {tp * pp * dp}"
+    assert (plan["FIRST"], plan["ITERATIONS"], plan["RESIDENT"], plan["SUMMARY"]) == ("1", "202", "0", "1")
+    todo = plan["TODO"].split()
+    assert todo[:3] == ["1", "3", "7:0"] and "2" not in todo  # no cold start
+    for stage in "456":
+        assert [key for key in todo if key[0] == stage] == [f"{stage}:{number}" for number in range(1, 203)]
+    assert [key for key in todo if key[0] == "7"] == [f"7:{number}" for number in [*range(0, 201, 20), 202]]
+    model = f"/Qwen2.5-VL-{size_of(name).upper()}-Instruct\n"
+    of_start = plan["PATHS"].split("[3]=")[1]
+    assert f"{model}    makes runs/test-plan/reference\n" in of_start
+    assert "reads rollback" not in plan["PATHS"]
+    assert ("reads previous" in plan["PATHS"]) == ("dapo" in name or "papo_d" in name)  # dynamic sampling
+    assert not (ROOT / "runs" / "test-plan").exists()
 
 
 def test_run_all_shows_the_commands_of_a_preset():
@@ -394,15 +406,12 @@ def test_run_all_shows_the_commands_of_a_preset():
     arguments = ["--config", "configs/papo_d_7b.yaml", "--name", name, "--dry-run", "--set", "iterations=2"]
     done = subprocess.run(["bash", "run_all.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    commands = [line for line in done.stdout.splitlines() if " -m stages.stage" in line]
-    stages = [command.split("-m stages.stage", 1)[1][0] for command in commands]
+    commands = re.findall(r"^(\S.* stages\.stage.*)\n((?:    .*\n)+)", done.stdout, re.MULTILINE)
+    stages = [command.split(" stages.stage", 1)[1][0] for command, _ in commands]
     assert stages == ["1", "3", "7", "4", "5", "6", "4", "5", "6", "7"]
-    first, second = (command for command in commands if "stage5_train" in command)
-    assert (
-        first.startswith("torchrun --standalone --nproc-per-node 4 ")
-        and "--config configs/papo_d_7b.yaml --set iterations=2 " in first
-    )
-    assert (
-        f"--megatron runs/{name}/reference " in first and f"--megatron runs/{name}/iterations/0001/megatron " in second
-    )
+    (first, first_paths), (second, second_paths) = (row for row in commands if "stage5_train" in row[0])
+    torchrun = f".venv/bin/torchrun --standalone --nproc-per-node 4 -m -- stages.stage5_train --run runs/{name} "
+    assert first.strip() == f"{torchrun}--iteration 1" and second.strip() == f"{torchrun}--iteration 2"
+    assert f"    reads megatron   runs/{name}/reference\n" in first_paths
+    assert f"    reads megatron   runs/{name}/iterations/0001/megatron\n" in second_paths
     assert not (ROOT / "runs" / name).exists()

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_CUDA = "Torch not compiled with CUDA enabled"
+CPU_BUILD = torch.version.cuda is None
+NO_CUDA = "Torch not compiled with CUDA enabled" if CPU_BUILD else "Found no NVIDIA driver"
 EXPECTED = {
     "current_device": NO_CUDA,
     "synchronize": NO_CUDA,

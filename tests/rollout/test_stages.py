@@ -28,6 +28,16 @@ def common(server, server_dir, demo_data, tiny_hf):
 
 
 @pytest.fixture(scope="module")
+def evaluation_data(demo_data, tiny_hf, tmp_path_factory):
+    """Stage 1's output for the demo's evaluation set."""
+    output = tmp_path_factory.mktemp("stage1") / "evaluation"
+    command = ["--evaluation-set", "evaluation", "--hf", tiny_hf, "--output", output]
+    result = stage("stages.stage1_prepare_data", *command, overrides=["data.evaluation.count=32"])
+    assert result.returncode == 0, result.stderr
+    return output
+
+
+@pytest.fixture(scope="module")
 def rollouts(common, tmp_path_factory):
     output = tmp_path_factory.mktemp("stage4") / "rollouts"
     result = stage("stages.stage4_rollout", *common, "--iteration", 3, "--output", output)
@@ -137,13 +147,14 @@ def test_replicas_given_by_their_urls_give_the_same_bytes(server, rollouts, comm
     assert (output / "rollouts.jsonl").read_bytes() == (rollouts / "rollouts.jsonl").read_bytes()
 
 
-def test_evaluation(common, demo_data, tmp_path):
+def test_evaluation(server_dir, evaluation_data, tiny_hf, tmp_path):
     output = tmp_path / "evaluation"
+    common = ["--data", evaluation_data, "--hf", tiny_hf, "--server", server_dir]
     result = stage("stages.stage7_evaluate", *common, "--output", output)
     assert result.returncode == 0, result.stderr
     predictions = read_jsonl(output / "predictions.jsonl", Prediction)
     metrics = json.loads((output / "metrics.json").read_text())
-    prompts = read_jsonl(demo_data / "evaluation.jsonl", Prompt)
+    prompts = read_jsonl(evaluation_data / "prompts.jsonl", Prompt)
     assert (
         len(predictions) == 2 * 2 * len(prompts)
         and metrics["prompts"] == len(prompts)
@@ -185,12 +196,10 @@ def refused(result, output, *words):
     assert not output.exists() and not output.with_name(output.name + ".partial").exists()
 
 
-@pytest.mark.parametrize(
-    "name, set_name", [("stages.stage4_rollout", "prompts.jsonl"), ("stages.stage7_evaluate", "evaluation.jsonl")]
-)
-def test_truncated_prompts(demo_data, tiny_hf, tmp_path, name, set_name):
-    data, output = copied(demo_data, tmp_path), tmp_path / "output"
-    file = data / set_name
+@pytest.mark.parametrize("name", ["stages.stage4_rollout", "stages.stage7_evaluate"])
+def test_truncated_prompts(demo_data, evaluation_data, tiny_hf, tmp_path, name):
+    data, output = copied(demo_data if "stage4" in name else evaluation_data, tmp_path), tmp_path / "output"
+    file = data / "prompts.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
     iteration = ["--iteration", 1] if "stage4" in name else []
     result = stage(

@@ -42,11 +42,12 @@ EXPECTED_EXTRA_TOKENS = [2 * 3 - 1, 11 * 4 + 2 * 3 - 2, 0, 2 * 3 - 1]
 
 @pytest.fixture
 def stage(tmp_path, tiny_hf, monkeypatch):
-    """Runs stage 1 in this process on a source; returns its output directory."""
+    """Runs stage 1 in this process on a source, of training or of an evaluation set; returns its output directory."""
 
-    def run(source, *overrides, output="out"):
+    def run(source, *overrides, output="out", evaluation_set=None):
+        of_set = [] if evaluation_set is None else ["--evaluation-set", evaluation_set, "--hf", str(tiny_hf)]
         arguments = [
-            "stage1", "--config", str(DEMO_CONFIG), "--output", str(tmp_path / output),
+            "stage1", "--config", str(DEMO_CONFIG), "--output", str(tmp_path / output), *of_set,
             *settings(
                 f"model.path={tiny_hf}", "sft=null", "data.sft=null", f"data.train={{source: '{source}'}}",
                 "data.evaluation={source: synthetic, count: 2}", "data.max_prompt_tokens=128", *overrides,
@@ -113,8 +114,11 @@ def test_every_kind_of_source(kind, stage, tmp_path, tiny_hf):
     assert [prompt.answer for prompt in prompts] == [row["answer"] for row in ROWS]
     assert contents(output, prompts) == [row["images"] for row in ROWS]
     assert [prompt.num_tokens - len(prompt.token_ids) for prompt in prompts] == EXPECTED_EXTRA_TOKENS
-    # Rows 1 and 4 share a picture; the two synthetic evaluation rows have one each.
-    assert len(list((output / "images").iterdir())) == read_manifest(output)["counts"]["images"] == 3 + 2
+    # Rows 1 and 4 share a picture.
+    assert len(list((output / "images").iterdir())) == read_manifest(output)["counts"]["images"] == 3
+    as_set = stage("unused", f"data.evaluation={{source: '{source}'}}", output="set", evaluation_set="evaluation")
+    assert (as_set / "prompts.jsonl").read_bytes() == (output / "prompts.jsonl").read_bytes()
+    assert (as_set / "tokenizer.sha256").read_bytes() == (output / "tokenizer.sha256").read_bytes()
     for name in (name for prompt in prompts for name in prompt.images):
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == name.removeprefix("images/").removesuffix(
             ".png"
@@ -160,7 +164,7 @@ def test_overlong_prompts_are_dropped_and_counted(stage, tmp_path, capsys):
     counts = read_manifest(output)["counts"]
     assert (counts["train"], counts["train_dropped_overlong"]) == (3, 1)
     assert "train: 3 prompts, 1 dropped" in capsys.readouterr().out
-    assert counts["images"] == 1 + 2, "pictures of dropped rows are not kept"
+    assert counts["images"] == 1, "pictures of dropped rows are not kept"
     with pytest.raises(UserError, match="no row left"):
         stage(source, "data.max_prompt_tokens=5", output="none")
     assert not (tmp_path / "none").exists() and not (tmp_path / "none.partial").exists()
@@ -298,7 +302,7 @@ def test_saliency_maps_are_stored(kind, stage, tmp_path):
             "npy" if content.startswith(b"\x93NUMPY") else "png"
         )
     assert read_manifest(output)["counts"]["saliency_maps"] == 3 == len(list((output / "saliency").iterdir()))
-    assert read_manifest(output)["counts"]["images"] == 5
+    assert read_manifest(output)["counts"]["images"] == 3
     # Under another column name they are not seen.
     other = stage(source, output="other")
     assert not (other / "saliency").exists() and all(
@@ -321,7 +325,11 @@ def test_semantic_masking_asks_for_maps_here(stage, tmp_path):
         stage(tmp_path / "set.jsonl", *SEMANTIC)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     with pytest.raises(UserError, match=f"synthetic evaluation:1: {needs}"):
-        stage(tmp_path / "set.jsonl", "data.train.count=2", "masked_image.strategy=semantic")
+        stage("unused", "masked_image.strategy=semantic", output="set", evaluation_set="evaluation")
+    stage("unused", *SEMANTIC, output="set", evaluation_set="evaluation")  # control: it is not masked
+    with pytest.raises(UserError, match="prompts.jsonl:1: prompt .*no saliency map"):
+        stage("unused", "masked_image.strategy=semantic", output="set", evaluation_set="evaluation")
+    stage(tmp_path / "set.jsonl", "data.train.count=2", *SEMANTIC, output="two")  # nothing to be masked lacks a map
     output = stage(tmp_path / "set.jsonl")
     with pytest.raises(UserError, match="prompts.jsonl:3: prompt set-3: image images/.*png: no saliency map"):
         stage(tmp_path / "set.jsonl", *SEMANTIC)
@@ -415,14 +423,30 @@ def test_an_error_as_the_user_sees_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_through_the_command_line(demo_data, tiny_hf):
-    counts = read_manifest(demo_data)["counts"]
-    assert counts == {
-        "train": 64, "train_dropped_overlong": 0, "sft": 64, "sft_dropped_overlong": 0,
-        "evaluation": 32, "evaluation_dropped_overlong": 0, "images": 160,
+def test_an_evaluation_set_is_one_of_the_configuration(stage, tmp_path):
+    with pytest.raises(UserError, match="--evaluation-set mmk12: there is evaluation"):
+        stage("unused", evaluation_set="mmk12")
+    assert not (tmp_path / "out").exists()
+    output = stage("unused", evaluation_set="evaluation")
+    assert [len(read_jsonl(file, Prompt)) for file in output.glob("*.jsonl")] == [2]
+    (tmp_path / "set.jsonl").write_text(json.dumps({"problem": "?", "answer": "1"}) + "\n")
+    with pytest.raises(UserError, match="made from something else .*differs in"):
+        stage(tmp_path / "set.jsonl")  # the training data are another output
+
+
+def test_the_demo_through_the_command_line(demo_data, evaluation_data, tiny_hf):
+    assert read_manifest(demo_data)["counts"] == {
+        "train": 64, "train_dropped_overlong": 0, "sft": 64, "sft_dropped_overlong": 0, "images": 128,
     }  # fmt: skip
-    prompts = [read_jsonl(demo_data / name, Prompt) for name in ("prompts.jsonl", "sft.jsonl", "evaluation.jsonl")]
+    assert read_manifest(evaluation_data)["counts"] == {
+        "evaluation": 32, "evaluation_dropped_overlong": 0, "images": 32,
+    }  # fmt: skip
+    files = [demo_data / "prompts.jsonl", demo_data / "sft.jsonl", evaluation_data / "prompts.jsonl"]
+    prompts = [read_jsonl(file, Prompt) for file in files]
     assert [len(each) for each in prompts] == [64, 64, 32]
     assert {prompt.num_tokens for each in prompts for prompt in each} == {20}
+    assert not (evaluation_data / "model").exists() and not (evaluation_data / "sft.jsonl").exists()
     sha256 = hashlib.sha256((tiny_hf / "tokenizer.json").read_bytes()).hexdigest()
-    assert (demo_data / "tokenizer.sha256").read_text().strip() == sha256
+    assert [(output / "tokenizer.sha256").read_text().strip() for output in (demo_data, evaluation_data)] == [
+        sha256
+    ] * 2

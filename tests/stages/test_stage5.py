@@ -2,12 +2,14 @@
 does."""
 
 import json
-import shutil
 
 import pytest
 
+from megatron_papo.config_files import load_config
+from megatron_papo.run.run_config import write_run
+from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.training.metrics_log import read_metrics
-from tests.helpers import DEMO_CONFIG, SMALL_RUN, run_module, settings
+from tests.helpers import DEMO_CONFIG, run_module, settings
 
 ONE_PROCESS = [
     "parallel.tensor_model_parallel_size=1",
@@ -27,26 +29,13 @@ NERVOUS = [
 
 
 def arguments(run, output, *overrides, megatron=None, iteration=1, reference=True, extra=()):
-    paths = [
-        "--data",
-        run / "data",
-        "--rollouts",
-        run / "iterations/0001/rollouts",
-        "--megatron",
-        megatron or run / "reference",
-    ]
+    """Stage 5 on the outputs of a run, with its configuration, but for what may not change in it: frozen keys."""
+    start = megatron or run / "reference"
+    rollouts = run / "iterations/0001/rollouts"
+    paths = ["--data", run / "data", "--rollouts", rollouts, "--megatron", start, "--rollback", start]
     paths += ["--reference", run / "reference"] * reference
-    return [
-        "--config",
-        DEMO_CONFIG,
-        *settings(*SMALL_RUN, *ONE_PROCESS, *overrides),
-        *paths,
-        "--iteration",
-        iteration,
-        "--output",
-        output,
-        *extra,
-    ]
+    of_run = ["--config", run / "config.yaml", *settings(*ONE_PROCESS, *overrides)]
+    return [*of_run, *paths, "--iteration", iteration, "--output", output, *extra]
 
 
 def train(run, output, *overrides, processes=None, **options):
@@ -241,15 +230,9 @@ def test_rollback_to_an_earlier_checkpoint_leaves_these_rollouts(small_run, tmp_
     counts = json.loads((tmp_path / "out/manifest.json").read_text())["counts"]
     assert counts["total_steps"] == 0 and counts["guard_interventions"] == 1
     result = run_module(
-        "stages.stage6_convert_to_hf",
-        "--config",
-        DEMO_CONFIG,
-        *settings(*SMALL_RUN),
-        "--megatron",
-        tmp_path / "out",
-        "--output",
-        tmp_path / "hf",
-    )
+        "stages.stage6_convert_to_hf", "--run", small_run, "--iteration", 1,
+        "--megatron", tmp_path / "out", "--output", tmp_path / "hf",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (small_run / "sft/model.safetensors").read_bytes()
     assert (small_run / "iterations/0001/hf/model.safetensors").read_bytes() != (
@@ -284,8 +267,36 @@ def test_parity_with_the_server_is_a_gate(small_run, tmp_path):
 
 
 def test_a_missing_reference_is_named(small_run, tmp_path):
+    """It is needed because objective.kl_ref_coef is 0.01: another test trains without both."""
     result = run_module("stages.stage5_train", *arguments(small_run, tmp_path / "out", reference=False))
-    assert (
-        result.returncode == 2 and "error: --reference: needed, because objective.kl_ref_coef is 0.01" in result.stderr
+    assert result.returncode == 2 and "error: without --run needed: --reference\n" in result.stderr
+    missing = ["--reference", tmp_path / "none"]
+    result = run_module("stages.stage5_train", *arguments(small_run, tmp_path / "out", reference=False, extra=missing))
+    command = (
+        f"error: {tmp_path / 'none'}: not there: make it with: .venv/bin/python -m stages.stage3_convert_to_megatron"
     )
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert result.returncode == 2 and command in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_does_not_have_is_named_with_the_command_that_makes_it(tmp_path):
+    """The run's own paths; and its frozen keys stay as they are."""
+    run = tmp_path / "run"
+    write_run(RunDirectory(run, load_config(DEMO_CONFIG)), [], "a test")
+    before = sorted(run.iterdir())
+    for number, missing, command in (
+        (1, "reference", f".venv/bin/python -m stages.stage3_convert_to_megatron --run {run}"),
+        (
+            2,
+            "iterations/0001/megatron",
+            f".venv/bin/torchrun --standalone --nproc-per-node 4 -m -- stages.stage5_train --run {run} --iteration 1",
+        ),
+    ):
+        result = run_module("stages.stage5_train", "--run", run, "--iteration", number)
+        assert result.returncode == 2
+        assert result.stderr == f"error: {run / missing}: not there: make it with: {command}\n"
+    frozen = ["--set", "objective.kl_ref_coef=0"]
+    result = run_module("stages.stage5_train", "--run", run, "--iteration", 1, *frozen)
+    assert result.returncode == 2
+    assert "objective.kl_ref_coef is 0.01 in this run, not 0.0: choose another --name" in result.stderr
+    assert sorted(run.iterdir()) == before

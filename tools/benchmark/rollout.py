@@ -1,5 +1,6 @@
 """Measure what the rollout client costs: tokens/s of SglangClient against a bare HTTP loop on the same server.
 
+The two take turns.
 
     python -m tools.benchmark.rollout [--server URL|DIR] [--hf DIR] [--prompts 32] [--group-size 8] [--tokens 64]
     [--concurrency 32] [--rounds 4]
