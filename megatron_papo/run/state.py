@@ -95,7 +95,8 @@ def what_differs(
             return f"input {spec.name} is stale"
         if made is not None and made["fingerprint"] != recipe["inputs"].get(spec.name):
             return f"input {spec.name} is another one"
-        if made is None and recorded is not None and not is_same_place(recorded, path):
+        from_outside = made is None and not path.is_relative_to(run.root)
+        if from_outside and recorded is not None and not is_same_place(recorded, path):
             return f"input {spec.name} was at {recorded}"
     return _moved_sources(run, stage, turn, recorded_places)
 
@@ -116,7 +117,7 @@ def _moved_sources(run: RunDirectory, stage: Stage, turn: Turn, recorded: Mappin
 
 
 def is_same_place(recorded: str, path: Path) -> bool:
-    """Say whether two paths lead to the same place, the run directory itself perhaps having moved."""
+    """Say whether two paths are the same one."""
     return os.path.abspath(recorded) == os.path.abspath(path)
 
 
