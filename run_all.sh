@@ -15,7 +15,7 @@
 # TRAIN_LAUNCHER and SFT_LAUNCHER replace the torchrun of stages 5 and 2 (several nodes: see stages/submit.slurm).
 set -euo pipefail
 [[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
-CALLER=$PWD
+CALLER=$PWD ARGUMENTS=("$@")
 printf -v RUN_ALL '%q ' bash run_all.sh "$@"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 bash tools/setup_environment.sh
@@ -24,16 +24,20 @@ export RUN_ALL PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 PYTHON=.venv/bin/python
 source tools/pipeline.sh
 
-PLAN=$($PYTHON -m tools.start_run "$@" --caller "$CALLER") # RUN DRY_RUN
-eval "$PLAN"
+plan() { # [--write]: sets RUN DRY_RUN, with --write ITERATIONS TODO FIRST RESIDENT SFT TRAIN SUMMARY
+  local assignments
+  assignments=$($PYTHON -m tools.start_run "${ARGUMENTS[@]}" --caller "$CALLER" "$@")
+  eval "$assignments"
+}
+
+plan
 if ((!DRY_RUN)); then
   lock_run
   trap finish EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
 fi
-PLAN=$($PYTHON -m tools.start_run "$@" --caller "$CALLER" --write) # ITERATIONS TODO FIRST RESIDENT SFT TRAIN SUMMARY
-eval "$PLAN"
+plan --write
 read -ra SFT <<<"${SFT_LAUNCHER:-$SFT}"
 read -ra TRAIN <<<"${TRAIN_LAUNCHER:-$TRAIN}"
 
@@ -53,7 +57,7 @@ if ((RESIDENT && FIRST)); then # 4 and 5 side by side for all iterations; 5 does
   start 4 $PYTHON -m stages.stage4_rollout --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   start 5 "${TRAIN[@]}" -m -- stages.stage5_train --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   side_by_side
-  TODO=7:$ITERATIONS
+  plan --write # what is left
 fi
 
 # 4, 5, 6. Rollouts, PAPO, back to Hugging Face: once per iteration; 7 every evaluate_every iterations and at the end

@@ -39,11 +39,11 @@ from megatron_papo.model.parallel_sizes import check_parallel_sizes
 from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import progress_bar
 from megatron_papo.run.follow import Follower
-from megatron_papo.run.records import Rollout, read_jsonl
+from megatron_papo.run.records import Rollout
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import StageOutput, verify_files
 from megatron_papo.training.guard import Guard
-from megatron_papo.training.inputs import TrainInputs
+from megatron_papo.training.inputs import TrainInputs, read_rollouts
 from megatron_papo.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:  # torch and megatron take seconds to import: wrong configurations are told before
@@ -64,7 +64,7 @@ def main() -> None:
             return
         task.input("megatron")
         hf = check_model(task.path("megatron"), task.config)
-        rollouts = None if out is None else read_rollouts(inputs_of(task), task.config)
+        rollouts = None if out is None else read_rollouts(TrainInputs.of(task), task.config)
     from megatron_papo.training.policy import Policy
 
     process_groups.initialize(task.config.parallel)
@@ -88,7 +88,7 @@ def follow(tasks: list[Task], policy: "Policy") -> None:
             started = time.time()
             with collectives.first_process_speaks():
                 out = prepare(task, trusted if policy.at == task.path("megatron") else (), started)
-                rollouts = [] if out.done else read_rollouts(inputs_of(task), task.config)
+                rollouts = [] if out.done else read_rollouts(TrainInputs.of(task), task.config)
             if not out.done:
                 catch_up(task, policy)
                 iterate(task, policy, rollouts, out, run.is_checkpoint(task.iteration))
@@ -109,19 +109,6 @@ def export(run: RunDirectory, number: int) -> None:
 
     to_hf(run.trained(number), run.exported(number), {}, started=time.time())
     tidy(run, number)
-
-
-def inputs_of(task: Task) -> TrainInputs:
-    """Return the paths of a task by what training calls them."""
-    return TrainInputs(
-        iteration=task.iteration,
-        data=task.path("data"),
-        rollouts=task.path("rollouts"),
-        megatron=task.path("megatron"),
-        reference=task.paths.get("reference"),
-        rollback=task.paths.get("rollback"),
-        output=task.output,
-    )
 
 
 def prepare(task: Task, trusted: tuple[str, ...] = (), started: float | None = None) -> StageOutput:
@@ -147,19 +134,6 @@ def check_model(checkpoint: Path, config: Config) -> HFConfig:
     return hf
 
 
-def read_rollouts(inputs: TrainInputs, config: Config) -> list[Rollout]:
-    """Return the rollouts. Raises UserError for older ones than rollout.max_staleness allows."""
-    rollouts = read_jsonl(inputs.rollouts_file, Rollout)
-    oldest, allowed = max(rollout.staleness for rollout in rollouts), config.rollout.max_staleness
-    if oldest > allowed:
-        raise UserError(
-            f"{inputs.rollouts_file}: rollouts by weights {oldest} iteration(s) old, rollout.max_staleness is"
-            f" {allowed}:"
-            " sample them again, or raise it"
-        )
-    return rollouts
-
-
 def catch_up(task: Task, policy: "Policy") -> None:
     """Bring the policy to the checkpoint that the task starts from, by repeating iterations where that is not whole.
 
@@ -176,7 +150,7 @@ def catch_up(task: Task, policy: "Policy") -> None:
         if policy.at == run.trained(number):
             continue
         earlier = Task.in_run(run, task.stage, replace(task.turn, iteration=number))
-        inputs = inputs_of(earlier)
+        inputs = TrainInputs.of(earlier)
         if process_groups.is_main_rank():
             print(
                 f"stage 5: iteration {number} again, from its rollouts: its checkpoint holds weights alone", flush=True
@@ -200,7 +174,7 @@ def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOut
     """
     from megatron_papo.checkpoint import megatron_files
 
-    inputs = inputs_of(task)
+    inputs = TrainInputs.of(task)
     with out if process_groups.is_main_rank() else nullcontext():
         collectives.barrier()  # out.partial is there
         counts = train(inputs, policy, rollouts, out.partial)

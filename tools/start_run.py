@@ -86,23 +86,29 @@ def key_of(state: State) -> str:
     return f"{number}" if iteration is None else f"{number}:{iteration}"
 
 
-def summary_of_done(rows: Sequence[State], todo: set[str]) -> str | None:
+def summary_of_done(rows: Sequence[State], todo: Sequence[str]) -> str | None:
     """Return one line on what is there already; None for a new run."""
     done = [row for row in rows if row.word == "done"]
     if not done:
         return None
-    numbers = sorted({row.turn.iteration for row in rows if row.turn.iteration})
-    finished = [number for number in numbers if not any(key.endswith(f":{number}") for key in todo)]
-    seconds = sum(row.seconds for row in done)
-    words = f"{len(done)} of {len(rows)} outputs are there ({seconds / 60:.0f} minutes of work)"
-    if finished:
-        words += f", iterations {finished[0]} to {finished[-1]} complete"
-    return words + (": nothing to do" if not todo else ": skipped")
+    complete = 0
+    for row in rows:
+        if row.turn.iteration and row.stage.number in (4, 5, 6):
+            if row.word != "done":
+                break
+            complete = row.turn.iteration if row.stage.number == 6 else complete
+    words = (
+        f"{len(done)} of {len(rows)} outputs are there ({sum(row.seconds for row in done) / 60:.0f} minutes of work)"
+    )
+    if complete:
+        words += f", iterations 1 to {complete} complete"
+    return words + (": skipped" if todo else ": nothing to do")
 
 
 def assignments(args: argparse.Namespace, directory: RunDirectory, rows: Sequence[State]) -> dict[str, str]:
     """Return what run_all.sh must know, by the names of its variables."""
-    todo = [key_of(row) for row in rows if row.stage.number in args.stages and row.word != "done"]
+    chosen = [row for row in rows if row.stage.number in args.stages]
+    todo = [key_of(row) for row in chosen if row.word != "done" and not (row.word == "missing" and row.reason)]
     if args.dry_run:
         todo = [key_of(row) for row in rows if row.stage.number in args.stages]
     together = {4, 5, 6}
@@ -110,7 +116,7 @@ def assignments(args: argparse.Namespace, directory: RunDirectory, rows: Sequenc
         raise UserError("--resident runs stages 4, 5 and 6 together: --stages leaves some of them out")
     first = min((int(key.partition(":")[2]) for key in todo if key[0] in "456"), default=0)
     config = directory.config
-    said = summary_of_done(rows, set(todo))
+    said = summary_of_done(rows, todo)
     if said is not None and not args.dry_run:
         print(f"{directory.root}: {said}", file=sys.stderr)
     return {

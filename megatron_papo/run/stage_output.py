@@ -152,9 +152,8 @@ def require_weights(directory: Path) -> None:
         key = json.loads(path.read_text())["key"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error!r}): make {directory} again")
-    raise UserError(
-        f"{directory}: its weights were deleted ({PRUNED} says when and why): raise {key}, or make it again"
-    )
+    cure = "lower checkpoint_every" if key == "checkpoint_every" else f"raise {key}"
+    raise UserError(f"{directory}: its weights were deleted ({PRUNED} says when and why): {cure}, or make it again")
 
 
 class StageOutput:

@@ -24,7 +24,8 @@ class State:
     output: Path
     word: Word
     reason: str = ""
-    """Of a stale output: the key or input that is not what it was made from. Of a pruned one: that it is."""
+    """Of a stale output: the key or input that is not what it was made from. Of a pruned one: that it is. Of a missing
+    one: why it cannot be made any more."""
     bytes: int = 0
     seconds: float = 0.0
 
@@ -46,7 +47,9 @@ def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> Sta
     output = stage.output(run, turn)
     manifest = read_manifest(output)
     if manifest is None:
-        return State(stage, turn, output, "running" if is_locked(output) else "missing")
+        is_lost = stage.number == 7 and (run.exported(turn.iteration or 0) / PRUNED).exists()
+        why = "the export was deleted before" if is_lost else ""
+        return State(stage, turn, output, "running" if is_locked(output) else "missing", why)
     reason = what_differs(run, stage, turn, manifest, stale)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     pruned = (output / PRUNED).exists()

@@ -3,6 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_papo.config import Config
+from megatron_papo.errors import UserError
+from megatron_papo.run.command_line import Task
+from megatron_papo.run.records import Rollout, read_jsonl
+
 
 @dataclass(frozen=True)
 class TrainInputs:
@@ -23,6 +28,19 @@ class TrainInputs:
     output: Path
     """The directory that will hold the new checkpoint."""
 
+    @classmethod
+    def of(cls, task: Task) -> "TrainInputs":
+        """Return the paths of a turn of stage 5."""
+        return cls(
+            iteration=task.iteration,
+            data=task.path("data"),
+            rollouts=task.path("rollouts"),
+            megatron=task.path("megatron"),
+            reference=task.paths.get("reference"),
+            rollback=task.paths.get("rollback"),
+            output=task.output,
+        )
+
     @property
     def rollouts_file(self) -> Path:
         return self.rollouts / "rollouts.jsonl"
@@ -30,3 +48,16 @@ class TrainInputs:
     @property
     def rollback_checkpoint(self) -> Path:
         return self.rollback or self.megatron
+
+
+def read_rollouts(inputs: TrainInputs, config: Config) -> list[Rollout]:
+    """Return the rollouts. Raises UserError for older ones than rollout.max_staleness allows."""
+    rollouts = read_jsonl(inputs.rollouts_file, Rollout)
+    oldest, allowed = max(rollout.staleness for rollout in rollouts), config.rollout.max_staleness
+    if oldest > allowed:
+        raise UserError(
+            f"{inputs.rollouts_file}: rollouts by weights {oldest} iteration(s) old, rollout.max_staleness is"
+            f" {allowed}:"
+            " sample them again, or raise it"
+        )
+    return rollouts
