@@ -24,7 +24,7 @@ export RUN_ALL PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 PYTHON=.venv/bin/python
 source tools/pipeline.sh
 
-plan() { # [--write]: sets RUN DRY_RUN, with --write ITERATIONS TODO FIRST RESIDENT SFT TRAIN SUMMARY
+plan() { # [--write]: sets RUN DRY_RUN, with --write ITERATIONS TODO FIRST RESIDENT SUMMARY START_SFT START_TRAIN
   local assignments
   assignments=$($PYTHON -m tools.start_run "${ARGUMENTS[@]}" --caller "$CALLER" "$@")
   eval "$assignments"
@@ -38,8 +38,8 @@ if ((!DRY_RUN)); then
   trap 'exit 143' TERM
 fi
 plan --write
-read -ra SFT <<<"${SFT_LAUNCHER:-$SFT}"
-read -ra TRAIN <<<"${TRAIN_LAUNCHER:-$TRAIN}"
+read -ra SFT <<<"${SFT_LAUNCHER:-$START_SFT}"
+read -ra TRAIN <<<"${TRAIN_LAUNCHER:-$START_TRAIN}"
 
 # 1. Prompts and pictures, of every evaluation set, too (and the tiny model of the demo)
 stage 1 $PYTHON -m stages.stage1_prepare_data --run "$RUN"
@@ -57,7 +57,7 @@ if ((RESIDENT && FIRST)); then # 4 and 5 side by side for all iterations; 5 does
   start 4 $PYTHON -m stages.stage4_rollout --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   start 5 "${TRAIN[@]}" -m -- stages.stage5_train --run "$RUN" --iterations "$FIRST-$ITERATIONS"
   side_by_side
-  plan --write # what is left
+  if ((DRY_RUN)); then TODO=7:$ITERATIONS; else plan --write; fi # what is left
 fi
 
 # 4, 5, 6. Rollouts, PAPO, back to Hugging Face: once per iteration; 7 every evaluate_every iterations and at the end

@@ -123,8 +123,8 @@ def assignments(args: argparse.Namespace, directory: RunDirectory, rows: Sequenc
         "TODO": " ".join(dict.fromkeys(todo)),
         "FIRST": str(first),
         "ITERATIONS": str(config.iterations),
-        "SFT": " ".join(launcher(STAGES["stage2_sft"], config)),
-        "TRAIN": " ".join(launcher(STAGES["stage5_train"], config)),
+        "START_SFT": " ".join(launcher(STAGES["stage2_sft"], config)),
+        "START_TRAIN": " ".join(launcher(STAGES["stage5_train"], config)),
         "RESIDENT": str(int(args.resident)),
         "SUMMARY": str(int(7 in args.stages)),
     }

@@ -386,7 +386,7 @@ def shown_by_start_run(*arguments) -> dict[str, str]:
 def test_the_plan_of_a_preset(name):
     plan = shown_by_start_run("--config", CONFIGS / f"{name}.yaml", "--name", "test-plan")
     tp, pp, dp = SIZES[size_of(name)][-3:]
-    assert plan["TRAIN"] == f".venv/bin/torchrun --standalone --nproc-per-node {tp * pp * dp}"
+    assert plan["START_TRAIN"] == f".venv/bin/torchrun --standalone --nproc-per-node {tp * pp * dp}"
     assert (plan["FIRST"], plan["ITERATIONS"], plan["RESIDENT"], plan["SUMMARY"]) == ("1", "202", "0", "1")
     todo = plan["TODO"].split()
     assert todo[:3] == ["1", "3", "7:0"] and "2" not in todo  # no cold start
