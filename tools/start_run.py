@@ -161,7 +161,7 @@ def main() -> None:
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items()))
     if args.dry_run:
         shown = what_it_reads_and_makes(directory, rows)
-        print("declare -A PATHS=(" + " ".join(f"[{key}]={shlex.quote(text)}" for key, text in shown.items()) + ")")
+        print("declare -gA PATHS=(" + " ".join(f"[{key}]={shlex.quote(text)}" for key, text in shown.items()) + ")")
 
 
 if __name__ == "__main__":
