@@ -72,16 +72,28 @@ class Task:
         spec = next(spec for spec in self.stage.inputs if spec.name == name)
         return stage_command(STAGES[spec.made_by[0]], self.whole_config, ["..."])
 
+    def require(self, name: str) -> Path:
+        """Return where an input is, not hashed. Raises UserError where it is missing, or not what the run would
+        make."""
+        path = self.paths[name]
+        if self.run is not None:
+            require_current(self.run, path)
+        if not path.exists():
+            raise UserError(
+                f"{path}: not there: give --{name} a checkpoint directory, or make it with: {self.hint(name)}"
+            )
+        return path
+
     def input(self, name: str, outside: Callable[[Path], str] = content_fingerprint) -> Input:
         """Return a needed input with its fingerprint. Raises UserError, naming the command that makes it."""
         spec, path = next(spec for spec in self.stage.inputs if spec.name == name), self.paths[name]
-        if self.run is not None:
-            require_current(self.run, path)
         if not spec.from_outside:
+            if self.run is not None:
+                require_current(self.run, path)
             return require_input(path, spec.made_by, self.hint(name))
         root = None if self.run is None else self.run.root
-        missing = f"give --{name} a checkpoint directory, or make it with: {self.hint(name)}"
-        return input_made_or_from_outside(path, missing, lambda place: remembered_fingerprint(root, place, outside))
+        place = self.require(name)
+        return input_made_or_from_outside(place, "", lambda there: remembered_fingerprint(root, there, outside))
 
     def inputs(self, outside: Callable[[Path], str] = content_fingerprint) -> dict[str, Input]:
         """Return all needed inputs, by name. outside: hashes one that no stage made.
@@ -213,7 +225,8 @@ def iteration_range(text: str) -> list[int]:
 
 def python_command() -> str:
     """Return this interpreter as it can be typed in the current directory."""
-    return _typed(Path(sys.executable))
+    plain = Path(sys.executable).with_name("python")  # torchrun starts its processes with python3
+    return _typed(plain if plain.exists() else Path(sys.executable))
 
 
 def _typed(path: Path) -> str:
@@ -227,14 +240,12 @@ def launcher(stage: Stage, config: Config) -> list[str]:
     if stage.processes is None:
         return [python_command()]
     processes = str(max(1, stage.processes(config)))
-    return [_typed(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", processes]
+    return [python_command(), "-m", "tools.torchrun", "--standalone", "--nproc-per-node", processes]
 
 
 def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str:
     """Return a stage's command line as it can be typed."""
-    # torchrun takes --run for the start of its own --run-path, unless `--` stands before the program
-    module = ["-m", f"stages.{stage.name}"] if stage.processes is None else ["-m", "--", f"stages.{stage.name}"]
-    return shlex.join([*launcher(stage, config), *module]) + " " + " ".join(arguments)
+    return shlex.join([*launcher(stage, config), "-m", f"stages.{stage.name}"]) + " " + " ".join(arguments)
 
 
 def run(main: Callable[[], None]) -> None:

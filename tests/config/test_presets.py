@@ -386,7 +386,7 @@ def shown_by_start_run(*arguments) -> dict[str, str]:
 def test_the_plan_of_a_preset(name):
     plan = shown_by_start_run("--config", CONFIGS / f"{name}.yaml", "--name", "test-plan")
     tp, pp, dp = SIZES[size_of(name)][-3:]
-    assert plan["START_TRAIN"] == f".venv/bin/torchrun --standalone --nproc-per-node {tp * pp * dp}"
+    assert plan["START_TRAIN"] == f".venv/bin/python -m tools.torchrun --standalone --nproc-per-node {tp * pp * dp}"
     assert (plan["FIRST"], plan["ITERATIONS"], plan["RESIDENT"], plan["SUMMARY"]) == ("1", "202", "0", "1")
     todo = plan["TODO"].split()
     assert todo[:3] == ["1", "3", "7:0"] and "2" not in todo  # no cold start
@@ -410,7 +410,7 @@ def test_run_all_shows_the_commands_of_a_preset():
     stages = [command.split(" stages.stage", 1)[1][0] for command, _ in commands]
     assert stages == ["1", "3", "7", "4", "5", "6", "4", "5", "6", "7"]
     (first, first_paths), (second, second_paths) = (row for row in commands if "stage5_train" in row[0])
-    torchrun = f".venv/bin/torchrun --standalone --nproc-per-node 4 -m -- stages.stage5_train --run runs/{name} "
+    torchrun = f".venv/bin/python -m tools.torchrun --standalone --nproc-per-node 4 -m -- stages.stage5_train --run runs/{name} "
     assert first.strip() == f"{torchrun}--iteration 1" and second.strip() == f"{torchrun}--iteration 2"
     assert f"    reads megatron   runs/{name}/reference\n" in first_paths
     assert f"    reads megatron   runs/{name}/iterations/0001/megatron\n" in second_paths
