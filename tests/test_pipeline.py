@@ -206,9 +206,8 @@ def test_dry_run_prints_every_command_and_what_it_reads_and_makes():
     lines = result.stdout.splitlines()
     commands = [line for line in lines if "stages.stage" in line]
     assert [line.split("stages.stage")[1][0] for line in commands] == list("12374564567")
-    assert all(
-        line.startswith((".venv/bin/python -m stages.", ".venv/bin/python -m tools.torchrun --standalone ")) for line in commands
-    )
+    starts = (".venv/bin/python -m stages.", ".venv/bin/python -m tools.torchrun --standalone ")
+    assert all(line.startswith(starts) for line in commands)
     assert lines.count("    makes runs/test-dry/iterations/0002/megatron") == 1
     assert sum(line.split() == ["reads", "megatron", "runs/test-dry/iterations/0001/megatron"] for line in lines) == 2
     assert not (ROOT / "runs" / "test-dry").exists()

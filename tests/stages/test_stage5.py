@@ -289,7 +289,8 @@ def test_what_a_run_does_not_have_is_named_with_the_command_that_makes_it(tmp_pa
         (
             2,
             "iterations/0001/megatron",
-            f".venv/bin/python -m tools.torchrun --standalone --nproc-per-node 4 -m stages.stage5_train --run {run} --iteration 1",
+            ".venv/bin/python -m tools.torchrun --standalone --nproc-per-node 4 -m"
+            f" stages.stage5_train --run {run} --iteration 1",
         ),
     ):
         result = run_module("stages.stage5_train", "--run", run, "--iteration", number)
