@@ -410,7 +410,8 @@ def test_run_all_shows_the_commands_of_a_preset():
     stages = [command.split(" stages.stage", 1)[1][0] for command, _ in commands]
     assert stages == ["1", "3", "7", "4", "5", "6", "4", "5", "6", "7"]
     (first, first_paths), (second, second_paths) = (row for row in commands if "stage5_train" in row[0])
-    torchrun = f".venv/bin/python -m tools.torchrun --standalone --nproc-per-node 4 -m -- stages.stage5_train --run runs/{name} "
+    torchrun = ".venv/bin/python -m tools.torchrun --standalone --nproc-per-node 4 -m --"
+    torchrun += f" stages.stage5_train --run runs/{name} "
     assert first.strip() == f"{torchrun}--iteration 1" and second.strip() == f"{torchrun}--iteration 2"
     assert f"    reads megatron   runs/{name}/reference\n" in first_paths
     assert f"    reads megatron   runs/{name}/iterations/0001/megatron\n" in second_paths
