@@ -58,8 +58,8 @@ def follow(tasks: list[Task], run: RunDirectory, server: str) -> None:
                 evaluate_where_due(run, sampled_by, server)
             if iterate(task, server, trusted, time.time()):
                 trusted = ("data",)
-                if not shares_gpus:  # while these rollouts are trained on
-                    evaluate_where_due(run, sampled_by, server)
+            if not shares_gpus:  # while these rollouts are trained on
+                evaluate_where_due(run, sampled_by, server)
 
 
 def evaluate_where_due(run: RunDirectory, number: int, server: str) -> None:
@@ -68,6 +68,8 @@ def evaluate_where_due(run: RunDirectory, number: int, server: str) -> None:
 
     if number in run.evaluated_iterations() and number > 0:
         for name in run.config.data.evaluation_sets:
+            if read_manifest(run.evaluated(number, name)) is not None:
+                continue
             evaluate(Task.in_run(run, STAGES["stage7_evaluate"], Turn(number, name)), server, time.time())
 
 
