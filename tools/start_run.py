@@ -12,11 +12,12 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_papo.config_notes import notes
+from megatron_papo.config_notes import bytes_on_disk, notes
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
@@ -27,6 +28,8 @@ from megatron_papo.run.stages import STAGES, paths
 from megatron_papo.run.state import State, states
 
 NUMBERS = range(1, 8)
+BYTES_PER_PARAMETER = 2
+"""Of the weights of a published model."""
 DEFAULT_CONFIG = Path("configs/demo.yaml")
 
 
@@ -140,6 +143,18 @@ def what_it_reads_and_makes(directory: RunDirectory, rows: Sequence[State]) -> d
     return shown
 
 
+def disk_note(directory: RunDirectory) -> str | None:
+    """Return how much disk the checkpoints of a run will take at most; None for a small or unknown model."""
+    model = directory.config.model.path
+    weights = 0 if model is None else sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    needed = bytes_on_disk(directory.config, weights // BYTES_PER_PARAMETER)
+    if needed < 1e9:
+        return None
+    free = shutil.disk_usage(directory.root if directory.root.is_dir() else Path.cwd()).free
+    words = f"checkpoints and exports take at most {needed / 1e9:,.0f} GB at once, {free / 1e9:,.0f} GB are free"
+    return words + (": lower keep_checkpoints or keep_exports, or free space" if needed > free else "")
+
+
 def main() -> None:
     args = parse()
     root = Path("runs") / args.name
@@ -156,7 +171,8 @@ def main() -> None:
         write_run(directory, differences, os.environ.get("RUN_ALL", "bash run_all.sh"))
         for change in differences:
             print(f"{root}: {change.key}: {change.old} -> {change.new}", file=sys.stderr)
-        for note in notes(directory.config) if any(key[0] == "5" for key in values["TODO"].split()) else []:
+        trains = any(key[0] == "5" for key in values["TODO"].split())
+        for note in filter(None, [*notes(directory.config), disk_note(directory)] if trains else []):
             print(f"note: {note}", file=sys.stderr)
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items()))
     if args.dry_run:

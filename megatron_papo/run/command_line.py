@@ -156,7 +156,13 @@ class StageParser:
             self.parser.error("give --run DIR, or --config FILE with every input and the output")
         if args.run is not None:
             run = open_run(args.run, args.overrides)
-            return args, [self._task(args, run.config, turn, run) for turn in self._turns(args, run)]
+            turns = self._turns(args, run)
+            if args.output is not None and len(turns) > 1:
+                words = "; ".join(str(turn) or "training data" for turn in turns)
+                raise UserError(
+                    f"--output {args.output}: one directory for {len(turns)} outputs ({words}): say which one"
+                )
+            return args, [self._task(args, run.config, turn, run) for turn in turns]
         if getattr(args, "iterations", None) is not None:
             self.parser.error("--iterations stands for the iterations of a --run: give --iteration")
         if self.stage.iteration_decides and args.iteration is None:

@@ -67,7 +67,7 @@ def settle_run(
 def write_run(run: RunDirectory, differences: Sequence[Change], command: str) -> None:
     """Write the configuration of a run that starts, or what changed in it; the log says so."""
     run.root.mkdir(parents=True, exist_ok=True)
-    is_new = not (run.root / RECORD).exists()
+    is_new = not (run.root / CONFIG).exists()
     if not is_new and not differences:
         return
     heading = (
@@ -78,7 +78,7 @@ def write_run(run: RunDirectory, differences: Sequence[Change], command: str) ->
     if not is_new:
         heading = "".join(line for line in (run.root / CONFIG).read_text().splitlines(True)[:2] if line.startswith("#"))
     text = heading + dump_config(run.config)
-    for name in (CONFIG, RECORD):
+    for name in (RECORD, CONFIG):  # without config.yaml there is no run yet
         _replace(run.root / name, text)
     with open(run.log, "a") as log:
         if is_new:

@@ -28,6 +28,13 @@ def test_a_run_keeps_every_key_and_the_command(tmp_path):
     assert "started with: bash run_all.sh --set seed=7" in (tmp_path / "r" / "log.txt").read_text()
 
 
+def test_a_start_that_was_killed_before_the_configuration_was_there_is_no_run(tmp_path):
+    start(tmp_path / "r", "seed=7")
+    (tmp_path / "r" / CONFIG).unlink()  # the record is written first
+    start(tmp_path / "r", "seed=8")
+    assert open_run(tmp_path / "r").config.seed == 8
+
+
 def test_living_keys_change_and_the_log_says_so(tmp_path):
     start(tmp_path / "r", "seed=7")
     run, differences = start(tmp_path / "r", "iterations=9", "server.port=40000")
