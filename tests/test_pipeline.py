@@ -176,9 +176,12 @@ def test_another_evaluation_set_touches_nothing_of_the_training(small_run, tmp_p
 def test_mistakes(arguments, expected):
     named = "--name" in arguments
     result = run_all(*arguments, *([] if named else ["--name", "test-none"]), timeout=120)
+    is_there = (ROOT / "runs" / "test-none").exists()
     shutil.rmtree(ROOT / "runs" / "test-none", ignore_errors=True)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert expected in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert is_there == ("make it with" in expected)  # a mistake that is found before anything runs leaves nothing
 
 
 def test_a_command_in_an_error_runs_as_it_stands(tmp_path):

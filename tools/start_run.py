@@ -56,6 +56,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.config = args.caller / args.config.expanduser()
     args.name = name_of(args)
     args.stages = parse_stages(args.stages)
+    together = {4, 5, 6}
+    if args.resident and together & set(args.stages) and not together <= set(args.stages):
+        raise UserError("--resident runs stages 4, 5 and 6 together: --stages leaves some of them out")
     return args
 
 
@@ -114,9 +117,6 @@ def assignments(args: argparse.Namespace, directory: RunDirectory, rows: Sequenc
     todo = [key_of(row) for row in chosen if row.word != "done" and not (row.word == "missing" and row.reason)]
     if args.dry_run:
         todo = [key_of(row) for row in rows if row.stage.number in args.stages]
-    together = {4, 5, 6}
-    if args.resident and together & set(args.stages) and not together <= set(args.stages):
-        raise UserError("--resident runs stages 4, 5 and 6 together: --stages leaves some of them out")
     first = min((int(key.partition(":")[2]) for key in todo if key[0] in "456"), default=0)
     config = directory.config
     said = summary_of_done(rows, todo)
@@ -158,10 +158,10 @@ def disk_note(directory: RunDirectory) -> str | None:
 def main() -> None:
     args = parse()
     root = Path("runs") / args.name
+    directory, differences = settle_run(root, DEFAULT_CONFIG, args.config, args.overrides, args.caller)
     if not args.write:
         print(f"RUN={shlex.quote(str(root))} DRY_RUN={int(args.dry_run)}")
         return
-    directory, differences = settle_run(root, DEFAULT_CONFIG, args.config, args.overrides, args.caller)
     model = directory.config.model.path
     if model is not None and Path(model).is_dir():
         check_parallel_sizes(read_hf_config(Path(model)), directory.config.parallel)
