@@ -378,7 +378,7 @@ def shown_by_start_run(*arguments) -> dict[str, str]:
     """What run_all.sh would be told, by variable; nothing is written."""
     done = run_module("tools.start_run", *arguments, "--dry-run", "--write", "--caller", ROOT)
     assert done.returncode == 0, done.stderr
-    assignments, paths = done.stdout.split("declare -A PATHS=")
+    assignments, paths = done.stdout.split("declare -gA PATHS=")
     return dict(word.split("=", 1) for word in shlex.split(assignments)) | {"PATHS": paths}
 
 
