@@ -9,6 +9,8 @@ Reads: a Qwen2.5-VL checkpoint directory (safetensors).
 Writes: torch_dist files, hf/ (configuration, tokenizer, processor: what stage 6 needs to go back), proof.json.
 """
 
+from functools import partial
+
 from megatron_papo.checkpoint.conversion_output import to_megatron
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
 from megatron_papo.run.command_line import StageParser, run
@@ -17,10 +19,9 @@ from megatron_papo.run.command_line import StageParser, run
 def main() -> None:
     _, tasks = StageParser("stage3_convert_to_megatron", __doc__ or "").parse()
     for task in tasks:
+        parallel = task.config.parallel
         # The layout is checked before minutes of conversion, not by stage 5 after them.
-        to_megatron(
-            task.path("hf"), task.output, {}, check=lambda hf: check_parallel_sizes(hf, tasks[0].config.parallel)
-        )
+        to_megatron(task.require("hf"), task.output, {}, check=partial(check_parallel_sizes, parallel=parallel))
 
 
 if __name__ == "__main__":
