@@ -12,6 +12,7 @@ Writes: prompts.jsonl, sft.jsonl, images/ and saliency/ (native pictures, named 
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 from megatron_papo.config import Config, PromptSource
@@ -28,14 +29,16 @@ FILES = {"train": "prompts.jsonl", "sft": "sft.jsonl"}
 
 def main() -> None:
     _, tasks = StageParser("stage1_prepare_data", __doc__ or "").parse()
+    started = None
     for task in tasks:
-        out = task.stage_output(inputs_from_outside(task))
+        out = task.stage_output(inputs_from_outside(task), started)
         if out.done:
             require_saliency_of_prompts(task, out.output)
             out.announce_done()
             continue
         with out:
             prepare(task, out)
+        started = time.time()  # of the next output: this one's time is its own
 
 
 def sources(task: Task) -> dict[str, PromptSource]:

@@ -9,6 +9,7 @@ Control characters of a terminal stay out of the log.
 
 import os
 import re
+import signal
 import sys
 import time
 
@@ -18,6 +19,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 def main() -> None:
     path, name = sys.argv[1:3]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command it listens to ends first, and has a last word
     terminal = sys.stdout.isatty() or os.environ.get("PAPO_TERMINAL") == "1"
     pending, last_state = "", time.monotonic()
     with open(path, "a", encoding="utf-8") as log:

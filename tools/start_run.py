@@ -22,7 +22,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
 from megatron_papo.run.command_line import launcher, run
-from megatron_papo.run.run_config import settle_run, write_run
+from megatron_papo.run.run_config import CONFIG, settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, paths
 from megatron_papo.run.state import State, states
@@ -64,9 +64,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def name_of(args: argparse.Namespace) -> str:
     """Return the run's name: --name, or that of the configuration file."""
-    name = args.name or (args.config or DEFAULT_CONFIG).stem
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        raise UserError(f"--name {name}: use letters, digits, dot, dash and underscore, and begin with no dot")
+    name = (args.config or DEFAULT_CONFIG).stem if args.name is None else args.name
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
+        raise UserError(
+            f"--name {name}: use letters, digits, dot, dash and underscore, at most 100, and begin with no dot"
+        )
     return name
 
 
@@ -168,6 +170,8 @@ def main() -> None:
     rows = states(directory)
     values = assignments(args, directory, rows)
     if not args.dry_run:
+        if not (root / CONFIG).exists():
+            print(f"{root}: new run, by {args.config or DEFAULT_CONFIG}", file=sys.stderr)
         write_run(directory, differences, os.environ.get("RUN_ALL", "bash run_all.sh"))
         for change in differences:
             print(f"{root}: {change.key}: {change.old} -> {change.new}", file=sys.stderr)

@@ -66,7 +66,7 @@ def connect() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
-    _die_with_launcher()
+    die_with_launcher()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
@@ -76,7 +76,7 @@ def connect() -> None:
         _join_process_group()
 
 
-def _die_with_launcher() -> None:
+def die_with_launcher() -> None:
     """End with the launcher: torchrun gives its workers sessions of their own; were it killed, they would go on and
     write into the next attempt's output."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":

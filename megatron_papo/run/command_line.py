@@ -257,6 +257,7 @@ def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str
 def run(main: Callable[[], None]) -> None:
     """Run a command and leave; a UserError becomes `error: ...` lines on stderr and exit status 2."""
     status = 0
+    process_groups.die_with_launcher()  # also while it still imports and waits for the others
     console.quiet()
     try:
         main()

@@ -217,7 +217,9 @@ class StageOutput:
             return False
         manifest = read_manifest(self.output)
         if manifest is None:
-            raise UserError(f"{self.output}: exists and is not an output of this pipeline: choose another --output")
+            raise UserError(
+                f"{self.output}: exists and is not an output of this pipeline: remove it, or choose another --output"
+            )
         if manifest["fingerprint"] != self.fingerprint:
             changed = differences(manifest["recipe"], self._recipe)
             raise UserError(
