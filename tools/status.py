@@ -3,7 +3,7 @@ running.
 
     .venv/bin/python -m tools.status --run runs/demo [--json] [--all]
 
-By default iterations that are done are one line; --all shows each output. Nothing is hashed and nothing is written.
+Finished iterations but the last are left out; --all shows each output. Nothing is hashed and nothing is written.
 """
 
 import argparse

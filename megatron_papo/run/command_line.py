@@ -66,7 +66,7 @@ class Task:
 
     def hint(self, name: str) -> str:
         """Return the command that makes an input."""
-        made = None if self.run is None else maker(self.run, self.paths[name])
+        made = None if self.run is None else maker(self.run, self.paths[name], self.turn.iteration or 0)
         if self.run is not None and made is not None:
             return stage_command(made[0], self.whole_config, ["--run", str(self.run.root), *str(made[1]).split()])
         spec = next(spec for spec in self.stage.inputs if spec.name == name)

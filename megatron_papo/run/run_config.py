@@ -16,7 +16,8 @@ from megatron_papo.run.run_directory import RunDirectory
 
 CONFIG = "config.yaml"
 RECORD = ".config.yaml"
-OLDER_LAYOUT = ("data", "iterations", "reference", "sft")
+OUTPUTS = ("data", "evaluation", "iterations", "reference", "sft")
+"""What stands in a run directory as soon as anything has been made."""
 PLACES = ("data.train.source", "data.sft.source", "data.image_root", "model.path", "data.evaluation.source")
 """Living keys that name something outside the run, which must have the same content at its new place."""
 
@@ -43,7 +44,7 @@ def settle_run(
 ) -> tuple[RunDirectory, list[Change]]:
     """Return the run with the configuration that a start asks for, and what changes by it. Nothing is written.
 
-    Raises UserError, one line per key, if a frozen key would change.
+    Raises UserError, one line per key, if a frozen key would change once anything has been made.
 
     Args:
         root: The run's directory, there or not.
@@ -57,6 +58,8 @@ def settle_run(
         return RunDirectory(root, with_absolute_paths(load_config(given or default, list(overrides)), caller)), []
     config = with_absolute_paths(load_config(given or root / CONFIG, list(overrides)), caller)
     recorded = _recorded(root)
+    if not any((root / name).exists() for name in OUTPUTS):  # nothing was made by the old values
+        return RunDirectory(root, config), changes(recorded, config)
     by_hand = changes(recorded, load_config(root / CONFIG)) if given is None else []
     _refuse_frozen(root, by_hand, "edited by hand: put the old value back, or ")
     differences = changes(recorded, config)
@@ -101,7 +104,7 @@ def _existing(root: Path) -> Path:
 
 
 def _refuse_older_layout(root: Path) -> None:
-    parts = [name for name in OLDER_LAYOUT if (root / name).exists()]
+    parts = [name for name in OUTPUTS if (root / name).exists()]
     if parts:
         raise UserError(
             f"{root}: holds {', '.join(parts)} but no {CONFIG}: a run of an older version, which this one cannot"

@@ -361,17 +361,21 @@ def paths(stage: Stage, run: RunDirectory, turn: Turn) -> dict[str, Path]:
     return {spec.name: spec.path(run, turn) for spec in stage.needed_inputs(run.config, turn)}
 
 
-def all_turns(run: RunDirectory) -> Iterator[tuple[Stage, Turn]]:
-    """Yield everything that a whole run makes, in the order in which run_all.sh makes it."""
+def all_turns(run: RunDirectory, at_least: int = 0) -> Iterator[tuple[Stage, Turn]]:
+    """Yield everything that a whole run makes, in the order in which run_all.sh makes it.
+
+    at_least: Go on to this iteration where the run has fewer.
+    """
     for name in ("stage1_prepare_data", "stage2_sft", "stage3_convert_to_megatron"):
         yield from ((STAGES[name], turn) for turn in STAGES[name].turns(run))
     evaluation = STAGES["stage7_evaluate"]
     yield from ((evaluation, turn) for turn in evaluation.turns(run) if turn.iteration == 0)
-    for number in range(1, run.config.iterations + 1):
+    for number in range(1, max(run.config.iterations, at_least) + 1):
         yield from ((STAGES[name], Turn(number)) for name in ("stage4_rollout", "stage5_train", "stage6_convert_to_hf"))
         yield from ((evaluation, turn) for turn in evaluation.turns(run) if turn.iteration == number)
 
 
-def maker(run: RunDirectory, path: Path) -> tuple[Stage, Turn] | None:
-    """Return which turn of which stage makes a directory of a run; None for something from outside."""
-    return next(((stage, turn) for stage, turn in all_turns(run) if stage.output(run, turn) == path), None)
+def maker(run: RunDirectory, path: Path, at_least: int = 0) -> tuple[Stage, Turn] | None:
+    """Return which turn of which stage makes a directory of a run; None for something from outside. at_least: as
+    above."""
+    return next(((stage, turn) for stage, turn in all_turns(run, at_least) if stage.output(run, turn) == path), None)

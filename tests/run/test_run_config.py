@@ -17,6 +17,7 @@ from tests.helpers import DEMO_CONFIG, ROOT
 def start(root, *overrides, given=None, caller=ROOT, command="bash run_all.sh"):
     run, differences = settle_run(root, DEMO_CONFIG, given, overrides, caller)
     write_run(run, differences, command)
+    (root / "data").mkdir(exist_ok=True)  # something has been made
     return run, differences
 
 
@@ -31,6 +32,7 @@ def test_a_run_keeps_every_key_and_the_command(tmp_path):
 def test_a_start_that_was_killed_before_the_configuration_was_there_is_no_run(tmp_path):
     start(tmp_path / "r", "seed=7")
     (tmp_path / "r" / CONFIG).unlink()  # the record is written first
+    (tmp_path / "r" / "data").rmdir()
     start(tmp_path / "r", "seed=8")
     assert open_run(tmp_path / "r").config.seed == 8
 
@@ -56,6 +58,17 @@ def test_frozen_keys_are_refused_one_line_each(tmp_path):
     assert len(lines) == 2 and "seed is 1 in this run, not 7" in lines[0] and "optimizer.learning_rate" in lines[1]
     assert all("choose another --name" in line for line in lines)
     assert (tmp_path / "r" / CONFIG).read_text() == before
+
+
+def test_until_something_is_made_every_key_may_change(tmp_path):
+    """A run whose first stage has refused the data is mended by the --set that the stage names."""
+    start(tmp_path / "r")
+    (tmp_path / "r" / "data").rmdir()
+    _, differences = start(tmp_path / "r", "data.problem_key=question")
+    assert [(change.key, change.living) for change in differences] == [("data.problem_key", False)]
+    assert open_run(tmp_path / "r").config.data.problem_key == "question"
+    with pytest.raises(UserError, match="data.problem_key is question in this run"):
+        start(tmp_path / "r", "data.problem_key=problem")
 
 
 def test_a_configuration_file_given_again_may_not_change_what_is_frozen(tmp_path):

@@ -111,6 +111,7 @@ def test_maker(run):
     stage, turn = maker(run, run.exported(3))
     assert (stage.name, turn) == ("stage6_convert_to_hf", Turn(3))
     assert maker(run, run.root / "nothing") is None
+    assert maker(run, run.exported(9)) is None and maker(run, run.exported(9), at_least=9)[1] == Turn(9)
 
 
 def test_stages_read_the_configuration_through_their_view_only():
