@@ -11,7 +11,9 @@ Reads:  an evaluation set (stage 1: prompts.jsonl, images/), a Hugging Face chec
 Writes: predictions.jsonl, one records.Prediction per line; metrics.json.
 """
 
+from megatron_papo.checkpoint.keep import tidy
 from megatron_papo.run.command_line import StageParser, add_server_option, run, server_of
+from megatron_papo.run.stage_output import read_manifest
 
 
 def main() -> None:
@@ -22,6 +24,9 @@ def main() -> None:
 
     for task in tasks:
         evaluate(task, server_of(args, task))
+    directory, last = tasks[-1].run, tasks[-1].turn.iteration
+    if directory is not None and last == directory.config.iterations and read_manifest(directory.trained(last)):
+        tidy(directory, last)  # which iterations are the best is known only now, and no stage 6 comes after
 
 
 if __name__ == "__main__":
