@@ -62,7 +62,7 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedC
     try:
         return ResolvedConfig(Config.model_validate(tree), sources, str(layers[0][0]) if len(layers) > 1 else None)
     except ValidationError as error:
-        raise UserError("\n".join(_one_line(path, sources, problem) for problem in error.errors()))
+        raise UserError(*(_one_line(path, sources, problem) for problem in error.errors()))
 
 
 def dump_config(config: Config) -> str:

@@ -8,6 +8,7 @@ from typing import SupportsFloat, TypeVar
 
 from megatron_papo.distributed import process_groups
 from megatron_papo.errors import UserError
+from megatron_papo.reading import shown
 
 Value = TypeVar("Value")
 
@@ -28,8 +29,8 @@ def first_process_speaks() -> Iterator[None]:
         if process_groups.is_main_rank():
             raise
         time.sleep(LAUNCHER_SECONDS)
-        for line in str(error).splitlines():
-            print(f"error: rank {process_groups.rank()}: {line}", file=sys.stderr, flush=True)
+        for line in error.lines:
+            print(f"error: rank {process_groups.rank()}: {shown(line, limit=0)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -13,6 +13,7 @@ from megatron_papo.config_files import load_config
 from megatron_papo.config_view import view
 from megatron_papo.distributed import process_groups
 from megatron_papo.errors import UserError
+from megatron_papo.reading import shown
 from megatron_papo.run import console
 from megatron_papo.run.outside import remembered_fingerprint
 from megatron_papo.run.run_config import open_run
@@ -262,8 +263,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+        for line in error.lines:
+            print(f"error: {shown(line, limit=0)}", file=sys.stderr, flush=True)
         status = 2
     except KeyboardInterrupt:
         status = 130

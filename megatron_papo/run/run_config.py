@@ -128,7 +128,7 @@ def _refuse_frozen(root: Path, differences: Sequence[Change], cure: str = "") ->
         if not change.living
     ]
     if lines:
-        raise UserError("\n".join(lines))
+        raise UserError(*lines)
 
 
 def _replace(path: Path, text: str) -> None:
