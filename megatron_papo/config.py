@@ -56,14 +56,25 @@ class ModelConfig(Section):
 
 
 class PromptSource(Section):
-    """Where a set of prompts comes from."""
+    """Where a set of prompts comes from, and its column names where they are not those of the data section."""
 
     source: Annotated[PathText, PLACE]
     """`synthetic`, a .jsonl or .parquet file, a directory of them, or the name of a Hugging Face dataset."""
     split: str = "train"
-    """Split of a Hugging Face dataset; ignored for files."""
+    """Split of a Hugging Face dataset, or of a directory whose files or folders are named after splits
+    (test-00000.parquet, validation/a.jsonl): only the files of this one are read. Ignored for a single file."""
     count: int | None = Field(default=None, gt=0)
     """Keep only the first so many rows; the number of rows to make for `synthetic`. null: all."""
+    problem_key: str | None = None
+    """Of this set; null: data.problem_key."""
+    answer_key: str | None = None
+    """Of this set; null: data.answer_key."""
+    images_key: str | None = None
+    """Of this set; null: data.images_key."""
+    target_key: str | None = None
+    """Of this set; null: data.target_key."""
+    saliency_key: str | None = None
+    """Of this set; null: data.saliency_key."""
 
 
 class SyntheticTaskConfig(Section):
@@ -117,13 +128,27 @@ class DataConfig(Section):
     """Python format string around the problem (PAPO's by default)."""
     system_prompt: str | None = None
     """null: whatever the chat template does by itself."""
+    strip_problem: bool = True
+    """Leave out white space before and after the problem, as the authors' template does. false: render it as it is."""
     min_pixels: int = Field(gt=0)
     """Least height * width of a resized image, see max_pixels."""
     max_pixels: int = Field(gt=0)
     """Images are resized, keeping their aspect, so that height * width lies between these two (multiples of 28 px each
     side)."""
+    resize: Literal["smart", "published"] = "smart"
+    """smart: once, to a size between the limits, Qwen2-VL's rule. published: twice, as the authors' code does: scaled
+    to about the limit that it breaks, then rounded to multiples of 28, which may leave the limits by a few percent."""
+    transparency: Literal["white", "black"] = "white"
+    """What shows through transparent pixels. white: a white page. black: transparency is dropped, as in the authors'
+    code, and the colour stored under it shows, in most files black: black lines on nothing become a black picture."""
     max_prompt_tokens: int = Field(gt=0)
     """Longer prompts (image tokens included) are dropped and counted."""
+    skip_bad_rows: Annotated[int, LIMIT] = Field(default=0, ge=0)
+    """Rows of a set that cannot be used (a damaged picture, no answer) are reported all at once and stop stage 1; up to
+    so many are left out instead, counted, and listed with their reasons in skipped.jsonl."""
+    max_suspicious_share: Annotated[float, LIMIT] = Field(default=0.5, ge=0, le=1)
+    """Rows of a set that can be used but look wrong (pictures of one colour, answers that a right response would not
+    match, or that an empty one would) are counted and shown; a larger share of one kind stops stage 1."""
 
     @property
     def evaluation_sets(self) -> dict[str, PromptSource]:
@@ -558,6 +583,8 @@ class EvaluationConfig(Section):
     """-1: no limit. The authors' code uses 50."""
     max_response_tokens: int = Field(gt=0)
     """Longer answers are cut off."""
+    min_pixels: int | None = Field(default=None, gt=0)
+    """null: data.min_pixels. The authors' code uses 1024, and then the processor's 3136."""
     max_pixels: int | None = Field(default=None, gt=0)
     """null: data.max_pixels. The authors' code uses 589824."""
     masked_images: bool = False
@@ -635,6 +662,17 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.validation {self.evaluation.validation}: no evaluation set of that name: there is"
                 f" {', '.join(names)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_pixels(self) -> Self:
+        lowest = self.evaluation.min_pixels or self.data.min_pixels
+        highest = self.evaluation.max_pixels or self.data.max_pixels
+        if lowest > highest:
+            raise ValueError(
+                f"evaluation: at least {lowest} and at most {highest} pixels exclude each other: set"
+                " evaluation.min_pixels and evaluation.max_pixels (null: those of data)"
             )
         return self
 

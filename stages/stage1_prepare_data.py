@@ -5,23 +5,35 @@ data set, or the synthetic counting task), check and store the pictures (and the
 the chat prompt, leave out overlong ones. Without model.path the tiny model is made too. Maps that masked_image.strategy
 semantic will need are asked for here, before anything costs an hour.
 
-Reads:  the sources of the data section; the tokenizer of model.path.
+Rows that cannot be used are reported together and stop the stage, unless data.skip_bad_rows lets it leave them out;
+rows that look wrong are counted, and stop it above data.max_suspicious_share. A set that cannot be right as a whole
+stops it. See data/report.py.
+
+Reads:  the sources of the data section; tokenizer, image processor and vocabulary size of model.path.
 Writes: prompts.jsonl, sft.jsonl, images/ and saliency/ (native pictures, named by content), tokenizer.sha256, model/
-        (the tiny model). Of an evaluation set: prompts.jsonl, images/, saliency/, tokenizer.sha256.
+        (the tiny model), skipped.jsonl where rows were left out. Of an evaluation set: prompts.jsonl, images/,
+        saliency/, tokenizer.sha256, skipped.jsonl.
 """
 
 import hashlib
 import json
+import math
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_papo.config import Config, PromptSource
-from megatron_papo.data.chat import TOKENIZER_FILES, tokenizer_hash
+from megatron_papo.config import Config, PromptSource, RewardConfig
+from megatron_papo.data.chat import TOKENIZER_FILES, require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import counted, progress_bar
 from megatron_papo.run.stage_output import Input, StageOutput, file_hash
+
+if TYPE_CHECKING:
+    from megatron_papo.data.prompts import PromptMaker
 
 FILES = {"train": "prompts.jsonl", "sft": "sft.jsonl"}
 """What the rows of a set become; those of an evaluation set become prompts.jsonl."""
@@ -52,16 +64,22 @@ def sources(task: Task) -> dict[str, PromptSource]:
 
 
 def inputs_from_outside(task: Task) -> dict[str, Input]:
-    """Return the sources, by their content, and the tokenizer, by that of its files."""
+    """Return the sources, by their content, and the tokenizer, by that of its files.
+
+    Sources of an output that is not there yet have no fingerprint: `prepare` adds it up while it reads them.
+    """
     inputs: dict[str, Input] = {}
     for name, source in sources(task).items():
         if source.source == "synthetic":
             if source.count is None:
                 raise UserError(f"data.{name}.count: missing: say how many rows of the synthetic task to make")
             continue
-        inputs[name] = Input(Path(source.source), source_fingerprint(source, task.config.data), verify=False)
+        is_there = task.output.exists()
+        fingerprint = source_fingerprint(source, task.config.data, name == "sft") if is_there else ""
+        inputs[name] = Input(Path(source.source), fingerprint, verify=False)
     directory = tokenizer_directory(task)
     if directory is not None:
+        require_checkpoint(directory)
         tokenizer_hash(directory)
         files = {name: file_hash(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
         fingerprint = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
@@ -76,11 +94,14 @@ def tokenizer_directory(task: Task) -> Path | None:
     return None if task.config.model.path is None else Path(task.config.model.path)
 
 
+def shows_masked(config: Config, name: str) -> bool:
+    """Say whether a later stage compares the pictures of a set with masked ones."""
+    return config.objective.uses_masked_image if name == "train" else name != "sft" and config.evaluation.masked_images
+
+
 def is_masked_later(config: Config, name: str) -> bool:
     """Say whether a later stage masks the pictures of a set by their saliency maps."""
-    if config.masked_image.strategy != "semantic":
-        return False
-    return config.objective.uses_masked_image if name == "train" else name != "sft" and config.evaluation.masked_images
+    return config.masked_image.strategy == "semantic" and shows_masked(config, name)
 
 
 def require_saliency_of_prompts(task: Task, output: Path) -> None:
@@ -99,13 +120,13 @@ def require_saliency_of_prompts(task: Task, output: Path) -> None:
 
 
 def prepare(task: Task, out: StageOutput) -> None:
+    """Make all sets of one output. Raises UserError with all that is wrong with the first set that is not usable."""
     from megatron_papo.data.chat import ChatFormat
     from megatron_papo.data.prompts import PromptMaker
-    from megatron_papo.data.rows import read_rows
+    from megatron_papo.pictures.model_processor import read_model_processor
+    from megatron_papo.pictures.preprocess import PictureSettings
     from megatron_papo.pictures.store import IMAGES, SALIENCY, ImageStore
-    from megatron_papo.run.records import write_jsonl
     from megatron_papo.seeds import derive_seed
-    from megatron_papo.synthetic.rows import synthetic_rows
 
     config, model = task.config, tokenizer_directory(task)
     if model is None:
@@ -113,29 +134,77 @@ def prepare(task: Task, out: StageOutput) -> None:
 
         model = out.partial / "model"
         make_tiny_model(model, derive_seed(config.seed, "tiny_model"))
-    chat = ChatFormat(model, config.data.prompt_template, config.data.system_prompt)
-    store = ImageStore(out.partial)
+    require_ids_in_vocabulary(model)
+    processor, also_shown = read_model_processor(model), []
+    if task.turn.evaluation_set is not None:
+        also_shown.append(PictureSettings.of_evaluation(config.data, config.evaluation))
+    processor.require_limits([PictureSettings.of(config.data), *also_shown])
+    chat = ChatFormat(model, config.data.prompt_template, config.data.system_prompt, config.data.strip_problem)
+    store = ImageStore(out.partial, config.data.transparency)
     for name, source in sources(task).items():
-        with_target = name == "sft"
-        if source.source == "synthetic":
-            rows = synthetic_rows(config.data.synthetic, config.seed, name, source.count or 0, with_target)
-        else:
-            rows = read_rows(source, config.data, with_target)
-        maker = PromptMaker(config.data, chat, store, needs_saliency=is_masked_later(config, name))
-        with progress_bar(source.count, f"stage 1: {name}", "rows") as bar:
-            file = out.partial / FILES.get(name, "prompts.jsonl")
-            write_jsonl(file, maker.prompts(counted(rows, bar)))
-        if not maker.kept:
-            raise UserError(
-                f"data.{name}: no row left ({maker.dropped} overlong): raise data.max_prompt_tokens or add data"
-            )
-        out.counts |= {name: maker.kept, f"{name}_dropped_overlong": maker.dropped}
-        overlong = f"{maker.dropped} dropped (over {config.data.max_prompt_tokens} tokens)"
-        print(f"stage 1: {name}: {maker.kept} prompts, {overlong}", flush=True)
+        maker = PromptMaker(config.data, chat, store, is_masked_later(config, name), also_shown, processor)
+        prepare_set(name, source, config, maker, out)
     out.counts["images"] = store.count(IMAGES)
     if store.count(SALIENCY):
         out.counts["saliency_maps"] = store.count(SALIENCY)
     (out.partial / "tokenizer.sha256").write_text(tokenizer_hash(model) + "\n")
+
+
+def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptMaker", out: StageOutput) -> None:
+    """Write the prompts of one set, count them, and say what is odd about it. Raises UserError with all that is
+    wrong."""
+    from megatron_papo.data.fingerprint import SourceHash
+    from megatron_papo.data.report import too_suspicious
+    from megatron_papo.data.rows import BadRow, Columns, SourceRow, read_rows
+    from megatron_papo.run.records import write_jsonl
+    from megatron_papo.synthetic.rows import synthetic_rows
+
+    with_target, data, report = name == "sft", config.data, maker.report
+    rows: Iterator[SourceRow | BadRow] | Iterator[SourceRow]
+    if source.source == "synthetic":
+        rows = synthetic_rows(data.synthetic, config.seed, name, source.count or 0, with_target)
+    else:
+        rows = read_rows(source, data, with_target)
+        maker.source_hash = SourceHash(source)
+    with progress_bar(source.count, f"stage 1: {name}", "rows") as bar:
+        write_jsonl(out.partial / FILES.get(name, "prompts.jsonl"), maker.prompts(counted(rows, bar)))
+    suspicious = report.suspicious_rows(partial(grade, config.reward))
+    problems = [
+        *report.bad_rows(name, data.skip_bad_rows),
+        *report.no_pictures(name, Columns.of(source, data, with_target), shows_masked(config, name)),
+        *too_suspicious(name, suspicious, report.kept, data.max_suspicious_share),
+    ]
+    if problems:
+        raise UserError(*problems)
+    if not report.kept:
+        raise UserError(
+            f"data.{name}: no row left ({report.overlong} overlong, {len(report.bad)} left out): raise"
+            " data.max_prompt_tokens or add data"
+        )
+    if maker.source_hash is not None:
+        out.complete_input(name, maker.source_hash.hexdigest())
+    if report.bad:
+        with open(out.partial / "skipped.jsonl", "a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"set": name, **vars(row)}) + "\n" for row in report.bad)
+    out.counts |= report.counts(name, suspicious)
+    for line in report.in_words(suspicious, data.max_prompt_tokens):
+        print(f"stage 1: {name}: {line}", flush=True)
+    if name == "train" and report.kept < config.rollout.rollout_batch_size:
+        times = math.ceil(config.rollout.rollout_batch_size / report.kept)
+        print(
+            f"stage 1: train: fewer prompts than rollout.rollout_batch_size {config.rollout.rollout_batch_size}: each"
+            f" is drawn up to {times} times an iteration",
+            flush=True,
+        )
+
+
+def grade(reward: RewardConfig, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+    """Say of pairs (response, answer) whether the response is right, in the processes that grade responses."""
+    from megatron_papo.rollout.rewards import Grader
+
+    with Grader(reward) as grader:
+        pending = [grader.submit(response, answer, cut_off=False) for response, answer in pairs]
+        return [grader.result(submitted).accuracy == 1.0 for submitted in pending]
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ def end_of_previous(task: Task, data: Input) -> int:
 def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out: StageOutput) -> None:
     """The algorithm of the module's docstring. first_position: in the data order; fingerprint: of the weights."""
     from megatron_papo.data.chat import forbidden_tokens
+    from megatron_papo.pictures.preprocess import PictureSettings
     from megatron_papo.rollout.counts import batch_counts, in_words
     from megatron_papo.rollout.data_order import prompts_at
     from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
@@ -153,8 +154,7 @@ def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out
     tokenizer = matching_tokenizer(hf, data)
     forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, -1, settings.max_response_tokens, forbidden)
-    limits = config.data.min_pixels, config.data.max_pixels
-    pictures = Pictures(data, limits, config.masked_image, kept=2 * settings.concurrency)
+    pictures = Pictures(data, PictureSettings.of(config.data), config.masked_image, kept=2 * settings.concurrency)
     client = open_client(
         server, hf, config.server, config.model.dtype,
         concurrency=settings.concurrency, timeout_seconds=settings.request_timeout_seconds,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_papo.config_files import load_config
-from megatron_papo.pictures.preprocess import load_images, to_data_uri
+from megatron_papo.pictures.preprocess import PictureSettings, load_images, to_data_uri
 from megatron_papo.run.records import Prompt
 from megatron_papo.sglang import server as sglang_server
 from megatron_papo.sglang.client import SglangClient
@@ -110,6 +110,9 @@ def request_for(prompt: Prompt, root: Path, seed: int, group: str | None = None)
     """As the stages make it: the resized pictures as data URIs."""
 
     def load():
-        return [to_data_uri(picture) for picture in load_images(root, prompt.images, MIN_PIXELS, MAX_PIXELS)]
+        return [
+            to_data_uri(picture)
+            for picture in load_images(root, prompt.images, PictureSettings(MIN_PIXELS, MAX_PIXELS))
+        ]
 
     return Request(prompt, seed, images=load, group=group)

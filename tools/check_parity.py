@@ -253,12 +253,12 @@ def read_prompts(file: Path, hf: Path, config: Config) -> tuple[Path, list]:
 
 def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config) -> "Prompt":
     from megatron_papo.data.chat import ChatFormat
-    from megatron_papo.pictures.preprocess import grid_of_file, num_image_tokens
+    from megatron_papo.pictures.preprocess import PictureSettings, grid_of_file, num_image_tokens
     from megatron_papo.run.records import Prompt
 
     chat = ChatFormat(hf, config.data.prompt_template, config.data.system_prompt)
     ids = chat.encode_prompt(row["problem"], len(row["images"]))
-    grids = [grid_of_file(root, image, config.data.min_pixels, config.data.max_pixels) for image in row["images"]]
+    grids = [grid_of_file(root, image, PictureSettings.of(config.data)) for image in row["images"]]
     length = len(ids) + sum(num_image_tokens(grid) - 1 for grid in grids)
     return Prompt(id=name, problem=row["problem"], answer="", token_ids=ids, num_tokens=length, images=row["images"])
 
@@ -296,16 +296,16 @@ class Side:
 
     def sample(self, prompts: Sequence, top_p: float, picture: Callable | None = None) -> list:
         """Rollout records of SAMPLES_PER_PROMPT responses to each prompt. picture: makes the pictures that are sent."""
-        from megatron_papo.pictures.preprocess import load_images, open_image, to_data_uri
+        from megatron_papo.pictures.preprocess import PictureSettings, load_images, open_image, to_data_uri
         from megatron_papo.sglang.requests import Request, Sampling
 
-        limits = self.config.data.min_pixels, self.config.data.max_pixels
+        settings = PictureSettings.of(self.config.data)
 
         def pictures(prompt: "Prompt") -> list[str]:
-            resized = load_images(self.root, prompt.images, *limits)
+            resized = load_images(self.root, prompt.images, settings)
             if picture is not None:
                 resized = [
-                    picture(open_image(self.root, name), right.size)
+                    picture(open_image(self.root, name, settings.transparency), right.size)
                     for name, right in zip(prompt.images, resized, strict=True)
                 ]
             return [to_data_uri(image) for image in resized]

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_papo.config import Config
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.pictures.preprocess import load_images, load_masked_images
+from megatron_papo.pictures.preprocess import PictureSettings, load_images, load_masked_images
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.run.run_config import open_run
@@ -100,10 +100,10 @@ def draw(rollout: Rollout, line: int, source: Source, output: Path) -> list[tupl
         output: directory to write to.
     """
     config, data = source.config, source.data
-    limits = config.data.min_pixels, config.data.max_pixels
-    originals = load_images(data, rollout.images, *limits)
+    settings = PictureSettings.of(config.data)
+    originals = load_images(data, rollout.images, settings)
     masked = load_masked_images(
-        data, rollout.images, *limits, config.masked_image, rollout.masked_image_seed, rollout.saliency
+        data, rollout.images, settings, config.masked_image, rollout.masked_image_seed, rollout.saliency
     )
     drawn = []
     for number, (original, (picture, squares)) in enumerate(zip(originals, masked, strict=True)):

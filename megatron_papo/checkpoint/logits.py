@@ -71,7 +71,7 @@ def _transformers(
 ) -> torch.Tensor:
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     config.tie_word_embeddings = hf.tie_word_embeddings  # transformers 5.12 does not see one that 4.57 wrote
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, config=config, dtype=torch.float32).eval()
     return model(

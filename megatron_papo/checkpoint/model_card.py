@@ -22,6 +22,8 @@ _SETTINGS = (
     "rollout.max_response_tokens",
     "data.min_pixels",
     "data.max_pixels",
+    "data.resize",
+    "data.transparency",
     "model.dtype",
     "seed",
 )

@@ -1,12 +1,14 @@
 """From a problem's text to the token ids of a chat prompt, with one image-pad token per picture."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.preprocess import num_image_tokens
+from megatron_papo.reading import read_json, reading, shown
 
 IMAGE_PLACE = "<image>"
 IMAGE_PAD = "<|image_pad|>"
@@ -29,12 +31,46 @@ TOKENIZER_FILES = (
 def tokenizer_hash(directory: Path) -> str:
     """Return the sha256 of tokenizer.json, in hex: two checkpoints with the same one give the same token ids. Raises
     UserError."""
-    try:
+    with reading(Path(directory) / "tokenizer.json", "give a complete Qwen2.5-VL checkpoint directory"):
         return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
-    except OSError as error:
+
+
+def require_checkpoint(directory: Path) -> None:
+    """Raise UserError where no checkpoint directory is, as where a name of the Hugging Face hub was given."""
+    with reading(directory, "set model.path to a Qwen2.5-VL checkpoint directory"):
+        if Path(directory).is_dir():
+            return
+    raise UserError(
+        f"{shown(directory)}: no such directory. Names of the Hugging Face hub are not taken: download the model (hf"
+        " download NAME --local-dir DIRECTORY) and set model.path=DIRECTORY"
+    )
+
+
+def vocabulary_size(directory: Path) -> int:
+    """Return the number of rows of a checkpoint's embedding, as its config.json says. Raises UserError."""
+    path = Path(directory) / "config.json"
+    config = read_json(path, "give a complete Qwen2.5-VL checkpoint directory")
+    text = config.get("text_config")
+    size = (text.get("vocab_size") if isinstance(text, dict) else None) or config.get("vocab_size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 2**31:
+        raise UserError(f"{path}: vocab_size is {shown(repr(size))}: give a complete Qwen2.5-VL checkpoint directory")
+    return size
+
+
+def largest_token_id(directory: Path) -> int:
+    """Return the largest id that a checkpoint's tokenizer.json can give, added tokens included. Raises UserError."""
+    path = Path(directory) / "tokenizer.json"
+    with reading(path, "give a complete Qwen2.5-VL checkpoint directory"):
+        return max(Tokenizer.from_str(path.read_text("utf-8")).get_vocab(with_added_tokens=True).values())
+
+
+def require_ids_in_vocabulary(directory: Path) -> None:
+    """Raise UserError where a checkpoint's tokenizer has ids that its embedding has no row for."""
+    largest, size = largest_token_id(directory), vocabulary_size(directory)
+    if largest >= size:
         raise UserError(
-            f"{directory}/tokenizer.json: cannot be read ({error.strerror}): give a complete Qwen2.5-VL checkpoint"
-            " directory"
+            f"{directory}: its tokenizer has ids up to {largest}, its embedding {size} rows (vocab_size in"
+            " config.json): tokens were added: resize the embedding (resize_token_embeddings) or give this model's own"
         )
 
 
@@ -42,17 +78,28 @@ class ChatFormat:
     """The tokenizer and chat template of a checkpoint, with the prompt template and system message of the
     configuration."""
 
-    def __init__(self, directory: Path, prompt_template: str, system_prompt: str | None):
-        tokenizer_hash(directory)
-        from transformers import AutoTokenizer
+    def __init__(self, directory: Path, prompt_template: str, system_prompt: str | None, strip_problem: bool = True):
+        """Load the tokenizer; no code that a checkpoint brings is run. Raises UserError where it cannot be used.
 
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.prompt_template = prompt_template
+        Args:
+            directory: of the checkpoint.
+            prompt_template: format string around the problem.
+            system_prompt: None: whatever the chat template does by itself.
+            strip_problem: leave out white space before and after the problem.
+        """
+        tokenizer_hash(directory)
+        self.directory = directory
+        with reading(directory, "its tokenizer cannot be loaded: give a complete Qwen2.5-VL checkpoint directory"):
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        self.prompt_template, self.strip_problem = prompt_template, strip_problem
         self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
         self.image_pad = self._token_id(directory, IMAGE_PAD)
         self.end_of_turn = self._token_id(directory, END_OF_TURN)
         if not self.tokenizer.chat_template:
             raise UserError(f"{directory}: the tokenizer has no chat template: add chat_template.jinja")
+        self.render("")
         added = self.tokenizer.added_tokens_decoder.values()
         self.control_tokens = sorted(
             token.content for token in added if token.special or token.content.startswith("<|")
@@ -68,7 +115,7 @@ class ChatFormat:
         would take it for a picture.
         """
         self._refuse_control_tokens(problem, "the problem")
-        text = self.prompt_template.format(problem=problem)
+        text = self.prompt_template.format(problem=problem.strip() if self.strip_problem else problem)
         places = text.count(IMAGE_PLACE)
         if places == 0:
             text = IMAGE_PLACE * num_images + text
@@ -89,7 +136,8 @@ class ChatFormat:
             if part:
                 content.append({"type": "text", "text": part})
         messages: list[dict] = [*self.system, {"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        with reading(f"{self.directory}: chat template", "give Qwen2.5-VL's"):
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def encode_target(self, target: str) -> list[int]:
         """Return the token ids of a response, the end-of-turn token included."""
@@ -120,8 +168,7 @@ def forbidden_tokens(hf_dir: Path, vocabulary: dict[str, int]) -> tuple[int, ...
         hf_dir: checkpoint directory, for the size of the embedding.
         vocabulary: of the tokenizer, special tokens included.
     """
-    config = json.loads((Path(hf_dir) / "config.json").read_text())
-    size = config.get("text_config", config).get("vocab_size") or config["vocab_size"]
+    size = vocabulary_size(hf_dir)
     vision = {vocabulary[token] for token in VISION_TOKENS if token in vocabulary}
     return tuple(sorted(vision | (set(range(size)) - set(vocabulary.values()))))
 

@@ -1,49 +1,69 @@
 """From rows to Prompt records: pictures stored, prompts tokenised and measured, overlong ones left out and counted."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from megatron_papo.config import DataConfig
 from megatron_papo.data.chat import ChatFormat
 from megatron_papo.data.fingerprint import SourceHash
-from megatron_papo.data.rows import SourceRow
+from megatron_papo.data.report import SetReport
+from megatron_papo.data.rows import BadRow, SourceRow
 from megatron_papo.errors import UserError
-from megatron_papo.pictures.preprocess import FACTOR, smart_size
+from megatron_papo.pictures.model_processor import ModelProcessor
+from megatron_papo.pictures.preprocess import FACTOR, PictureSettings, model_size
 from megatron_papo.pictures.store import ImageStore, StoredImage
 from megatron_papo.run.records import Prompt
 
 
 @dataclass
 class PromptMaker:
-    """Turns the rows of one set into records; afterwards `kept` and `dropped` say how many there were."""
+    """Turns the rows of one set into records; afterwards `report` says what it has seen."""
 
     config: DataConfig
     chat: ChatFormat
     store: ImageStore
     needs_saliency: bool = False
     """Refuse a row with pictures and no saliency maps."""
+    also_shown: Sequence[PictureSettings] = ()
+    """Other settings under which the pictures will be shown, and must be possible."""
+    processor: ModelProcessor | None = None
+    """Of the model, which must leave resized pictures alone."""
     source_hash: SourceHash | None = None
     """Gets the pictures that rows name by path, as they are read."""
-    kept: int = 0
-    dropped: int = 0
+    report: SetReport = field(default_factory=SetReport)
     _seen: dict[str, str] = field(default_factory=dict)
 
-    def prompts(self, rows: Iterable[SourceRow]) -> Iterator[Prompt]:
-        """Return a record per row that is not overlong. Raises UserError naming the first row that is bad."""
+    def prompts(self, rows: Iterable[SourceRow | BadRow]) -> Iterator[Prompt]:
+        """Return a record per row that can be used and is not overlong; the report gets the others."""
         for row in rows:
-            try:
-                prompt, files = self._prompt(row)
-            except UserError as error:
-                raise UserError(f"{row.place}: {error}") from error
-            if prompt.num_tokens > self.config.max_prompt_tokens:
-                self.dropped += 1
+            self.report.rows += 1
+            made = self._try(row)
+            if self.source_hash is not None:
+                self.source_hash.add(row)
+            if isinstance(made, BadRow):
+                self.report.bad.append(made)
                 continue
-            for file in files:
+            prompt, images, saliency = made
+            if prompt.num_tokens > self.config.max_prompt_tokens:
+                self.report.overlong += 1
+                continue
+            for file in images + saliency:
                 self.store.write(file)
-            self.kept += 1
+            self.report.keep(row.place, prompt, images)
             yield prompt
 
-    def _prompt(self, row: SourceRow) -> tuple[Prompt, list[StoredImage]]:
+    def _try(self, row: SourceRow | BadRow) -> BadRow | tuple[Prompt, list[StoredImage], list[StoredImage]]:
+        if isinstance(row, BadRow):
+            return row
+        try:
+            return self._prompt(row)
+        except UserError as error:
+            return BadRow(row.place, str(error))
+
+    def _prompt(self, row: SourceRow) -> tuple[Prompt, list[StoredImage], list[StoredImage]]:
+        """Return the record of a row, its pictures and their saliency maps. Raises UserError where it is bad."""
+        self.report.columns |= dict.fromkeys(row.columns)
+        self.report.rows_with_pictures += bool(row.images)
         if row.id in self._seen:
             raise UserError(f"id {row.id} is also that of {self._seen[row.id]}: ids must be unique")
         self._seen[row.id] = row.place
@@ -52,8 +72,9 @@ class PromptMaker:
         images = [self.store.read(image, row.image_root) for image in row.images]
         saliency = [self.store.read_saliency(entry, row.image_root) for entry in row.saliency or []]
         if self.source_hash is not None:
-            stored = zip([*row.images, *(row.saliency or [])], images + saliency, strict=True)
-            self.source_hash.add([file.sha256 for given, file in stored if isinstance(given, str)])
+            for given, file in zip([*row.images, *(row.saliency or [])], images + saliency, strict=True):
+                if isinstance(given, str):
+                    self.source_hash.know(row, given, file.sha256)
         prompt = Prompt(
             id=row.id,
             problem=row.problem,
@@ -65,22 +86,26 @@ class PromptMaker:
             target=row.target,
             target_token_ids=None if row.target is None else self.chat.encode_target(row.target),
         )
-        return prompt, images + saliency
+        return prompt, images, saliency
 
     def _check_saliency(self, row: SourceRow) -> None:
         if row.saliency is None and row.images and self.needs_saliency:
             raise UserError(
                 f"no saliency map in column {self.config.saliency_key}, which masked_image.strategy semantic needs:"
-                " add the column, name"
-                " it with data.saliency_key, or choose another strategy"
+                " add the column, name it with data.saliency_key, or choose another strategy"
             )
         if row.saliency is not None and len(row.saliency) != len(row.images):
             raise UserError(
                 f"{len(row.saliency)} saliency maps for {len(row.images)} images: give one per image, name the column"
-                " of the maps with"
-                " data.saliency_key, or drop the row"
+                " of the maps with data.saliency_key, or drop the row"
             )
 
     def _num_tokens(self, image: StoredImage) -> int:
-        width, height = smart_size(*image.size, self.config.min_pixels, self.config.max_pixels)
+        """Return how many tokens a picture takes. Raises UserError where one of the settings, or the server, refuses
+        it."""
+        sizes = [model_size(*image.seen.size, used) for used in (PictureSettings.of(self.config), *self.also_shown)]
+        for size in sizes:
+            if self.processor is not None:
+                self.processor.require_unchanged(*size)
+        width, height = sizes[0]
         return width // FACTOR * (height // FACTOR)

@@ -1,11 +1,13 @@
 """Rows of a data set, one at a time: JSONL, parquet, a directory of such files, or a Hugging Face data set.
 
 The layout is that of PAPO_ViRL39K: a problem with `<image>` places, an answer, and a list of images, each a path, raw
-bytes or {"bytes": ..., "path": ...}. Column names come from the data section of the configuration; a column `id` is
-used where there is one.
+bytes or {"bytes": ..., "path": ...}. Column names come from the data section of the configuration, or from the set's
+own part of it; a column `id` is used where there is one. A row that cannot be used comes out as a BadRow, and the
+reading goes on.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,78 +15,81 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_papo.config import DataConfig, PromptSource
+from megatron_papo.data.sources import converting, data_files, is_jsonl
 from megatron_papo.errors import UserError
+from megatron_papo.reading import in_short, reading, shown
 
 if TYPE_CHECKING:
     import datasets
 
-SUFFIXES = (".jsonl", ".parquet")
 _PARQUET_BATCH = 32
 """Rows held in memory at once: each may carry megabytes of pictures."""
+_CONVERSATIONS = ("conversations", "messages", "conversation")
 
 
 @dataclass(frozen=True)
-class RowPictures:
-    """The pictures of a row and the saliency maps that go with them."""
+class Columns:
+    """What the columns of a set are called."""
+
+    problem: str
+    answer: str
+    images: str
+    saliency: str
+    target: str | None
+    """None: the set needs no target."""
+
+    @classmethod
+    def of(cls, source: PromptSource, config: DataConfig, with_target: bool) -> "Columns":
+        """Return the set's own names, and the data section's where it has none."""
+        return cls(
+            source.problem_key or config.problem_key,
+            source.answer_key or config.answer_key,
+            source.images_key or config.images_key,
+            source.saliency_key or config.saliency_key,
+            (source.target_key or config.target_key) if with_target else None,
+        )
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used."""
 
     place: str
     """`file:row`, rows counted from 1, for messages."""
+    problem: str
+    """What is wrong with it, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRow:
+    """A row as the data set has it, columns named as this package names them."""
+
+    place: str
+    """`file:row`, rows counted from 1, for messages."""
+    id: str
+    problem: str
+    answer: str
+    target: str | None = None
     images: list[bytes | str]
     """Encoded pictures, or paths below `image_root`."""
     image_root: Path | None
     """None: a path is an error."""
     saliency: list[bytes | str] | None = None
     """A saliency map per picture: files likewise; None where the row has none."""
+    columns: tuple[str, ...] = ()
+    """Names of all columns that the row has."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceRow(RowPictures):
-    """A row as the data set has it, columns named as this package names them."""
+def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[SourceRow | BadRow]:
+    """Return the rows of a source in order, at most source.count of them.
 
-    id: str
-    problem: str
-    answer: str
-    target: str | None
-
-
-def data_files(source: str) -> list[Path]:
-    """Return the files that a source stands for, sorted; [] if it is the name of a Hugging Face data set. Raises
-    UserError."""
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"{path}: no {' or '.join(SUFFIXES)} file in this directory: name another data source")
-        return files
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise UserError(f"{path}: expected {' or '.join(SUFFIXES)}: convert the file")
-        return [path]
-    if path.suffix in SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"{source}: no such file or directory: correct the data source")
-    return []
-
-
-def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[SourceRow]:
-    """Return the rows of a source in order, at most source.count of them. Raises UserError naming file and row at the
-    first bad one."""
-    columns = [config.problem_key, config.answer_key, config.images_key, config.saliency_key, "id"]
-    if with_target:
-        columns.append(config.target_key)
+    Raises UserError, naming the file, where a file as a whole cannot be read.
+    """
+    columns = Columns.of(source, config, with_target)
     rows = (
-        _parse(row, table, number, config, with_target)
+        row if isinstance(row, BadRow) else _parse(row, table, number, columns)
         for table in _tables(source, config, columns)
-        for number, row in enumerate(table.rows, 1)
-    )
-    return islice(rows, source.count)
-
-
-def read_pictures(source: PromptSource, config: DataConfig) -> Iterator[RowPictures]:
-    """Return the pictures of the rows of read_rows, without a look at the other columns."""
-    rows = (
-        _parse_pictures(row, f"{table.name}:{number}", table.image_root, config)
-        for table in _tables(source, config, [config.images_key, config.saliency_key])
-        for number, row in enumerate(table.rows, 1)
+        for number, row in table.rows
     )
     return islice(rows, source.count)
 
@@ -96,48 +101,77 @@ class _Table:
     stem: str
     """What the ids of its rows begin with, where they have none of their own."""
     image_root: Path | None
-    rows: Iterable[dict]
+    rows: Iterable[tuple[int, dict | BadRow]]
+    """With their numbers, from 1."""
 
 
-def _tables(source: PromptSource, config: DataConfig, columns: list[str]) -> Iterator[_Table]:
+def _tables(source: PromptSource, config: DataConfig, columns: Columns) -> Iterator[_Table]:
     """Return the files of a source one after the other, or the Hugging Face data set."""
-    files = data_files(source.source)
+    files = data_files(source)
     base = Path(source.source)
     root = Path(config.image_root) if config.image_root else None
     for file in files:
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
-        rows = _jsonl(file) if file.suffix == ".jsonl" else _parquet(file, columns)
-        yield _Table(str(file), stem, root or file.parent, rows)
+        yield _Table(str(file), stem, root or file.parent, _rows_of(file, columns))
     if not files:
-        table = undecoded(_hugging_face(source), config.images_key, config.saliency_key)
-        yield _Table(f"{source.source} ({source.split})", source.split, root, table)
+        table = undecoded(_hugging_face(source), columns.images, columns.saliency)
+        name = f"{source.source} ({source.split})"
+        yield _Table(name, source.split, root, _of_hub(table, name))
 
 
-def _jsonl(file: Path) -> Iterator[dict]:
-    with open(file, "rb") as stream:
+def _rows_of(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]]:
+    return _jsonl(file) if is_jsonl(file) else _parquet(file, columns)
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
+    """Yield the rows of a file of JSON objects, one per line; empty lines are no rows."""
+    with reading(file, "correct its permissions or copy it again"):
+        # What is not UTF-8 becomes lone surrogates, which are looked for line by line.
+        stream = open(file, encoding="utf-8-sig", errors="surrogateescape")
+    with stream:
         for number, line in enumerate(stream, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: not JSON ({error}): the file is truncated or damaged")
-            if not isinstance(row, dict):
-                raise UserError(f"{file}:{number}: expected a JSON object with the columns of a row")
-            yield row
+            text, place = line.strip(), f"{file}:{number}"
+            if number == 1 and (text.startswith("[") or text == "{"):
+                raise UserError(
+                    f"{place}: an array or JSON of several lines, not an object per line: {converting(file)}"
+                )
+            if text:
+                yield number, _row_of_line(text, place)
 
 
-def _parquet(file: Path, columns: list[str]) -> Iterator[dict]:
-    import pyarrow
+def _row_of_line(text: str, place: str) -> dict | BadRow:
+    try:
+        _require_unicode(text, "the line")
+        row = json.loads(text)
+    except UserError as error:
+        return BadRow(place, str(error))
+    except (ValueError, RecursionError) as error:
+        return BadRow(place, f"{in_short(error)}: the file is truncated or damaged")
+    return row if isinstance(row, dict) else BadRow(place, "expected a JSON object with the columns of a row")
+
+
+def _parquet(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]]:
+    """Yield rows with the columns that are used; the names of the others stand for None."""
     from pyarrow import parquet
 
-    try:
+    cure = "it cannot be read as parquet: the file is truncated or damaged: copy it again"
+    with reading(file, cure):
         table = parquet.ParquetFile(file)
-        present = [name for name in columns if name in table.schema_arrow.names]
-        for batch in table.iter_batches(batch_size=_PARQUET_BATCH, columns=present):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{file}: cannot be read as parquet ({' '.join(str(error).split())}): the file is truncated or damaged"
-        )
+        names = table.schema_arrow.names
+        used = [name for name in (*vars(columns).values(), "id") if name in names]
+        batches = table.iter_batches(batch_size=_PARQUET_BATCH, columns=used)
+    number = 0
+    while True:
+        with reading(file, cure):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for index in range(batch.num_rows):
+            number += 1
+            try:
+                yield number, dict.fromkeys(names) | batch.slice(index, 1).to_pylist()[0]
+            except ValueError as error:  # text that is not UTF-8, dates out of range
+                yield number, BadRow(f"{file}:{number}", f"{in_short(error)}: correct or drop the row")
 
 
 def hugging_face_fingerprint(source: PromptSource) -> str:
@@ -149,15 +183,17 @@ def hugging_face_fingerprint(source: PromptSource) -> str:
 def _hugging_face(source: PromptSource) -> "datasets.Dataset":
     import datasets
 
-    try:
+    cure = "check name, split and network, or give a directory"
+    what = f"{source.source}: no such file, and the Hugging Face data set of this name cannot be loaded"
+    with reading(what, cure):
         return datasets.load_dataset(source.source, split=source.split)
-    # Whatever is wrong (no network, no such name, no such split), datasets raises one of a dozen types.
-    except Exception as error:
-        raise UserError(
-            f"{source.source}: no such file, and the Hugging Face data set of this name cannot be loaded"
-            f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}): check name, split and network, or give"
-            " a directory"
-        )
+
+
+def _of_hub(table: "datasets.Dataset", name: str) -> Iterator[tuple[int, dict]]:
+    for number in range(len(table)):
+        with reading(f"{name}:{number + 1}", "download the data set again"):
+            row = table[number]
+        yield number + 1, row
 
 
 def undecoded(table: "datasets.Dataset", *picture_keys: str) -> "datasets.Dataset":
@@ -173,48 +209,63 @@ def undecoded(table: "datasets.Dataset", *picture_keys: str) -> "datasets.Datase
     return table
 
 
-def _parse(row: dict, table: _Table, number: int, config: DataConfig, with_target: bool) -> SourceRow:
+def _parse(row: dict, table: _Table, number: int, columns: Columns) -> SourceRow | BadRow:
     place = f"{table.name}:{number}"
-    identity = row.get("id")
-    return SourceRow(
-        id=f"{table.stem}-{number}" if identity is None else str(identity),
-        problem=_text(row, config.problem_key, "problem_key", place),
-        answer=_text(row, config.answer_key, "answer_key", place),
-        target=_text(row, config.target_key, "target_key", place) if with_target else None,
-        **vars(_parse_pictures(row, place, table.image_root, config)),
-    )
+    try:
+        return SourceRow(
+            place=place,
+            id=_identity(row, table, number),
+            problem=_text(row, columns.problem, "problem_key"),
+            answer=_text(row, columns.answer, "answer_key"),
+            target=None if columns.target is None else _text(row, columns.target, "target_key"),
+            images=_pictures(row.get(columns.images), columns.images) or [],
+            image_root=table.image_root,
+            saliency=_pictures(row.get(columns.saliency), columns.saliency),
+            columns=tuple(row),
+        )
+    except UserError as error:
+        return BadRow(place, str(error))
 
 
-def _parse_pictures(row: dict, place: str, root: Path | None, config: DataConfig) -> RowPictures:
-    return RowPictures(
-        place=place,
-        images=_pictures(row.get(config.images_key), f"{place}: {config.images_key}") or [],
-        image_root=root,
-        saliency=_pictures(row.get(config.saliency_key), f"{place}: {config.saliency_key}"),
-    )
+def _identity(row: dict, table: _Table, number: int) -> str:
+    value = row.get("id")
+    name = f"{table.stem}-{number}" if value is None else str(value)
+    _require_unicode(name, "id")
+    return name
 
 
-def _text(row: dict, column: str, key: str, place: str) -> str:
+def _text(row: dict, column: str, key: str) -> str:
     if column not in row:
-        raise UserError(f"{place}: no column {column} (there are: {', '.join(map(str, row))}): set data.{key}")
+        seen = ", ".join(shown(name) for name in row)
+        if set(row) & set(_CONVERSATIONS):
+            raise UserError(
+                f"no column {column} (there are: {seen}): rows of conversations are not read: make one column of the"
+                " problem, one of the answer and one of the pictures"
+            )
+        raise UserError(f"no column {column} (there are: {seen}): set data.{key}")
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
+        value = value if isinstance(value, float) and not math.isfinite(value) else str(value)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{place}: {column} is {value!r}, expected a text: correct or drop the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place}: {column} is not valid Unicode (position {error.start}): correct or drop the row")
+        raise UserError(f"{column} is {shown(repr(value))}, expected a text: correct or drop the row")
+    _require_unicode(value, column)
     return value
 
 
-def _pictures(value: object, place: str) -> list[bytes | str] | None:
+def _require_unicode(text: str, what: str) -> None:
+    """Raise UserError where half a surrogate pair stands in a text, which cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not valid Unicode (position {error.start}): correct or drop the row")
+
+
+def _pictures(value: object, column: str) -> list[bytes | str] | None:
     """Return the pictures of a column, a list of them or a single one; None where there is nothing at all."""
     if value is None:
         return None
     items = value if isinstance(value, list) else [value]
-    return [_picture(item, f"{place}[{index}]") for index, item in enumerate(items)]
+    return [_picture(item, f"{column}[{index}]") for index, item in enumerate(items)]
 
 
 def _picture(item: object, place: str) -> bytes | str:
@@ -222,6 +273,6 @@ def _picture(item: object, place: str) -> bytes | str:
         item = item.get("bytes") or item.get("path")
     if not isinstance(item, (bytes, str)) or not item:
         raise UserError(
-            f"{place}: expected a path, bytes or {{bytes, path}}, got {str(item)[:60]!r}: correct or drop the row"
+            f"{place}: expected a path, bytes or {{bytes, path}}, got {shown(repr(item), 60)}: correct or drop the row"
         )
     return item

@@ -7,6 +7,7 @@ from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.data.chat import forbidden_tokens
 from megatron_papo.evaluation.predictions import evaluation_metrics, evaluation_requests, prediction, with_length
+from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.rollout.pictures import Pictures, probe_of
 from megatron_papo.rollout.sample_and_grade import (
     Sampler,
@@ -50,14 +51,14 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
         out: The output, open.
     """
     config, data, hf, settings = task.config, task.path("data"), task.path("hf"), task.config.evaluation
-    limits = config.data.min_pixels, settings.max_pixels or config.data.max_pixels
+    picture_settings = PictureSettings.of_evaluation(config.data, settings)
     prompts = read_jsonl(data / "prompts.jsonl", Prompt)
-    if limits[1] != config.data.max_pixels:
-        prompts = [with_length(prompt, data, limits) for prompt in prompts]
+    if picture_settings != PictureSettings.of(config.data):
+        prompts = [with_length(prompt, data, picture_settings) for prompt in prompts]
     tokenizer = matching_tokenizer(hf, data)
     forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, forbidden)
-    pictures = Pictures(data, limits, config.masked_image, kept=2 * config.rollout.concurrency)
+    pictures = Pictures(data, picture_settings, config.masked_image, kept=2 * config.rollout.concurrency)
     requests = [
         request
         for masked in ([False, True] if settings.masked_images else [False])

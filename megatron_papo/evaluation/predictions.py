@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.evaluation.accuracy import average_at_k
-from megatron_papo.pictures.preprocess import grid_of, load_images, num_image_tokens
+from megatron_papo.pictures.preprocess import PictureSettings, grid_of_file, num_image_tokens
 from megatron_papo.rollout.counts import Counts, summary
 from megatron_papo.rollout.groups import Graded
 from megatron_papo.rollout.pictures import Pictures
@@ -13,17 +13,16 @@ from megatron_papo.seeds import derive_seed
 from megatron_papo.sglang.requests import Request
 
 
-def with_length(prompt: Prompt, data: Path, limits: tuple[int, int]) -> Prompt:
-    """Return the prompt with num_tokens for other pixel limits than those it was made with.
+def with_length(prompt: Prompt, data: Path, settings: PictureSettings) -> Prompt:
+    """Return the prompt with num_tokens for other picture settings than those it was made with.
 
     Args:
         prompt: as stage 1 made it.
         data: the directory that its pictures' paths start from.
-        limits: fewest and most pixels of a resized picture.
+        settings: how pictures are opened and resized.
     """
-    pictures = load_images(data, prompt.images, *limits)
-    image_tokens = sum(num_image_tokens(grid_of(picture)) for picture in pictures)
-    return prompt.model_copy(update={"num_tokens": len(prompt.token_ids) - len(pictures) + image_tokens})
+    image_tokens = sum(num_image_tokens(grid_of_file(data, name, settings)) for name in prompt.images)
+    return prompt.model_copy(update={"num_tokens": len(prompt.token_ids) - len(prompt.images) + image_tokens})
 
 
 def evaluation_requests(

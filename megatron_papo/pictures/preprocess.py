@@ -1,4 +1,4 @@
-"""Pictures on their way to the model: opened inside the data root, resized once, cut into ViT patches.
+"""Pictures on their way to the model: opened inside the data root, resized, cut into ViT patches.
 
 Both sides see the same pixels: the rollout client sends the resized picture (a PNG whose size SGLang's own resize
 leaves alone), the trainer cuts the same one into patches. Equal to transformers' Qwen2VLImageProcessorPil (tested).
@@ -8,14 +8,17 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, Self
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
-from megatron_papo.config import MaskedImageConfig
+from megatron_papo.config import DataConfig, EvaluationConfig, MaskedImageConfig
 from megatron_papo.errors import UserError
-from megatron_papo.pictures.files import FORMATS, decode_image, decode_saliency, read_inside, resolve_inside
+from megatron_papo.pictures.decode import Transparency, decode_image, decode_saliency
+from megatron_papo.pictures.files import read_inside
 from megatron_papo.pictures.masking import black_squares, blacken
 from megatron_papo.seeds import derive_seed
 
@@ -24,15 +27,40 @@ MERGE = 2
 TEMPORAL = 2
 FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
-SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that exchange width and height."""
+PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS = 3136, 12845056
+"""The limits of the image processor that Qwen2.5-VL is published with."""
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 
-def open_image(root: Path, name: str) -> Image.Image:
+@dataclass(frozen=True)
+class PictureSettings:
+    """What decides how a picture becomes what the model sees: keys of the configuration, read together everywhere."""
+
+    min_pixels: int
+    max_pixels: int
+    resize: Literal["smart", "published"] = "smart"
+    transparency: Transparency = "white"
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Self:
+        """Return those of training and of its prompts."""
+        return cls(data.min_pixels, data.max_pixels, data.resize, data.transparency)
+
+    @classmethod
+    def of_evaluation(cls, data: DataConfig, evaluation: EvaluationConfig) -> Self:
+        """Return those of evaluation."""
+        training = cls.of(data)
+        return replace(
+            training,
+            min_pixels=evaluation.min_pixels or training.min_pixels,
+            max_pixels=evaluation.max_pixels or training.max_pixels,
+        )
+
+
+def open_image(root: Path, name: str, transparency: Transparency = "white") -> Image.Image:
     """Return the native picture as RGB, upright. Raises UserError for a missing, outside or unreadable file."""
-    return decode_image(read_inside(root, name), f"image {resolve_inside(root, name)}")[0]
+    return decode_image(read_inside(root, name), f"image {name}", transparency).image
 
 
 def open_saliency(root: Path, name: str) -> np.ndarray:
@@ -40,16 +68,40 @@ def open_saliency(root: Path, name: str) -> np.ndarray:
     return decode_saliency(read_inside(root, name, "saliency map"), f"saliency map {name}")[0]
 
 
+def sizes(width: int, height: int, settings: PictureSettings) -> list[tuple[int, int]]:
+    """Return the sizes (width, height) that a native picture takes, one after the other; the last is the model's.
+
+    smart: one, see smart_size. published: first as the authors' code scales it, both sides cut to whole pixels, then as
+    the model's processor rounds that, within limits of its own.
+
+    Raises UserError for a picture over 200 times as long as wide, native or in between or at the end: transformers and
+    the server refuse it.
+    """
+    taken = [(width, height)]
+    _require_aspect(taken)
+    if settings.resize == "published":
+        taken.append(_published_size(width, height, settings.min_pixels, settings.max_pixels))
+        _require_aspect(taken)
+        taken.append(smart_size(*taken[-1], PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS))
+    else:
+        taken.append(smart_size(width, height, settings.min_pixels, settings.max_pixels))
+    _require_aspect(taken)
+    return taken[1:]
+
+
+def model_size(width: int, height: int, settings: PictureSettings) -> tuple[int, int]:
+    """Return the (width, height) in pixels, multiples of 28, in which the model sees a native picture.
+
+    Raises UserError as `sizes`.
+    """
+    return sizes(width, height, settings)[-1]
+
+
 def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Return (width, height) in multiples of 28 with min_pixels <= width * height <= max_pixels, aspect kept.
 
-    As Qwen2-VL's smart_resize. Raises UserError for a picture over 200 times as long as wide, which transformers
-    refuses too.
+    As Qwen2-VL's smart_resize.
     """
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UserError(
-            f"image of {width} x {height} pixels: sides differ by more than {MAX_ASPECT} times: crop it or drop the row"
-        )
     w, h = round(width / FACTOR) * FACTOR, round(height / FACTOR) * FACTOR
     if w * h > max_pixels:
         shrink = math.sqrt(width * height / max_pixels)
@@ -60,17 +112,39 @@ def smart_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tup
     return w, h
 
 
-def resize(image: Image.Image, min_pixels: int, max_pixels: int) -> Image.Image:
-    """Return the picture resized to smart_size, bicubic; itself if it has that size."""
-    size = smart_size(*image.size, min_pixels, max_pixels)
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+def _published_size(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return (width, height) as PAPO's process_image scales them: at most about max_pixels, then at least about
+    min_pixels."""
+    for limit, is_broken in ((max_pixels, int.__gt__), (min_pixels, int.__lt__)):
+        if is_broken(width * height, limit):
+            factor = math.sqrt(limit / (width * height))
+            width, height = int(width * factor), int(height * factor)
+    return width, height
+
+
+def _require_aspect(taken: list[tuple[int, int]]) -> None:
+    """Raise UserError if the last of the sizes that a picture takes is too long for its width."""
+    width, height = taken[-1]
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        native = taken[0]
+        resized = "" if len(taken) == 1 else f", resized to {width} x {height}"
+        raise UserError(
+            f"image of {native[0]} x {native[1]} pixels{resized}: sides differ by more than {MAX_ASPECT} times: crop it"
+            " or drop the row"
+        )
+
+
+def resize(image: Image.Image, settings: PictureSettings) -> Image.Image:
+    """Return the picture in the size in which the model sees it, bicubic; itself if it has that size."""
+    for size in sizes(*image.size, settings):
+        image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    return image
 
 
 def load_images(
     root: Path,
     names: list[str],
-    min_pixels: int,
-    max_pixels: int,
+    settings: PictureSettings,
     masking: MaskedImageConfig | None = None,
     seed: int | None = None,
     saliency: Sequence[str] = (),
@@ -78,17 +152,16 @@ def load_images(
     """Return a prompt's pictures, opened and resized; with `masking`, which needs a seed, masked: see
     load_masked_images."""
     if masking is None:
-        return [resize(open_image(root, name), min_pixels, max_pixels) for name in names]
+        return [resize(open_image(root, name, settings.transparency), settings) for name in names]
     if seed is None:
         raise ValueError("masked pictures need a seed")
-    return [picture for picture, _ in load_masked_images(root, names, min_pixels, max_pixels, masking, seed, saliency)]
+    return [picture for picture, _ in load_masked_images(root, names, settings, masking, seed, saliency)]
 
 
 def load_masked_images(
     root: Path,
     names: list[str],
-    min_pixels: int,
-    max_pixels: int,
+    settings: PictureSettings,
     masking: MaskedImageConfig,
     seed: int,
     saliency: Sequence[str] = (),
@@ -98,8 +171,7 @@ def load_masked_images(
     Args:
         root: the data root.
         names: of the pictures, from root on.
-        min_pixels: of the resized picture.
-        max_pixels: likewise.
+        settings: how they are opened and resized.
         masking: strategy, ratio, and whether squares are blackened before or after the resize.
         seed: of this prompt; each picture's is derived from it.
         saliency: names of the pictures' saliency maps, read by strategy `semantic` only.
@@ -109,9 +181,9 @@ def load_masked_images(
     require_saliency(masking, names, saliency)
     pictures = []
     for index, name in enumerate(names):
-        picture = open_image(root, name)
+        picture = open_image(root, name, settings.transparency)
         if masking.space == "patch":
-            picture = resize(picture, min_pixels, max_pixels)
+            picture = resize(picture, settings)
         squares = black_squares(
             picture.size,
             strategy=masking.strategy,
@@ -122,7 +194,7 @@ def load_masked_images(
         )
         picture = blacken(picture, squares, masking.square_pixels)
         if masking.space == "native":
-            picture = resize(picture, min_pixels, max_pixels)
+            picture = resize(picture, settings)
         pictures.append((picture, squares))
     return pictures
 
@@ -142,19 +214,12 @@ def grid_of(image: Image.Image) -> tuple[int, int, int]:
     return 1, image.height // PATCH, image.width // PATCH
 
 
-def grid_of_file(root: Path, name: str, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
-    """Return the grid that a native picture will have once upright and resized; only the file's header is read."""
-    path = resolve_inside(root, name)
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-            size = image.size[::-1] if turned else image.size
-    # As in decode_image.
-    except Exception as error:
-        raise UserError(
-            f"image {path}: cannot be read as a picture ({' '.join(str(error).split())}): replace it or drop the row"
-        )
-    width, height = smart_size(*size, min_pixels, max_pixels)
+def grid_of_file(root: Path, name: str, settings: PictureSettings) -> tuple[int, int, int]:
+    """Return the grid that a native picture will have once upright and resized.
+
+    The picture is opened as for its pixels: headers of turned or cut pictures tell other sizes.
+    """
+    width, height = model_size(*open_image(root, name, settings.transparency).size, settings)
     return 1, height // PATCH, width // PATCH
 
 

@@ -7,18 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_papo.errors import UserError
-from megatron_papo.pictures.files import decode_image, decode_saliency, read_inside
+from megatron_papo.pictures.decode import Transparency, decode_image, decode_saliency
+from megatron_papo.pictures.files import read_inside
+from megatron_papo.reading import shown
 
 IMAGES, SALIENCY = "images", "saliency"
 _SUFFIXES = {"JPEG": "jpg"}
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What a look at a picture or map shows."""
+
+    kind: str
+    """Format of the file, e.g. PNG."""
+    size: tuple[int, int]
+    """(width, height) of the native picture, upright, or of the map."""
+    one_colour: bool = False
+    transparent: bool = False
+    several_frames: bool = False
+
+
+@dataclass(frozen=True)
 class StoredImage:
     name: str
     """Relative to the directory of the store."""
-    size: tuple[int, int]
-    """(width, height) of the native picture, upright, or of the map."""
+    seen: Seen
     content: bytes
 
     @property
@@ -30,10 +44,10 @@ class StoredImage:
 class ImageStore:
     """The pictures below directory/images, their saliency maps, if there are any, below directory/saliency."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, transparency: Transparency = "white"):
+        self.directory, self.transparency = directory, transparency
         self.written: set[str] = set()
-        self._seen: dict[tuple[str, bytes], tuple[str, tuple[int, int]]] = {}
+        self._seen: dict[tuple[str, bytes], Seen] = {}
         (directory / IMAGES).mkdir()
 
     def read(self, image: bytes | str, root: Path | None) -> StoredImage:
@@ -43,28 +57,40 @@ class ImageStore:
             image: encoded picture, or the path of one that must stay inside root.
             root: None: a path is an error.
         """
-        return self._read(IMAGES, _look_at_image, image, root, "image")
+        return self._read(IMAGES, self._look_at_image, image, root, "image")
 
     def read_saliency(self, saliency: bytes | str, root: Path | None) -> StoredImage:
-        """Return a saliency map likewise: see files.decode_saliency."""
+        """Return a saliency map likewise: see decode.decode_saliency."""
         return self._read(SALIENCY, _look_at_saliency, saliency, root, "saliency map")
 
     def _read(
         self,
         folder: str,
-        look_at: Callable[[bytes, str], tuple[str, tuple[int, int]]],
+        look_at: Callable[[bytes, str], Seen],
         source: bytes | str,
         root: Path | None,
         what: str,
     ) -> StoredImage:
-        content, shown = (
-            (source, what) if isinstance(source, bytes) else (read_named(source, root, what), f"{what} {source}")
-        )
+        if isinstance(source, bytes):
+            content, named = source, what
+        else:
+            content, named = read_named(source, root, what), f"{what} {shown(source)}"
         digest = hashlib.sha256(content).digest()
         if (folder, digest) not in self._seen:
-            kind, size = look_at(content, shown)
-            self._seen[folder, digest] = f"{folder}/{digest.hex()}.{_SUFFIXES.get(kind, kind.lower())}", size
-        return StoredImage(*self._seen[folder, digest], content)
+            self._seen[folder, digest] = look_at(content, named)
+        seen = self._seen[folder, digest]
+        name = f"{folder}/{digest.hex()}.{_SUFFIXES.get(seen.kind, seen.kind.lower())}"
+        return StoredImage(name, seen, content)
+
+    def _look_at_image(self, content: bytes, shown: str) -> Seen:
+        decoded = decode_image(content, shown, self.transparency)
+        return Seen(
+            decoded.format,
+            decoded.image.size,
+            decoded.is_one_colour,
+            decoded.is_transparent,
+            decoded.has_several_frames,
+        )
 
     def write(self, image: StoredImage) -> None:
         """Write the bytes of a picture as they are, once."""
@@ -79,14 +105,9 @@ class ImageStore:
         return sum(name.startswith(f"{folder}/") for name in self.written)
 
 
-def _look_at_image(content: bytes, shown: str) -> tuple[str, tuple[int, int]]:
-    decoded, kind = decode_image(content, shown)
-    return kind, decoded.size
-
-
-def _look_at_saliency(content: bytes, shown: str) -> tuple[str, tuple[int, int]]:
+def _look_at_saliency(content: bytes, shown: str) -> Seen:
     values, kind = decode_saliency(content, shown)
-    return kind, (values.shape[1], values.shape[0])
+    return Seen(kind, (values.shape[1], values.shape[0]))
 
 
 def read_named(name: str, root: Path | None, what: str = "image") -> bytes:
@@ -98,5 +119,5 @@ def read_named(name: str, root: Path | None, what: str = "image") -> bytes:
         what: to call it in messages.
     """
     if root is None:
-        raise UserError(f"{what} {name}: a path, not a picture: set data.image_root to the directory it is in")
+        raise UserError(f"{what} {shown(name)}: a path, not a picture: set data.image_root to the directory it is in")
     return read_inside(root, name, what)

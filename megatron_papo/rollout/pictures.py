@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from megatron_papo.config import MaskedImageConfig
-from megatron_papo.pictures.preprocess import load_images, to_data_uri
+from megatron_papo.pictures.preprocess import PictureSettings, load_images, to_data_uri
 from megatron_papo.run.records import Prompt
 from megatron_papo.sglang.requests import Request
 
@@ -13,15 +13,15 @@ from megatron_papo.sglang.requests import Request
 class Pictures:
     """Loads prompts' pictures; those of the last `kept` prompts are remembered for the rest of their group."""
 
-    def __init__(self, root: Path, limits: tuple[int, int], masking: MaskedImageConfig, *, kept: int):
+    def __init__(self, root: Path, settings: PictureSettings, masking: MaskedImageConfig, *, kept: int):
         """
         Args:
             root: the directory that the prompts' paths start from.
-            limits: fewest and most pixels of a resized picture.
+            settings: how pictures are opened and resized.
             masking: how a masked picture is masked.
             kept: how many prompts' pictures are remembered.
         """
-        self._root, self._limits, self._masking = root, limits, masking
+        self._root, self._settings, self._masking = root, settings, masking
         self._load = lru_cache(maxsize=kept)(self._load_anew)
 
     def of(self, prompt: Prompt, masked_image_seed: int | None = None) -> Callable[[], Sequence[str]]:
@@ -30,7 +30,7 @@ class Pictures:
 
     def _load_anew(self, names: tuple[str, ...], saliency: tuple[str, ...], seed: int | None) -> tuple[str, ...]:
         masking = None if seed is None else self._masking
-        loaded = load_images(self._root, list(names), *self._limits, masking, seed, saliency)
+        loaded = load_images(self._root, list(names), self._settings, masking, seed, saliency)
         return tuple(to_data_uri(picture) for picture in loaded)
 
 

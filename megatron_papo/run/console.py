@@ -19,9 +19,10 @@ NOISY_MODULES = (
     r"torch\.distributed\.",
     r"megatron_papo\.distributed\.cpu_backend",
     r"deepspeed\.",
+    r"PIL\.",
 )
-"""They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give
-up."""
+"""They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give up;
+PIL of odd tags in pictures."""
 NOISY_LOGGERS = ("megatron.core.dist_checkpointing.serialization", "DeepSpeed", "torch.distributed.elastic")
 """The first takes metrics and hf/ beside the weights for a broken checkpoint, and says so at each save."""
 

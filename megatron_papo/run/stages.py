@@ -11,13 +11,15 @@ from pathlib import Path
 from megatron_papo.config import Config, Section, is_living, value_of
 from megatron_papo.run.run_directory import RunDirectory
 
-PIXELS = ("data.min_pixels", "data.max_pixels")
+PICTURES = ("data.min_pixels", "data.max_pixels", "data.resize", "data.transparency")
+COLUMNS = ("problem_key", "answer_key", "images_key", "target_key", "saliency_key")
 EVALUATION = (
     "evaluation.samples_per_prompt",
     "evaluation.temperature",
     "evaluation.top_p",
     "evaluation.top_k",
     "evaluation.max_response_tokens",
+    "evaluation.min_pixels",
     "evaluation.max_pixels",
     "evaluation.masked_images",
 )
@@ -30,8 +32,9 @@ PROMPTS = (
     "data.saliency_key",
     "data.prompt_template",
     "data.system_prompt",
+    "data.strip_problem",
     "data.max_prompt_tokens",
-    *PIXELS,
+    *PICTURES,
 )
 
 
@@ -155,6 +158,11 @@ def _needs_previous(config: Config, turn: Turn) -> bool:
     return config.rollout.dynamic_sampling is not None and _number(turn) > 1
 
 
+def _source_keys(name: str) -> list[str]:
+    """Return what decides the rows of a source, beside its content."""
+    return [f"data.{name}.{key}" for key in ("split", "count", *COLUMNS)]
+
+
 DATA = InputSpec(
     "data", "output of stage 1: training prompts and pictures", ("stage1_prepare_data",), lambda run, turn: run.data
 )
@@ -167,8 +175,8 @@ STAGES: dict[str, Stage] = {
         Stage(
             "stage1_prepare_data",
             "rows of any source, or of the synthetic task, become prompts and pictures",
-            decided_by=("seed", "data.train.split", "data.train.count", "data.sft.split", "data.sft.count", *PROMPTS),
-            decided_by_of_set=("seed", "data.evaluation.split", "data.evaluation.count", *PROMPTS),
+            decided_by=("seed", *_source_keys("train"), *_source_keys("sft"), *PROMPTS),
+            decided_by_of_set=("seed", *_source_keys("evaluation"), *PROMPTS),
             also_reads=(
                 "data.train.source",
                 "data.sft.source",
@@ -178,7 +186,11 @@ STAGES: dict[str, Stage] = {
                 "masked_image",
                 "objective.kl_prcp_coef",
                 "objective.masked_image_entropy_coef",
-                "evaluation.masked_images",
+                "evaluation",
+                "data.skip_bad_rows",
+                "data.max_suspicious_share",
+                "reward",
+                "rollout.rollout_batch_size",
             ),  # fmt: skip
             inputs=(
                 InputSpec(
@@ -199,7 +211,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "stage2_sft",
             "supervised cold start, where the configuration has one (DeepSpeed ZeRO)",
-            decided_by=("seed", "sft", "model.dtype", "model.recompute", *PIXELS),
+            decided_by=("seed", "sft", "model.dtype", "model.recompute", *PICTURES),
             also_reads=(),
             inputs=(
                 DATA,
@@ -233,7 +245,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "stage4_rollout",
             "group_size graded responses to each prompt of the iteration's batch, sampled by SGLang",
-            decided_by=("seed", "rollout", "reward", "masked_image", "model.dtype", *PIXELS),
+            decided_by=("seed", "rollout", "reward", "masked_image", "model.dtype", *PICTURES),
             also_reads=("server",),
             inputs=(
                 DATA,
@@ -271,7 +283,7 @@ STAGES: dict[str, Stage] = {
                 "optimizer",
                 "training",
                 "rollout",
-                *PIXELS,
+                *PICTURES,
             ),  # fmt: skip
             also_reads=("server.shares_gpus",),
             inputs=(
@@ -329,7 +341,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "stage7_evaluate",
             "avg@k on an evaluation set, with and without the picture",
-            decided_by=("seed", *EVALUATION, "reward", "masked_image", "model.dtype", *PIXELS),
+            decided_by=("seed", *EVALUATION, "reward", "masked_image", "model.dtype", *PICTURES),
             also_reads=("server", "rollout.concurrency", "rollout.request_timeout_seconds"),
             inputs=(
                 InputSpec(

@@ -86,7 +86,7 @@ def collate(prompts: list[Prompt], root: Path, data: DataConfig, image_token_id:
     targets = [_target_of(prompt) for prompt in prompts]
     tokens, grids, patches = [], [], []
     for prompt, target in zip(prompts, targets, strict=True):
-        pictures = preprocess.load_images(root, prompt.images, data.min_pixels, data.max_pixels)
+        pictures = preprocess.load_images(root, prompt.images, preprocess.PictureSettings.of(data))
         grids.append([preprocess.grid_of(picture) for picture in pictures])
         patches += [torch.from_numpy(preprocess.to_patches(picture)) for picture in pictures]
         tokens.append(expand_image_pads(prompt.token_ids, image_token_id, grids[-1]) + target)

@@ -135,7 +135,7 @@ def _load(directory: Path, model: ModelConfig, settings: dict, tied: bool) -> "Q
         alive = HfDeepSpeedConfig(settings)  # noqa: F841 only has to exist
     if not process_groups.is_main_rank():
         transformers_logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # transformers 4.57 wrote the flag into text_config alone; transformers 5 before 5.19 would then make a random
     # untied head.
     config.tie_word_embeddings = tied

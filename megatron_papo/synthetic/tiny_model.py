@@ -58,12 +58,12 @@ def make_tiny_model(directory: Path, seed: int, sizes: TinySizes = TinySizes()) 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     make_tiny_tokenizer(directory, sizes.vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     config = _official_config(sizes, tokenizer.convert_tokens_to_ids)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(directory))
+        model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(directory, trust_remote_code=False))
         if sizes.random_biases_and_norms:
             _randomise(model, sizes.initializer_range)
     tensors = {disk_name(name): tensor for name, tensor in model.state_dict().items()}

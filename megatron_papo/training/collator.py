@@ -172,18 +172,18 @@ class Collator:
         key = _picture_key(rollout, kind)
         if key in self._kept:
             return self._kept[key]
-        limits = self.config.data.min_pixels, self.config.data.max_pixels
+        settings = preprocess.PictureSettings.of(self.config.data)
         if kind == "masked":
             pictures = preprocess.load_images(
                 self.data_root,
                 rollout.images,
-                *limits,
+                settings,
                 masking=self.config.masked_image,
                 seed=rollout.masked_image_seed,
                 saliency=rollout.saliency,
             )
         else:
-            pictures = preprocess.load_images(self.data_root, rollout.images, *limits)
+            pictures = preprocess.load_images(self.data_root, rollout.images, settings)
         patches = [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
         size = sum(tensor.nbytes for tensor in patches)
         if self._kept_bytes + size <= KEPT_PICTURE_BYTES:

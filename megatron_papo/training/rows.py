@@ -72,8 +72,8 @@ def _expanded_prompt(
     rollout: Rollout, data_root: Path, config: Config, hf: HFConfig, place: str
 ) -> tuple[list[int], list[Grid]]:
     """Return the prompt's token ids with the image tokens that its pictures make, and the pictures' grids."""
-    limits = config.data.min_pixels, config.data.max_pixels
-    grids = [preprocess.grid_of_file(data_root, name, *limits) for name in rollout.images]
+    settings = preprocess.PictureSettings.of(config.data)
+    grids = [preprocess.grid_of_file(data_root, name, settings) for name in rollout.images]
     if rollout.prompt_token_ids.count(hf.image_token_id) != len(grids):
         raise UserError(f"{place}: {len(grids)} images but another number of image tokens: make the file again")
     if config.objective.uses_masked_image:

@@ -14,6 +14,7 @@ from tools.show_config import living_table
 LIVING = {
     "iterations", "keep_checkpoints", "keep_exports", "evaluate_every", "keep_best", "checkpoint_every",
     "model.path", "data.train.source", "data.sft.source", "data.image_root",
+    "data.skip_bad_rows", "data.max_suspicious_share",
     "rollout.concurrency", "rollout.request_timeout_seconds", "rollout.dynamic_sampling.max_rounds", "reward.workers",
     "training.max_rollout_log_prob_difference",
 }  # fmt: skip

@@ -23,6 +23,7 @@ from tests.model.test_hf_config import OFFICIAL_3B
 
 CONFIGS = ROOT / "configs"
 
+OWN_COLUMNS = dict.fromkeys(("problem_key", "answer_key", "images_key", "target_key", "saliency_key"))
 COMMON = {
     "seed": 1,
     "iterations": 202,  # 2 epochs of 38,870 problems: 2 * (38870 // 384)
@@ -32,12 +33,16 @@ COMMON = {
     "evaluate_every": 20,
     "keep_best": 1,
     "checkpoint_every": 10,
-    "data.train": {"source": "PAPOGalaxy/PAPO_ViRL39K_train", "split": "train", "count": None},
-    "data.evaluation": {"source": "PAPOGalaxy/PAPO_MMK12_test", "split": "train", "count": None},
+    "data.train": {"source": "PAPOGalaxy/PAPO_ViRL39K_train", "split": "train", "count": None} | OWN_COLUMNS,
+    "data.evaluation": {"source": "PAPOGalaxy/PAPO_MMK12_test", "split": "train", "count": None} | OWN_COLUMNS,
     "data.sft": None,
     "data.min_pixels": 200704,
     "data.max_pixels": 1003520,
     "data.max_prompt_tokens": 4096,
+    "data.strip_problem": True,
+    "data.resize": "published",
+    "data.transparency": "black",
+    "evaluation.min_pixels": 1024,
     "data.prompt_template": "{problem}\n\nYou first think through the reasoning process as an internal monologue, "
     "enclosed within <think> </think> tags. Then, provide your final answer enclosed within \\boxed{{}}.",
     "data.system_prompt": None,
@@ -231,7 +236,7 @@ def test_every_key_is_spelled_out():
     [
         ("  clip_grad: 1.0", "", {"optimizer.clip_grad"}),
         ("keep_best: 1 ", "", {"keep_best"}),
-        ("split: train, count: null}\n  sft", "}\n  sft", {"data.train.split", "data.train.count"}),
+        ("ViRL39K_train, split: train, count: null,", "ViRL39K_train,", {"data.train.split", "data.train.count"}),
     ],
 )
 def test_a_key_left_out_is_noticed(tmp_path, old, new, missing):

@@ -61,9 +61,9 @@ def hf_of(work):
 
 def rollout(work, prompt_id: str, seed: int = 5, epoch: int = 0, group: int = 0, sample: int = 0) -> Rollout:
     names, token = PROMPTS[prompt_id], hf_of(work).image_token_id
-    limits = 3136, 802816
+    settings = preprocess.PictureSettings(3136, 802816)
     tokens = sum(
-        preprocess.num_image_tokens(preprocess.grid_of(preprocess.load_images(work, [f"{name}.png"], *limits)[0]))
+        preprocess.num_image_tokens(preprocess.grid_of(preprocess.load_images(work, [f"{name}.png"], settings)[0]))
         for name in names
     )
     return Rollout(
@@ -210,7 +210,7 @@ def test_evaluation_shows_the_server_the_same_masks(work, strategy):
         images=record.images, saliency=record.saliency,
     )  # fmt: skip
     config = load_config(DEMO_CONFIG, [*LIMITS, *overrides])
-    loader = Pictures(work, (config.data.min_pixels, 802816), config.masked_image, kept=2)
+    loader = Pictures(work, preprocess.PictureSettings.of(config.data), config.masked_image, kept=2)
 
     def shown(seed, **changes):
         uris = loader.of(prompt.model_copy(update=changes), seed)()

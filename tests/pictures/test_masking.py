@@ -9,9 +9,9 @@ from PIL import Image
 
 from megatron_papo.config import MaskedImageConfig
 from megatron_papo.errors import UserError
-from megatron_papo.pictures.files import decode_saliency
+from megatron_papo.pictures.decode import decode_saliency
 from megatron_papo.pictures.masking import black_squares, blacken, mean_saliency
-from megatron_papo.pictures.preprocess import load_images, load_masked_images, resize, to_patches
+from megatron_papo.pictures.preprocess import PictureSettings, load_images, load_masked_images, resize, to_patches
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -195,7 +195,7 @@ def test_bad_maps_are_refused():
         encoded(good * [[-1e308], [1e308], [0], [0]], "NPY"): "a range beyond float64",
         encoded(good * 1j, "NPY"): "complex128, expected numbers",
         encoded(good.astype(str), "NPY"): "expected numbers",
-        objects.getvalue(): "cannot be read as a saliency map .*pickle",
+        objects.getvalue(): "pickle.* cannot be read as a saliency map",
         encoded(good, "NPY")[:-8]: "cannot be read as a saliency map",
         encoded(good, "NPY")[:20]: "cannot be read as a saliency map",
         image.getvalue(): "a picture in colours",
@@ -218,15 +218,15 @@ def folder(tmp_path):
 
 NAMES = ["0.png", "1.png", "2.png"]
 MAPS = ["0.npy", "1.npy", "2.npy"]
-LIMITS = (3136, 50176)
+SMALL = PictureSettings(3136, 50176)
 
 
 def test_patch_space_is_aligned_to_vit_patches(folder):
     """A ViT patch is either untouched or all black, so a row of to_patches is either the original's or constant per
     channel."""
     masking = MaskedImageConfig(space="patch", square_pixels=14, ratio=0.6)
-    originals = load_images(folder, NAMES, *LIMITS)
-    masked = load_images(folder, NAMES, *LIMITS, masking=masking, seed=5)
+    originals = load_images(folder, NAMES, SMALL)
+    masked = load_images(folder, NAMES, SMALL, masking=masking, seed=5)
     for original, image in zip(originals, masked):
         before, after = to_patches(original), to_patches(image)
         rows = after.reshape(len(after), 3, -1)
@@ -234,7 +234,7 @@ def test_patch_space_is_aligned_to_vit_patches(folder):
         np.testing.assert_array_equal(after[~constant], before[~constant])
         assert abs(constant.mean() - 0.6) < 0.35 and constant.any()
     # Negative control: squares of 10 pixels cut through patches, so some are neither whole nor untouched.
-    crossing = load_images(folder, NAMES, *LIMITS, masking=masking.model_copy(update={"square_pixels": 10}), seed=5)
+    crossing = load_images(folder, NAMES, SMALL, masking=masking.model_copy(update={"square_pixels": 10}), seed=5)
     before, after = to_patches(originals[0]), to_patches(crossing[0])
     rows = after.reshape(len(after), 3, -1)
     assert (~(rows == rows[:, :, :1]).all(axis=(1, 2)) & (before != after).any(axis=1)).any()
@@ -242,9 +242,9 @@ def test_patch_space_is_aligned_to_vit_patches(folder):
 
 def test_native_space_masks_before_the_resize(folder):
     masking = MaskedImageConfig(space="native", ratio=0.6)
-    originals = load_images(folder, NAMES, *LIMITS)
-    masked = load_images(folder, NAMES, *LIMITS, masking=masking, seed=11)
-    in_patch_space = load_images(folder, NAMES, *LIMITS, masking=masking.model_copy(update={"space": "patch"}), seed=11)
+    originals = load_images(folder, NAMES, SMALL)
+    masked = load_images(folder, NAMES, SMALL, masking=masking, seed=11)
+    in_patch_space = load_images(folder, NAMES, SMALL, masking=masking.model_copy(update={"space": "patch"}), seed=11)
     for original, native, patch in zip(originals, masked, in_patch_space):
         assert original.size == native.size
         assert (np.asarray(native) != np.asarray(original)).any()
@@ -254,10 +254,10 @@ def test_native_space_masks_before_the_resize(folder):
 def test_a_very_long_picture_keeps_its_size(folder):
     """At 28 x 3164 pixels it is over max_pixels even after the resize, so a second resize would shrink it again."""
     picture(50, 10000).save(folder / "long.png")
-    original = load_images(folder, ["long.png"], *LIMITS)[0]
-    assert original.size == (28, 3164) != resize(original, *LIMITS).size
+    original = load_images(folder, ["long.png"], SMALL)[0]
+    assert original.size == (28, 3164) != resize(original, SMALL).size
     for space in ("native", "patch"):
-        masked = load_images(folder, ["long.png"], *LIMITS, masking=MaskedImageConfig(space=space), seed=1)[0]
+        masked = load_images(folder, ["long.png"], SMALL, masking=MaskedImageConfig(space=space), seed=1)[0]
         assert masked.size == original.size and (np.asarray(masked) != np.asarray(original)).any()
 
 
@@ -265,9 +265,9 @@ def test_each_picture_of_a_prompt_has_its_own_mask(folder):
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes((folder / "0.png").read_bytes())
     for space in ("native", "patch"):
-        first, second = load_images(folder, ["a.png", "b.png"], *LIMITS, masking=MaskedImageConfig(space=space), seed=2)
+        first, second = load_images(folder, ["a.png", "b.png"], SMALL, masking=MaskedImageConfig(space=space), seed=2)
         assert (np.asarray(first) != np.asarray(second)).any()
-        again, _ = load_images(folder, ["a.png", "b.png"], *LIMITS, masking=MaskedImageConfig(space=space), seed=2)
+        again, _ = load_images(folder, ["a.png", "b.png"], SMALL, masking=MaskedImageConfig(space=space), seed=2)
         np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
 
 
@@ -276,15 +276,15 @@ def test_semantic_from_files(folder, space):
     """Squares of the native picture or of the resized one; the second map belongs to the second picture."""
     masking = MaskedImageConfig(strategy="semantic", space=space, ratio=0.5)
     originals = (
-        [Image.open(folder / name) for name in NAMES] if space == "native" else load_images(folder, NAMES, *LIMITS)
+        [Image.open(folder / name) for name in NAMES] if space == "native" else load_images(folder, NAMES, SMALL)
     )
-    drawn = load_masked_images(folder, NAMES, *LIMITS, masking, seed=5, saliency=MAPS)
+    drawn = load_masked_images(folder, NAMES, SMALL, masking, seed=5, saliency=MAPS)
     for index, (original, (image, squares)) in enumerate(zip(originals, drawn)):
         means = mean_saliency(original.size, 14, np.load(folder / MAPS[index]))
         assert squares.sum() == max(1, round(0.5 * means.size))
         assert means[squares].min() > means[~squares].max(initial=-1)
-        assert image.size == load_images(folder, NAMES, *LIMITS)[index].size
-    swapped = load_masked_images(folder, NAMES, *LIMITS, masking, seed=5, saliency=[MAPS[1], MAPS[0], MAPS[2]])
+        assert image.size == load_images(folder, NAMES, SMALL)[index].size
+    swapped = load_masked_images(folder, NAMES, SMALL, masking, seed=5, saliency=[MAPS[1], MAPS[0], MAPS[2]])
     assert (swapped[0][1] != drawn[0][1]).any() and (swapped[1][1] != drawn[1][1]).any()
 
 
@@ -292,14 +292,14 @@ def test_semantic_needs_its_maps(folder):
     masking = MaskedImageConfig(strategy="semantic")
     for saliency in ([], MAPS[:2]):
         with pytest.raises(UserError, match="image 0.png: no saliency map, .*data.saliency_key"):
-            load_images(folder, NAMES, *LIMITS, masking=masking, seed=1, saliency=saliency)
+            load_images(folder, NAMES, SMALL, masking=masking, seed=1, saliency=saliency)
     with pytest.raises(UserError, match="saliency map 9.npy: no such file"):
-        load_images(folder, NAMES[:1], *LIMITS, masking=masking, seed=1, saliency=["9.npy"])
+        load_images(folder, NAMES[:1], SMALL, masking=masking, seed=1, saliency=["9.npy"])
     with pytest.raises(UserError, match="saliency map ../x.npy: outside the data root"):
-        load_images(folder, NAMES[:1], *LIMITS, masking=masking, seed=1, saliency=["../x.npy"])
+        load_images(folder, NAMES[:1], SMALL, masking=masking, seed=1, saliency=["../x.npy"])
     assert (
-        load_images(folder, [], *LIMITS, masking=masking, seed=1, saliency=[]) == []
+        load_images(folder, [], SMALL, masking=masking, seed=1, saliency=[]) == []
     )  # a prompt without pictures needs none
     load_images(
-        folder, NAMES, *LIMITS, masking=MaskedImageConfig(), seed=1, saliency=["9.npy"]
+        folder, NAMES, SMALL, masking=MaskedImageConfig(), seed=1, saliency=["9.npy"]
     )  # nor does another strategy

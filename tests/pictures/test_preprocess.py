@@ -10,6 +10,7 @@ from PIL import Image
 
 from megatron_papo.errors import UserError
 from megatron_papo.pictures import preprocess
+from megatron_papo.pictures.preprocess import PictureSettings
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def picture(width, height, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+SMALL = PictureSettings(3136, 50176)
 LIMITS = [(3136, 50176), (3136, 12845056), (200704, 1003520), (784, 784), (50176, 60000)]
 
 
@@ -51,7 +53,7 @@ def test_patches_are_transformers(processor, width, height, limits):
         return
     image = picture(width, height)
     expected = processor(min_pixels=limits[0], max_pixels=limits[1])(images=[image], return_tensors="np")
-    resized = preprocess.resize(image, *limits)
+    resized = preprocess.resize(image, PictureSettings(*limits))
     patches = preprocess.to_patches(resized)
     assert preprocess.grid_of(resized) == tuple(expected["image_grid_thw"][0])
     assert patches.dtype == np.float32 and patches.shape == expected["pixel_values"].shape
@@ -62,7 +64,7 @@ def test_patches_are_transformers(processor, width, height, limits):
 def test_several_pictures_and_negative_control(processor):
     originals = [picture(100, 57, 1), picture(31, 90, 2)]
     expected = processor(min_pixels=3136, max_pixels=50176)(images=originals, return_tensors="np")["pixel_values"]
-    resized = [preprocess.resize(image, 3136, 50176) for image in originals]
+    resized = [preprocess.resize(image, SMALL) for image in originals]
     ours = np.concatenate([preprocess.to_patches(image) for image in resized])
     np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=0)
     # A processor with another interpolation, or patches in plain row order, would be noticed.
@@ -76,7 +78,7 @@ def test_several_pictures_and_negative_control(processor):
 
 def test_a_picture_of_the_right_size_is_left_alone():
     image = picture(84, 56)
-    assert preprocess.resize(image, 3136, 50176) is image
+    assert preprocess.resize(image, SMALL) is image
 
 
 def test_upright_like_transformers(tmp_path):
@@ -121,15 +123,15 @@ def test_grid_of_file_is_that_of_the_upright_picture(tmp_path, orientation, form
     exif[0x0112] = orientation
     name = f"turned.{form}"
     picture(300, 100).save(tmp_path / name, exif=exif)
-    resized = preprocess.load_images(tmp_path, [name], 3136, 50176)[0]
-    assert preprocess.grid_of_file(tmp_path, name, 3136, 50176) == preprocess.grid_of(resized)
+    resized = preprocess.load_images(tmp_path, [name], SMALL)[0]
+    assert preprocess.grid_of_file(tmp_path, name, SMALL) == preprocess.grid_of(resized)
     assert preprocess.grid_of(resized) == ((1, 22, 8) if orientation in (6, 8) else (1, 8, 22))  # 308 x 112 pixels
 
 
 def test_grid_of_a_bad_file_is_refused(tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(UserError, match="text.png: cannot be read as a picture"):
-        preprocess.grid_of_file(tmp_path, "text.png", 3136, 50176)
+        preprocess.grid_of_file(tmp_path, "text.png", SMALL)
     picture(201, 1).save(tmp_path / "narrow.png")
     with pytest.raises(UserError, match="more than 200 times"):
-        preprocess.grid_of_file(tmp_path, "narrow.png", 3136, 50176)
+        preprocess.grid_of_file(tmp_path, "narrow.png", SMALL)

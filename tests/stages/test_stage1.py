@@ -22,6 +22,10 @@ from tests.helpers import DEMO_CONFIG, run_module, settings
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
+TEXT_ONLY = ["objective.kl_prcp_coef=0", "objective.masked_image_entropy_coef=0", "evaluation.masked_images=false"]
+"""A set without any picture is refused where pictures are compared with masked ones."""
+
+
 def png(width, height, seed=0) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
@@ -177,7 +181,7 @@ def test_columns_count_ids_and_targets(stage, tmp_path, tiny_hf):
     sft = ["sft={steps: 1, global_batch_size: 1, micro_batch_size: 1, learning_rate: 0.1}"]
     for name in ("train", "sft"):
         sft.append(f"data.{name}={{source: {tmp_path / 'set.jsonl'}, count: 3}}")
-    output = stage("unused", *keys, *sft)
+    output = stage("unused", *keys, *sft, *TEXT_ONLY)
     prompts, targets = (read_jsonl(output / name, Prompt) for name in ("prompts.jsonl", "sft.jsonl"))
     assert [prompt.id for prompt in prompts] == ["q0", "q1", "q2"] and [prompt.answer for prompt in prompts] == [
         "0",
@@ -222,7 +226,7 @@ BAD_ROWS = {
     "map outside": ({**GOOD, "saliency": ["../outside.png"]}, "saliency map ../outside.png: outside the data root"),
     "map in colours": (
         {**GOOD, "saliency": ["good.png"]},
-        "saliency map good.png: cannot be read as a saliency map (a picture in colours",
+        "saliency map good.png: a picture in colours, whose brightness need not be saliency",
     ),
     "map of three dimensions": (
         {**GOOD, "saliency": ["deep.npy"]},
@@ -253,8 +257,9 @@ def test_bad_rows_are_named(case, stage, tmp_path):
     (folder / "set.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError) as error:
         stage(folder / "set.jsonl")
-    assert f"{folder / 'set.jsonl'}:2: " in str(error.value) and message in str(error.value)
-    assert "\n" not in str(error.value)
+    of_row, of_set, *more = error.value.lines
+    assert of_row.startswith(f"{folder / 'set.jsonl'}:2: ") and message in of_row and "\n" not in of_row
+    assert of_set.startswith("data.train: 1 of 2 rows cannot be used: ") and not more
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -414,12 +419,13 @@ def test_unreachable_hugging_face_data_set(stage, tmp_path):
 
 def test_an_error_as_the_user_sees_it(tmp_path):
     """One line, exit status 2, nothing half-written."""
-    overrides = settings(
-        "sft=null", "data.sft=null", f"model.path={tmp_path}", f"data.train={{source: {tmp_path / 'none.jsonl'}}}"
-    )
+    overrides = settings("sft=null", "data.sft=null", f"model.path={tmp_path / 'model'}")
     result = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, "--output", tmp_path / "out", *overrides)
     assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file or directory: correct the data source\n"
+    assert result.stderr == (
+        f"error: {tmp_path / 'model'}: no such directory. Names of the Hugging Face hub are not taken: download the"
+        " model (hf download NAME --local-dir DIRECTORY) and set model.path=DIRECTORY\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,7 +31,7 @@ from tests.objective.naive import naive_papo_loss
 ROOT = Path(__file__).parent.parent.parent
 
 GROUP, TEMPERATURE = 3, 0.7
-PIXELS = dict(min_pixels=3136, max_pixels=50176)
+PIXELS = preprocess.PictureSettings(min_pixels=3136, max_pixels=50176)
 PICTURES = {"a.png": (56, 56), "b.png": (100, 60), "c.png": (140, 112), "d.png": (75, 300)}
 PROMPTS = [["a.png"], ["b.png", "c.png"], [], ["d.png"]]
 LENGTHS = [3, 7, 1, 2, 5, 0, 4, 1, 6, 2, 2, 5]
@@ -80,7 +80,7 @@ def make_rollouts(config: dict) -> list[Rollout]:
             [rng.randrange(100) for _ in range(4)] + pads * len(names) + [rng.randrange(100) for _ in range(3 + group)]
         )
         tokens = sum(
-            preprocess.num_image_tokens(preprocess.grid_of(preprocess.resize(Image.new("RGB", PICTURES[n]), **PIXELS)))
+            preprocess.num_image_tokens(preprocess.grid_of(preprocess.resize(Image.new("RGB", PICTURES[n]), PIXELS)))
             for n in names
         )
         for sample in range(GROUP):
@@ -343,7 +343,7 @@ def expected_tokens(model, rollout: Rollout, data: Path, masked: bool) -> tuple[
     a time."""
     pictures = []
     for number, name in enumerate(rollout.images):
-        picture = preprocess.resize(preprocess.open_image(data, name), **PIXELS)
+        picture = preprocess.resize(preprocess.open_image(data, name), PIXELS)
         if masked:
             seed = derive_seed(rollout.masked_image_seed, number)
             picture = blacken(

@@ -150,7 +150,7 @@ def requests_for(hf: Path, arguments: argparse.Namespace) -> tuple[list["Request
     from PIL import Image
 
     from megatron_papo.data.chat import ChatFormat, forbidden_tokens
-    from megatron_papo.pictures.preprocess import grid_of, num_image_tokens, resize, to_data_uri
+    from megatron_papo.pictures.preprocess import PictureSettings, grid_of, num_image_tokens, resize, to_data_uri
     from megatron_papo.run.records import Prompt
     from megatron_papo.sglang.requests import Request, Sampling
 
@@ -161,7 +161,7 @@ def requests_for(hf: Path, arguments: argparse.Namespace) -> tuple[list["Request
     requests = []
     for number in range(arguments.prompts):
         noise = Image.fromarray(random.integers(0, 256, (*PICTURE[::-1], 3), dtype=np.uint8))
-        picture = resize(noise, MIN_PIXELS, MAX_PIXELS)
+        picture = resize(noise, PictureSettings(MIN_PIXELS, MAX_PIXELS))
         length, images = len(ids) - 1 + num_image_tokens(grid_of(picture)), Loaded((to_data_uri(picture),))
         prompt = Prompt(id=str(number), problem="", answer="", token_ids=ids, num_tokens=length, images=[""])
         requests += [Request(prompt, number * size + sample, images, number, sample) for sample in range(size)]

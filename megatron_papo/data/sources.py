@@ -1,0 +1,115 @@
+"""Where the rows of a source are: its files, told apart by split and kind, and what to do about what is none."""
+
+import os
+import re
+from pathlib import Path
+
+from megatron_papo.config import PromptSource
+from megatron_papo.errors import UserError
+from megatron_papo.reading import reading, shown
+
+SUFFIXES = (".jsonl", ".parquet")
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""What files and folders of a split are called, as the datasets library reads them too."""
+_CONVERTED = {".json": "json", ".csv": "csv", ".tsv": "csv", ".gz": "json", ".zst": "json"}
+"""Ending of a file that is not read -> how the datasets library reads it."""
+_SAVED_TO_DISK = ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+def data_files(source: PromptSource) -> list[Path]:
+    """Return the files that a source stands for, sorted; [] if it is the name of a Hugging Face data set.
+
+    Of a directory: all .jsonl and .parquet files below it, but for those whose name, or a folder's, begins with a dot;
+    where names tell splits, those of source.split. Raises UserError for anything else that is there, or is not.
+    """
+    path = Path(source.source)
+    with reading(path, "correct the data source"):
+        if path.is_dir():
+            return _of_directory(path, source.split)
+        if path.is_file():
+            return [_readable(path)]
+    name = source.source
+    if _is_table(path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "://" in name:
+        raise UserError(f"{shown(name)}: no such file or directory: correct the data source")
+    return []
+
+
+def _of_directory(directory: Path, split: str) -> list[Path]:
+    files = []
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    files = sorted(file for file in files if _is_table(file) and file.is_file())
+    if not files:
+        if any((directory / name).exists() for name in _SAVED_TO_DISK):
+            raise UserError(
+                f"{directory}: made by save_to_disk, which is not read: write it as parquet:"
+                f' .venv/bin/python -c "import datasets;'
+                f" datasets.load_from_disk('{directory}').to_parquet('{directory}.parquet')\" (of a DatasetDict, one"
+                " split of it)"
+            )
+        raise UserError(f"{directory}: no {' or '.join(SUFFIXES)} file in this directory: name another data source")
+    for file in files:
+        with reading(file, "its name is not UTF-8: rename it"):
+            str(file).encode()
+    return _of_split(files, directory, split)
+
+
+def _of_split(files: list[Path], directory: Path, split: str) -> list[Path]:
+    """Return the files of a split; all of them where no name tells one."""
+    splits = {file: _split_of(file.relative_to(directory)) for file in files}
+    named = sorted({name for name in splits.values() if name is not None})
+    if not named:
+        return files
+    unnamed = [file for file, name in splits.items() if name is None]
+    if unnamed:
+        raise UserError(
+            f"{directory}: {unnamed[0].relative_to(directory)} belongs to no split, other files to {', '.join(named)}:"
+            " name a single file as the source, or move the others out"
+        )
+    wanted = next((name for name, words in SPLITS.items() if split.lower() in words), split)
+    chosen = [file for file, name in splits.items() if name == wanted]
+    if not chosen:
+        raise UserError(f"{directory}: no file of split {split}, only of {', '.join(named)}: set split to one of them")
+    return chosen
+
+
+def _split_of(name: Path) -> str | None:
+    """Return the split that a file's name, or else that of the nearest folder, tells: train, validation or test."""
+    for part in (name.stem, *(parent.name for parent in name.parents)):
+        words = re.split(r"[^a-z]+", part.lower())
+        for split, aliases in SPLITS.items():
+            if not set(words).isdisjoint(aliases):
+                return split
+    return None
+
+
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
+
+
+def is_jsonl(file: Path) -> bool:
+    """Say whether a data file has a row per line; the others are parquet."""
+    return file.suffix.lower() == ".jsonl"
+
+
+def _readable(file: Path) -> Path:
+    if not _is_table(file):
+        raise UserError(f"{file}: expected {' or '.join(SUFFIXES)}: {converting(file)}")
+    return file
+
+
+def converting(file: Path) -> str:
+    """Say how a file becomes one that is read."""
+    kind = _CONVERTED.get(file.suffix.lower(), "json" if is_jsonl(file) else "")
+    if not kind:
+        return "convert the file"
+    target = file.with_name(file.name.split(".")[0] + "_converted.jsonl")
+    arguments = f"'{kind}', data_files='{file}', split='train'" + (", sep='\\t'" if file.suffix == ".tsv" else "")
+    return (
+        f"convert it: .venv/bin/python -c \"import datasets; datasets.load_dataset({arguments}).to_json('{target}')\""
+    )
