@@ -1,6 +1,7 @@
 """Pictures become the pixels that transformers' own image processor makes of them; bad files are refused by name."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,16 +34,52 @@ LIMITS = [(3136, 50176), (3136, 12845056), (200704, 1003520), (784, 784), (50176
 @example(width=42, height=14, limits=(784, 784))
 @example(width=1, height=200, limits=(3136, 50176))
 @example(width=1, height=201, limits=(3136, 50176))
+@example(width=40, height=7990, limits=(3136, 12845056))
 def test_smart_size_is_transformers(width, height, limits):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     try:
         expected = smart_resize(height, width, 28, *limits)
+        smart_resize(*expected, 28, *limits)  # the server's, of what it is sent
     except ValueError:
         with pytest.raises(UserError, match="more than 200 times"):
-            preprocess.smart_size(width, height, *limits)
+            preprocess.model_size(width, height, PictureSettings(*limits))
         return
-    assert preprocess.smart_size(width, height, *limits) == expected[::-1]
+    assert preprocess.model_size(width, height, PictureSettings(*limits)) == expected[::-1]
+
+
+PUBLISHED = PictureSettings(200704, 1003520, resize="published")
+
+
+@pytest.mark.parametrize(
+    "native, published, smart",
+    [
+        ((320, 240), (504, 392), (532, 392)),
+        ((400, 300), (504, 392), (532, 392)),
+        ((448, 448), (448, 448), (448, 448)),
+        ((640, 480), (644, 476), (644, 476)),
+        ((1920, 1080), (1344, 756), (1316, 728)),
+        ((1000, 1000), (1008, 1008), (980, 980)),
+        ((28, 28), (448, 448), (448, 448)),
+    ],
+)
+def test_published_sizes(native, published, smart):
+    """What the authors' process_image and the processor behind it make of these, as they were run."""
+    assert preprocess.model_size(*native, PUBLISHED) == published
+    assert preprocess.model_size(*native, replace(PUBLISHED, resize="smart")) == smart
+
+
+def test_published_pixels_are_resized_twice(tmp_path):
+    """By hand: to int() of both sides first, then to multiples of 28; every reader of a size says the same."""
+    native = picture(320, 240)
+    native.save(tmp_path / "picture.png")
+    twice = native.resize((517, 387), Image.Resampling.BICUBIC).resize((504, 392), Image.Resampling.BICUBIC)
+    [resized] = preprocess.load_images(tmp_path, ["picture.png"], PUBLISHED)
+    np.testing.assert_array_equal(np.asarray(resized), np.asarray(twice))
+    assert (np.asarray(resized) != np.asarray(native.resize((504, 392), Image.Resampling.BICUBIC))).any()  # control
+    assert preprocess.grid_of_file(tmp_path, "picture.png", PUBLISHED) == preprocess.grid_of(resized) == (1, 28, 36)
+    with pytest.raises(UserError, match="more than 200 times"):
+        preprocess.model_size(201 * 5, 5, PUBLISHED)
 
 
 @settings(max_examples=25, deadline=None)
