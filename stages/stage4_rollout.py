@@ -103,20 +103,22 @@ def end_of_previous(task: Task, data: Input) -> int:
     Raises UserError if its output is of another iteration, seed or data.
     """
     previous = task.path("previous")
-    manifest = read_manifest(previous) or {}
-    recipe = manifest["recipe"]
+    manifest = read_manifest(previous)
+    if manifest is None:
+        raise UserError(f"--previous {previous}: no output of stage 4: give the output of {task.hint('previous')}")
+    recipe = manifest.recipe
     for what, stored, expected in (
-        ("iteration", recipe["arguments"]["iteration"], task.iteration - 1),
-        ("seed", recipe["config"]["seed"], task.config.seed),
-        ("data", recipe["inputs"]["data"], data.fingerprint),
+        ("iteration", recipe.arguments.get("iteration"), task.iteration - 1),
+        ("seed", recipe.config.get("seed"), task.config.seed),
+        ("data", recipe.inputs.get("data"), data.fingerprint),
     ):
         if stored != expected:
             hint = task.hint("previous")
             raise UserError(
                 f"--previous {previous}: its {what} is {stored}, expected {expected}: give the output of {hint}"
             )
-    position = manifest["counts"].get("next_position")
-    if position is None:
+    position = manifest.counts.get("next_position")
+    if not isinstance(position, int) or position < 0:
         raise UserError(f"--previous {previous}: does not say where it stopped: remove it and make it again")
     return position
 

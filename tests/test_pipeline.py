@@ -144,7 +144,7 @@ def test_another_evaluation_set_touches_nothing_of_the_training(small_run, tmp_p
         before = {path: path.stat().st_mtime_ns for path in copy.rglob("manifest.json")}
         done = run_all("--name", copy.name, "--stages", "1,7", *settings("data.evaluation.count=4"))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        assert read_manifest(copy / "evaluation/iteration_0001/evaluation")["counts"]["prompts"] == 4
+        assert read_manifest(copy / "evaluation/iteration_0001/evaluation").counts["prompts"] == 4
         assert before.items() <= {path: path.stat().st_mtime_ns for path in copy.rglob("manifest.json")}.items()
     finally:
         shutil.rmtree(copy, ignore_errors=True)

@@ -77,7 +77,7 @@ def test_the_same_bits(both):
             assert (staged / file).read_bytes() == (resident / file).read_bytes(), file
         for part in ("rollouts", "megatron", "hf"):
             place = f"iterations/{number}/{part}"
-            assert read_manifest(staged / place)["fingerprint"] == read_manifest(resident / place)["fingerprint"]
+            assert read_manifest(staged / place).fingerprint == read_manifest(resident / place).fingerprint
     trained = [(resident / f"iterations/{number}/hf/model.safetensors").read_bytes() for number in ("0001", "0002")]
     assert trained[0] != trained[1]  # and the second iteration did train
     evaluations = [json.loads((run / "evaluation/iteration_0002/evaluation/metrics.json").read_text()) for run in both]
@@ -88,12 +88,12 @@ def test_one_process_each(both):
     """And the iterations of a resident run count their own time, not their process's."""
     resident = both[1] / "iterations"
     commands = {
-        read_manifest(resident / number / part)["command"]
+        read_manifest(resident / number / part).command
         for number in ("0001", "0002")
         for part in ("rollouts", "megatron")
     }
     assert len(commands) == 2 and all("--iterations 1-2" in command for command in commands)
-    seconds = [read_manifest(run / "iterations/0002/megatron")["seconds"] for run in both]
+    seconds = [read_manifest(run / "iterations/0002/megatron").seconds for run in both]
     assert seconds[1] < seconds[0]
     assert all(json.loads((run / "summary.json").read_text())["seconds_per_iteration"] > 0 for run in both)
 
@@ -131,7 +131,7 @@ def sparse(prepared):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    weights_alone = [read_manifest(run / f"iterations/000{n}/megatron")["counts"].get("weights_alone") for n in (1, 2)]
+    weights_alone = [read_manifest(run / f"iterations/000{n}/megatron").counts.get("weights_alone") for n in (1, 2)]
     assert weights_alone == [True, True]
     done = run_all(run.name, "--resident", iterations=4)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -160,7 +160,7 @@ def test_a_run_killed_between_two_whole_checkpoints_ends_in_the_same_bits(sparse
     for number in range(1, 5):
         for part in ("rollouts", "megatron", "hf"):
             place = f"iterations/{number:04}/{part}"
-            assert read_manifest(run / place)["fingerprint"] == read_manifest(whole / place)["fingerprint"]
+            assert read_manifest(run / place).fingerprint == read_manifest(whole / place).fingerprint
 
 
 def test_stage_by_stage_goes_on_from_weights_alone(sparse, whole, prepared):
@@ -256,7 +256,7 @@ def test_one_iteration_stale(stale):
         ]
         assert {record["staleness"] for record in records} == {min(number - 1, 1)}
         versions += {record["weight_version"] for record in records}
-    exported = [read_manifest(stale / part)["fingerprint"][:16] for part in ("sft", "sft", "iterations/0001/hf")]
+    exported = [read_manifest(stale / part).fingerprint[:16] for part in ("sft", "sft", "iterations/0001/hf")]
     assert versions == exported
     first, third = (read_metrics(stale / f"iterations/000{number}/megatron/metrics.jsonl") for number in (1, 3))
     assert "parity_log_prob_difference_mean" in first[0] and "parity_log_prob_difference_mean" not in third[0]

@@ -14,11 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_papo.checkpoint.keep import best_iterations
+from megatron_papo.reading import read_record
 from megatron_papo.run.command_line import run
 from megatron_papo.run.curves import collect
+from megatron_papo.run.manifest import MANIFEST, read_manifest
+from megatron_papo.run.records import Metrics
+from megatron_papo.run.room import replace_file
 from megatron_papo.run.run_config import open_run
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import MANIFEST, read_manifest, require_input
+from megatron_papo.run.stage_output import require_input
 
 
 def seconds_per_stage(directory: Path) -> dict[str, float]:
@@ -26,7 +30,8 @@ def seconds_per_stage(directory: Path) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for path in sorted(directory.rglob(MANIFEST)):
         manifest = read_manifest(path.parent)
-        seconds[manifest["stage"]] = seconds.get(manifest["stage"], 0.0) + manifest["seconds"]
+        if manifest is not None:
+            seconds[manifest.stage] = seconds.get(manifest.stage, 0.0) + manifest.seconds
     return {stage: round(seconds[stage], 1) for stage in sorted(seconds)}
 
 
@@ -44,9 +49,9 @@ def summarize(run: RunDirectory) -> dict:
     for key, number in (("cold_start", 0), ("papo", last)):
         path = run.evaluated(number, name)
         require_input(path, ("stage7_evaluate",), f"bash run_all.sh --name {run.root.name}")
-        measured = json.loads((path / "metrics.json").read_text())
-        metrics[f"accuracy_{key}"] = measured["accuracy"]
-        metrics[f"accuracy_{key}_masked"] = measured.get("accuracy_masked")
+        measured = read_record(path / "metrics.json", Metrics, f"remove {path} and evaluate again")
+        metrics[f"accuracy_{key}"] = measured.accuracy
+        metrics[f"accuracy_{key}_masked"] = measured.accuracy_masked
     paths = {
         "model": str(run.exported(last)),
         "predictions_cold_start": str(run.evaluated(0, name) / "predictions.jsonl"),
@@ -97,7 +102,7 @@ def main() -> None:
     directory = open_run(parser.parse_args().run)
     collect(directory)
     summary = summarize(directory)
-    directory.summary.write_text(json.dumps(summary, indent=1) + "\n")
+    replace_file(directory.summary, json.dumps(summary, indent=1) + "\n")
     show(summary)
     if summary["chosen_on_the_reported_set"]:
         print(f"keep_best chose checkpoints by this very set, {summary['evaluation_set']}: of those it is no measure")

@@ -8,7 +8,6 @@ already, it is hashed first.
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,9 @@ from megatron_papo.checkpoint.proof import require_proof_if_made_by_conversion
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, HFConfig
 from megatron_papo.run.console import SECONDS_BETWEEN_LINES, is_terminal
-from megatron_papo.run.stage_output import (
-    Input,
-    StageOutput,
-    content_fingerprint,
-    file_hash,
-    read_manifest,
-    verify_files,
-)
+from megatron_papo.run.manifest import read_manifest
+from megatron_papo.run.room import require_room
+from megatron_papo.run.stage_output import Input, StageOutput, content_fingerprint, file_hash, verify_files
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +57,7 @@ def to_megatron(
     _ask_for_huge_pages()
     _require_directory(source, "give --hf the directory of a Qwen2.5-VL checkpoint")
     manifest = read_manifest(source)
-    fingerprint = manifest["fingerprint"] if manifest else model_fingerprint(source) if output.exists() else _LATER
+    fingerprint = manifest.fingerprint if manifest else model_fingerprint(source) if output.exists() else _LATER
     made_from = {"hf": Input(source, fingerprint, verify=False)}
     out = StageOutput("stage3_convert_to_megatron", output, {}, made_from, options)
     if out.done:
@@ -98,7 +92,7 @@ def to_hf(source: Path, output: Path, options: Options, started: float | None = 
     _ask_for_huge_pages()
     _require_directory(source, "give --megatron the directory of a Megatron checkpoint")
     manifest = read_manifest(source)
-    fingerprint = manifest["fingerprint"] if manifest else _of_megatron(source) if output.exists() else _LATER
+    fingerprint = manifest.fingerprint if manifest else _of_megatron(source) if output.exists() else _LATER
     made_from = {"megatron": Input(source, fingerprint, verify=False)}
     out = StageOutput("stage6_convert_to_hf", output, {}, made_from, options, started)
     if out.done:
@@ -114,7 +108,7 @@ def to_hf(source: Path, output: Path, options: Options, started: float | None = 
     _require_space(output, checkpoint, dtype)
     with out, byte_progress("convert to Hugging Face and verify", checkpoint) as progress:
         written = megatron_to_hf(checkpoint, out.partial, progress, dtype, options.get("shard_bytes"))
-        write_model_card(out.partial, manifest or {}, checkpoint)
+        write_model_card(out.partial, manifest, checkpoint)
         if manifest is None:
             out.complete_input("megatron", megatron_fingerprint(checkpoint))
         out.hashes |= written.target
@@ -182,10 +176,4 @@ def _require_space(output: Path, checkpoint: "HFCheckpoint | MegatronCheckpoint"
     needed = sum(
         info.num_bytes // info.dtype.itemsize * (dtype or info.dtype).itemsize for info in checkpoint.tensors.values()
     )
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise UserError(
-            f"{output}: needs {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free: free space or choose"
-            " another --output"
-        )
+    require_room(output, needed)

@@ -55,7 +55,7 @@ class MegatronCheckpoint:
     """A Megatron checkpoint of this project, seen as the Hugging Face tensors it holds. Raises UserError if it is not
     complete."""
 
-    def __init__(self, directory: Path, proof_read: dict | None = None):
+    def __init__(self, directory: Path, proof_read: proof.Proof | None = None):
         """Open a directory. proof_read: its proof, where the caller has read it."""
         self.directory = Path(directory)
         self._proof = proof_read
@@ -75,7 +75,7 @@ class MegatronCheckpoint:
         self._last: tuple[Piece, dict[str, torch.Tensor]] | None = None
 
     @property
-    def proof(self) -> dict | None:
+    def proof(self) -> "proof.Proof | None":
         """The proof of the conversion that made it, read when it is asked for; None of a checkpoint that was trained.
 
         Raises UserError where it is damaged or failed.

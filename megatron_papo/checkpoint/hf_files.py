@@ -11,16 +11,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from megatron_papo.checkpoint.hashed_files import HashedReader, HashedWriter, open_for_reading, read_into, tensor_bytes
-from megatron_papo.checkpoint.model_files import INDEX, SINGLE, in_short, read_index, weight_files
+from megatron_papo.checkpoint.model_files import INDEX, SINGLE, read_index, weight_files
 from megatron_papo.checkpoint.name_map import disk_name
 from megatron_papo.checkpoint.proof import PROOF
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
-from megatron_papo.run.stage_output import MANIFEST
+from megatron_papo.reading import reading
+from megatron_papo.run.manifest import MANIFEST, PRUNED, FileName
 
 HEADERS = "safetensors_headers.json"
 """Beside the small files in a Megatron checkpoint: the header of each safetensors file, as it was."""
@@ -35,6 +38,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+Size = Annotated[int, Field(ge=0, lt=1 << 48)]
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
@@ -150,15 +154,13 @@ class HFCheckpoint:
 
 def _read_header(path: Path) -> str:
     """Return the JSON text that begins a safetensors file, checked against the file's size. Raises UserError."""
-    try:
+    with reading(path, "not a complete safetensors file: copy the checkpoint again"):
         with open(path, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if length > path.stat().st_size - 8:
+            if not 0 < length <= path.stat().st_size - 8:
                 raise ValueError("the header is cut off")
             text = stream.read(length).decode()
         end = _check_entries(header_entries(text))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({in_short(error)}): copy the checkpoint again")
     if path.stat().st_size != 8 + length + end:
         raise UserError(
             f"{path}: {path.stat().st_size} bytes, its header announces {8 + length + end}: copy the checkpoint again"
@@ -174,10 +176,6 @@ def _check_entries(entries: dict[str, dict]) -> int:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, stop = entry["data_offsets"]
-        if not isinstance(entry["dtype"], str) or not isinstance(entry["shape"], list):
-            raise ValueError(f"no dtype and shape for {name[:80]}")
-        if not all(type(number) is int and 0 <= number < 1 << 48 for number in (start, stop, *entry["shape"])):
-            raise ValueError(f"impossible numbers for {name[:80]}")
         if start != end or stop < start:
             raise ValueError(f"the data of {name[:80]} does not follow on what stands before it")
         end = stop
@@ -185,15 +183,32 @@ def _check_entries(entries: dict[str, dict]) -> int:
 
 
 def header_entries(header: str) -> dict[str, dict]:
-    """Return tensor name -> dtype, shape and data_offsets."""
-    return {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+    """Return tensor name -> dtype, shape and data_offsets. Raises ValueError for anything that is no header."""
+    entries = _HEADER.validate_json(header)
+    return {name: entry.model_dump() for name, entry in entries.items() if isinstance(entry, _Entry)}
+
+
+class _Entry(BaseModel):
+    """One tensor in the header of a safetensors file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    dtype: str = Field(max_length=16)
+    shape: list[Size] = Field(max_length=16)
+    data_offsets: list[Size] = Field(min_length=2, max_length=2)
+
+
+_HEADER = TypeAdapter(dict[str, _Entry | dict[str, str]])
+"""The text under __metadata__ is of another form, and nothing else is."""
+_HEADERS = TypeAdapter(dict[FileName, str])
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copy configuration, tokenizer, processor, templates: all top-level files but weights and our own records."""
+    """Copy configuration, tokenizer, processor, templates: all top-level files but weights, hidden ones and our own
+    records."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in _WEIGHTS and file.name not in (MANIFEST, PROOF, HEADERS):
+        is_ours = file.name in (MANIFEST, PRUNED, PROOF, HEADERS)
+        if file.is_file() and file.suffix not in _WEIGHTS and not is_ours and not file.name.startswith("."):
             shutil.copyfile(file, target / file.name)
 
 
@@ -242,18 +257,14 @@ def save_headers(headers: dict[str, str], target: Path) -> None:
 def load_headers(directory: Path) -> dict[str, str]:
     """Return file name -> header text, as save_headers wrote them. Raises UserError."""
     path = directory / HEADERS
-    try:
-        headers = json.loads(path.read_text())
+    cure = "convert the Hugging Face checkpoint again: .venv/bin/python -m stages.stage3_convert_to_megatron"
+    with reading(path, cure):
+        headers = _HEADERS.validate_json(path.read_bytes())
         for file, header in headers.items():
-            header_entries(header)
+            _check_entries(header_entries(header))
             if Path(file).name != file:
-                raise ValueError(f"{file} is not a file name")
-        return headers
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}): convert the Hugging Face checkpoint again with"
-            " stages.stage3_convert_to_megatron"
-        )
+                raise ValueError(f"{file} is no name of a file")
+    return headers
 
 
 def write_weights(

@@ -10,7 +10,7 @@ from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, MegatronCheckpo
 from megatron_papo.checkpoint.hf_files import names_in_order
 from megatron_papo.checkpoint.proof import PROOF, require_proof
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import read_manifest
+from megatron_papo.run.manifest import read_manifest
 
 
 def describe(directory: Path) -> dict[str, object]:
@@ -52,7 +52,7 @@ def describe(directory: Path) -> dict[str, object]:
         ):
             facts["names"] = "in-memory (transformers' module names)"
     manifest = read_manifest(directory)
-    facts["made_by"] = None if manifest is None else {"stage": manifest["stage"], "git_commit": manifest["git_commit"]}
+    facts["made_by"] = None if manifest is None else {"stage": manifest.stage, "git_commit": manifest.git_commit}
     facts["proof"] = _proof(directory)
     return facts
 
@@ -82,6 +82,6 @@ def _proof(directory: Path) -> str:
         return "none"
     try:
         proof = require_proof(directory)
-        return f"passed: {proof['conversion']} of {len(proof['tensors'])} tensors by {proof['tool']}"
+        return f"passed: {proof.conversion} of {len(proof.tensors)} tensors by {proof.tool}"
     except UserError as error:
         return f"FAILED: {error}"

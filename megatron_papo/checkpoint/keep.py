@@ -6,23 +6,20 @@ holds. What was deleted leaves its manifest, everything but weights, and pruned.
 asks for its weights is told which key to raise.
 """
 
-import json
-import os
 import time
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof
 from megatron_papo.errors import UserError
+from megatron_papo.reading import read_record
+from megatron_papo.run.manifest import MANIFEST, PRUNED, Key, Pruned, read_manifest
+from megatron_papo.run.records import Metrics
+from megatron_papo.run.room import replace_file
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import MANIFEST, PRUNED, read_manifest
 
-WEIGHTS = {
-    "keep_checkpoints": ("*.distcp", ".metadata", "common.pt", "metadata.json"),
-    "keep_exports": ("*.safetensors",),
-    "checkpoint_every": ("*.distcp", ".metadata", "common.pt", "metadata.json"),
-}
-"""Key of the configuration -> the files that its kind of checkpoint loses."""
+WEIGHTS = ("*.distcp", ".metadata", "common.pt", "metadata.json", "*.safetensors")
+"""What a checkpoint or an export loses."""
 WEIGHTS_ALONE = "weights_alone"
 """In the counts of a checkpoint without optimizer, which lies between two whole ones of a resident run."""
 NONE: AbstractSet[int] = frozenset()
@@ -87,7 +84,9 @@ def tidy(run: RunDirectory, newest: int) -> None:
     waiting = {number for number in run.evaluated_iterations() if number > 0 and not _is_evaluated(run, number)}
     waiting |= {run.sampled_by(newest + 1)}
     kept_of_exports = kept_exports(newest, exported, config.keep_exports, best, waiting)
-    if set(saved) <= kept | between and set(exported) <= kept_of_exports:
+    gone = [run.trained(number) for number in _iterations(run.iterations, "megatron") if number not in kept | between]
+    gone += [run.exported(number) for number in _iterations(run.iterations, "hf") if number not in kept_of_exports]
+    if not any(map(_weights, gone)):  # of one whose deletion was interrupted, some are there
         return
     require_complete(run.iterations, newest)
     for number in set(saved) - set(whole) - between:
@@ -103,7 +102,7 @@ def best_iterations(run: RunDirectory) -> set[int]:
     for number in run.evaluated_iterations():
         metrics = run.evaluated(number, run.config.evaluation.validation) / "metrics.json"
         if number > 0 and metrics.is_file():
-            scores.append((json.loads(metrics.read_text())["accuracy"], number))
+            scores.append((read_record(metrics, Metrics, "evaluate again").accuracy, number))
     return {number for _, number in sorted(scores)[-run.config.keep_best :]} if run.config.keep_best else set()
 
 
@@ -114,7 +113,7 @@ def _is_evaluated(run: RunDirectory, number: int) -> bool:
 def holds_weights_alone(checkpoint: Path) -> bool:
     """Say whether a checkpoint is one between two whole ones (checkpoint_every)."""
     manifest = read_manifest(checkpoint)
-    return manifest is not None and bool(manifest["counts"].get(WEIGHTS_ALONE, False))
+    return manifest is not None and bool(manifest.counts.get(WEIGHTS_ALONE, False))
 
 
 def published_iterations(iterations: Path, name: str) -> list[int]:
@@ -122,7 +121,7 @@ def published_iterations(iterations: Path, name: str) -> list[int]:
     return [number for number in _iterations(iterations, name) if not _at(iterations, number, name, PRUNED).exists()]
 
 
-def _prune_others(iterations: Path, name: str, kept: set[int], key: str, keep: int | None) -> None:
+def _prune_others(iterations: Path, name: str, kept: set[int], key: Key, keep: int | None) -> None:
     """Prune what is not kept; where somebody stopped in the middle of it, finish."""
     for number in _iterations(iterations, name):
         if number not in kept:
@@ -157,29 +156,32 @@ def _require_files(directory: Path) -> None:
         raise UserError(f"{directory}: not complete: nothing is deleted; run the stage that makes it")
     if (directory / PRUNED).exists():
         return
-    for file, entry in manifest["files"].items():
-        if not (directory / file).is_file() or (directory / file).stat().st_size != entry["bytes"]:
+    for file, entry in manifest.files.items():
+        if not (directory / file).is_file() or (directory / file).stat().st_size != entry.bytes:
             raise UserError(
                 f"{directory / file}: missing or of another size than its manifest says: nothing is deleted"
             )
 
 
-def prune(directory: Path, key: str, keep: int | None) -> None:
+def _weights(directory: Path) -> list[Path]:
+    return [file for pattern in WEIGHTS for file in sorted(directory.glob(pattern))]
+
+
+def prune(directory: Path, key: Key, keep: int | None) -> None:
     """Delete the weights of a published checkpoint or export, leaving a note; nothing to do where that has happened.
 
     Args:
         directory: of the output.
-        key: of WEIGHTS: what kind it is, and what its users are told to raise.
+        key: of the configuration, which its users are told to raise.
         keep: the value of that key, for the note.
     """
-    files = [file for pattern in WEIGHTS[key] for file in sorted(directory.glob(pattern))]
+    files = _weights(directory)
     if not files or not (directory / MANIFEST).is_file():
         return
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    path = directory / PRUNED
-    path.write_text(json.dumps({"reason": f"{key}: {keep}", "key": key, "when": when}))
-    with open(path) as stream:
-        os.fsync(stream.fileno())  # before the weights go, so that a checkpoint without them is never without the note
+    note = Pruned(reason=f"{key}: {keep}", key=key, when=when)
+    if not (directory / PRUNED).exists():  # before the weights go: a checkpoint without them is never without the note
+        replace_file(directory / PRUNED, note.model_dump_json())
     freed = 0
     for file in files:
         freed += file.stat().st_size

@@ -61,7 +61,8 @@ def seeded_prompt(hf: HFConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     words = [word for word in words if word not in special][:32]
     merge = hf.vision.spatial_merge_size
     picture = [hf.image_token_id] * (_GRID[1] * _GRID[2] // merge**2)
-    ids = torch.tensor(words[:16] + [hf.vision_start_token_id, *picture, hf.vision_end_token_id] + words[16:])
+    start, end = ([] if token is None else [token] for token in (hf.vision_start_token_id, hf.vision_end_token_id))
+    ids = torch.tensor(words[:16] + start + picture + end + words[16:])
     pixels = torch.randn(_GRID[1] * _GRID[2], hf.vision.patch_values, generator=random)
     return ids[None], mrope_position_ids(ids, [_GRID], hf.image_token_id)[:, None], pixels
 

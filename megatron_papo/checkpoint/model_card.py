@@ -6,10 +6,15 @@ from pathlib import Path
 import yaml
 
 from megatron_papo.checkpoint.convert import MegatronCheckpoint
+from megatron_papo.run.describing import describes
+from megatron_papo.run.manifest import Manifest
 
+README = "README.md"
 BASE_CARD = "README_base_model.md"
 """The card of the model that training started from, kept beside the new one."""
 _CARRIED = ("license", "license_name", "license_link", "language", "base_model")
+_LONGEST_FRONT = 1 << 16
+"""Bytes of a card that are looked at."""
 _SETTINGS = (
     "objective",
     "masked_image",
@@ -29,27 +34,37 @@ _SETTINGS = (
 )
 
 
-def write_model_card(directory: Path, manifest: dict, checkpoint: MegatronCheckpoint) -> None:
+def write_model_card(directory: Path, manifest: Manifest | None, checkpoint: MegatronCheckpoint) -> None:
     """Write the card of a trained checkpoint into `directory`; one that was only converted keeps the card it came with.
 
     Args:
         directory: of the export.
-        manifest: of the Megatron checkpoint; empty where it has none.
+        manifest: of the Megatron checkpoint; None where it has none.
         checkpoint: the Megatron checkpoint.
+
+    The card describes, no more: one that cannot be made is left out, and the base model's stays.
     """
+    with describes(f"{directory / README}: how the model was trained"):
+        _write_model_card(directory, manifest, checkpoint)
+
+
+def _write_model_card(directory: Path, manifest: Manifest | None, checkpoint: MegatronCheckpoint) -> None:
     step = checkpoint.stored.common.get("state", {}).get("step")
     if step is None:
         return
-    path = directory / "README.md"
-    front = {}
+    path = directory / README
+    front: dict[str, object] = {}
     if path.is_file():
-        front = {key: value for key, value in _front_matter(path.read_text()).items() if key in _CARRIED}
+        with describes(f"{path}: license and language of the base model"):
+            front = _front_matter(path)
+    text = model_card(checkpoint, step, manifest, front, path.is_file() or (directory / BASE_CARD).exists())
+    if path.is_file():
         path.rename(directory / BASE_CARD)
-    path.write_text(model_card(checkpoint, step, manifest, front, (directory / BASE_CARD).exists()))
+    path.write_text(text, encoding="utf-8")
 
 
 def model_card(
-    checkpoint: MegatronCheckpoint, step: int, manifest: dict, front: dict[str, object], has_base_card: bool
+    checkpoint: MegatronCheckpoint, step: int, manifest: Manifest | None, front: dict[str, object], has_base_card: bool
 ) -> str:
     """Return the text of the card.
 
@@ -67,9 +82,8 @@ def model_card(
         "pipeline_tag": "image-text-to-text",
         "tags": ["papo", "qwen2_5_vl"],
     }
-    recipe = manifest.get("recipe", {})
-    rows = _rows(recipe.get("config", {}))
-    iteration = recipe.get("arguments", {}).get("iteration")
+    rows = [] if manifest is None else _rows(manifest.recipe.config)
+    iteration = None if manifest is None else manifest.recipe.arguments.get("iteration")
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -97,8 +111,7 @@ def model_card(
         ]
     if manifest:
         lines += [
-            f"Training checkpoint: fingerprint `{manifest['fingerprint']}`, code at git commit"
-            f" `{manifest['git_commit']}`.",
+            f"Training checkpoint: fingerprint `{manifest.fingerprint}`, code at git commit `{manifest.git_commit}`.",
             "",
         ]
     return "\n".join(lines)
@@ -123,12 +136,18 @@ def _shown(value: object) -> str:
     return str("null" if value is None else value).replace("|", "\\|").replace("\n", " ")
 
 
-def _front_matter(text: str) -> dict:
-    """Return the YAML block that a card on the Hub begins with; nothing where it is absent or damaged."""
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
+def _front_matter(path: Path) -> dict[str, object]:
+    """Return what the new card repeats of the YAML block that a card on the Hub begins with, as the text that stands
+    there: nothing is taken for a date, a number or `no`. {} where there is none. Raises what a damaged one raises."""
+    with open(path, "rb") as stream:
+        text = stream.read(_LONGEST_FRONT).decode("utf-8", "replace").replace("\r\n", "\n")
+    if not text.startswith("---\n"):
         return {}
-    try:
-        block = yaml.safe_load(text[4 : text.index("\n---", 4)])
-        return block if isinstance(block, dict) else {}
-    except yaml.YAMLError:
-        return {}
+    block = yaml.load(text[4 : text.index("\n---", 3)], yaml.BaseLoader)
+    carried = {key: block[key] for key in _CARRIED if key in block}
+    return {key: value for key, value in carried.items() if _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """Say whether a value is text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(part, str) for part in value))

@@ -1,5 +1,8 @@
 """Which files of a Hugging Face model directory are read, and by whose content an outside model is identified.
 
+transformers, SGLang and this package choose among files by rules of their own. Where they would not see the same model
+the directory is refused, naming the files.
+
 Path, README, .git, .cache, .DS_Store and the time stamps of a download do not count: a model that was moved or
 downloaded again is the same model.
 """
@@ -8,14 +11,16 @@ import hashlib
 import json
 from pathlib import Path
 
+from pydantic import BaseModel, Field
+
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import file_hash, require_weights
+from megatron_papo.reading import read_record, reading, shown
+from megatron_papo.run.manifest import FileName, require_weights
+from megatron_papo.run.stage_output import file_hash
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SMALL_FILES = (
-    "*config.json",  # model, generation, tokenizer, (pre)processor, adapter, quantisation
-    "config.*.json",  # transformers takes these instead of config.json, tokenizer.json, where their versions ask for it
-    "tokenizer.*.json",
+    "*config.json",  # model, generation, tokenizer, (pre)processor
     "tokenizer.json",
     "tokenizer.model",
     "vocab.json",
@@ -29,6 +34,22 @@ _SMALL_FILES = (
 """What transformers 5 and SGLang 0.5 look for beside the weights of a Qwen2.5-VL, and this package with them."""
 
 
+_RIVALS = {
+    "config.*.json": "transformers may take it instead of config.json",
+    "tokenizer.*.json": "transformers may take it instead of tokenizer.json",
+    "adapter_config.json": "transformers would add the adapter to the model, SGLang would not",
+    "hf_quant_config.json": "SGLang would take the weights for quantised ones",
+    "quant*_config.json": "SGLang would take the weights for quantised ones",
+}
+"""Files beside a model by which one reader would see another model than the others."""
+
+
+class _Index(BaseModel):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, FileName] = Field(min_length=1)
+
+
 def model_fingerprint(directory: Path, known: dict[str, str] | None = None) -> str:
     """Return the sha256 over name and content of the files of a model directory that are read.
 
@@ -36,67 +57,91 @@ def model_fingerprint(directory: Path, known: dict[str, str] | None = None) -> s
         directory: of a Hugging Face checkpoint that no stage made.
         known: file name -> sha256, of files that were hashed already.
 
-    Raises UserError where weights are missing or a file cannot be read.
+    Raises UserError where weights are missing, a file cannot be read, or two readers would see two models.
     """
-    known = known or {}
-    try:
-        hashes = [(name, known.get(name) or file_hash(directory / name)) for name in files_read(directory)]
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}): copy the model again")
+    known, hashes = known or {}, []
+    for name in files_read(directory):
+        with reading(directory / name, "copy the model again"):
+            hashes.append((name, known.get(name) or file_hash(directory / name)))
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def files_read(directory: Path) -> list[str]:
     """Return the names, relative to the directory and sorted, of the files that this package, transformers or SGLang
-    read."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: not there, or not a directory: give the directory of a Hugging Face checkpoint")
+    read. Raises UserError where these would not be the same model."""
+    weights = weight_files(directory)
     files = {path for pattern in _SMALL_FILES for path in directory.glob(pattern) if path.is_file()}
-    names = {path.relative_to(directory).as_posix() for path in files} | set(weight_files(directory))
-    if (directory / INDEX).is_file():
-        # Transformers prefers a single file to the index.
-        names |= {INDEX, SINGLE} if (directory / SINGLE).is_file() else {INDEX}
-    else:
-        # SGLang then loads whatever ends so.
-        names |= {path.name for path in directory.glob("*.safetensors")}
-    return sorted(names)
+    names = {path.relative_to(directory).as_posix() for path in files} | set(weights)
+    return sorted(names | ({INDEX} if (directory / INDEX).is_file() else set()))
 
 
 def weight_files(directory: Path) -> list[str]:
     """Return the names of the safetensors files that the index names, or of the single one.
 
-    Raises UserError where there are none, or one is missing.
+    Raises UserError where there are none, one is missing, or another reader would load something else.
     """
-    require_weights(directory)
+    directory = Path(directory)
+    with reading(directory, "give the directory of a Hugging Face checkpoint"):
+        if not directory.is_dir():
+            raise UserError(
+                f"{directory}: not there, or not a directory: give the directory of a Hugging Face checkpoint (the name"
+                " of one on the Hub is not taken; hf download NAME --local-dir DIR makes one)"
+            )
+        require_weights(directory)
+        files = _weight_files(directory)
+        _require_one_model(directory, files)
+    return files
+
+
+def require_one_model(directory: Path) -> None:
+    """Raise UserError, naming the files, where transformers, SGLang and this package would not see the same model."""
+    weight_files(directory)
+
+
+def _weight_files(directory: Path) -> list[str]:
     if (directory / INDEX).is_file():
         files = sorted(set(read_index(directory / INDEX).values()))
         missing = [file for file in files if Path(file).name != file or not (directory / file).is_file()]
         if missing:
-            raise UserError(
-                f"{directory}: {', '.join(missing)} named in {INDEX} is not there: copy the checkpoint again"
-            )
+            names = shown(", ".join(missing))
+            raise UserError(f"{directory}: {names} named in {INDEX} is not there: copy the checkpoint again")
         return files
     if (directory / SINGLE).is_file():
         return [SINGLE]
-    pickled = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
-    if pickled:
+    others = sorted(file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+    if any(name.endswith(".safetensors") for name in others):
         raise UserError(
-            f"{directory}: only pickled weights ({pickled[0]}), which can run code: save the model as safetensors"
+            f"{directory}: {shown(', '.join(others))} but no {INDEX} that says what is where: copy the checkpoint again"
+        )
+    if others:
+        raise UserError(
+            f"{directory}: only pickled weights ({shown(others[0])}), which can run code: save the model as safetensors"
         )
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}: give the directory of a Hugging Face checkpoint")
 
 
+def _require_one_model(directory: Path, weights: list[str]) -> None:
+    there = INDEX if (directory / INDEX).is_file() else SINGLE
+    loaded = f"{there} and the files it names" if there == INDEX else there
+    rivals = dict.fromkeys(_other_weights(directory, weights), "SGLang or transformers may load it, too")
+    for pattern, why in _RIVALS.items():
+        rivals |= {path.name: why for path in directory.glob(pattern) if path.is_file()}
+    if rivals:
+        raise UserError(
+            *(
+                f"{directory}: {shown(name)} lies beside {loaded}: {why}: remove one of the two"
+                for name, why in sorted(rivals.items())
+            )
+        )
+
+
+def _other_weights(directory: Path, weights: list[str]) -> list[str]:
+    """Return the names of the other safetensors files, hidden ones of a file browser left out."""
+    kinds = (".safetensors", ".safetensors.index.json")
+    names = (path.name for path in directory.iterdir() if path.name.lower().endswith(kinds))
+    return [name for name in names if name not in {*weights, INDEX} and not name.startswith(".")]
+
+
 def read_index(path: Path) -> dict[str, str]:
     """Return tensor name -> file name, as an index says. Raises UserError where it is damaged."""
-    try:
-        index = {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged index ({in_short(error)}): copy the checkpoint again")
-    if not index:
-        raise UserError(f"{path}: names no tensor: copy the checkpoint again")
-    return index
-
-
-def in_short(error: Exception) -> str:
-    """Return what an exception says on one line, without the data that some quote."""
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    return dict(read_record(path, _Index, "damaged index: copy the checkpoint again").weight_map)

@@ -6,10 +6,13 @@ of what came out of the finished checkpoint, read again from disk and taken back
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import file_hash, git_commit, read_manifest
+from megatron_papo.reading import read_record
+from megatron_papo.run.describing import git_commit
+from megatron_papo.run.manifest import Entry, Manifest, read_manifest
+from megatron_papo.run.stage_output import file_hash
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +25,32 @@ bytes."""
 MADE_BY_CONVERSION = {"stage3_convert_to_megatron": "hf_to_megatron", "stage6_convert_to_hf": "megatron_to_hf"}
 
 
+Conversion = Literal["hf_to_megatron", "megatron_to_hf"]
+
+
+class TensorProof(Entry):
+    """Hashes of one tensor; None on the side that lacks it."""
+
+    source_xxh3_128: str | None
+    read_back_xxh3_128: str | None
+
+
+class Proof(Entry):
+    """proof.json."""
+
+    version: int
+    tool: str = ""
+    git_commit: str | None = None
+    conversion: Conversion
+    dtype: str = ""
+    passed: bool
+    source_sha256: dict[str, str] = {}
+    tensors: dict[str, TensorProof]
+
+
 def write_proof(
     directory: Path,
-    conversion: str,
+    conversion: Conversion,
     files: dict[str, str],
     dtype: "torch.dtype | None",
     source: dict[str, str],
@@ -42,20 +68,20 @@ def write_proof(
     """
     wrong = sorted(name for name in source.keys() | read_back.keys() if source.get(name) != read_back.get(name))
     rows = {
-        name: {"source_xxh3_128": source.get(name), "read_back_xxh3_128": read_back.get(name)}
+        name: TensorProof(source_xxh3_128=source.get(name), read_back_xxh3_128=read_back.get(name))
         for name in sorted(source | read_back)
     }
-    proof = {
-        "version": VERSION,
-        "tool": TOOL,
-        "git_commit": git_commit(),
-        "conversion": conversion,
-        "dtype": str(dtype).removeprefix("torch.") if dtype else "as in the source",
-        "passed": not wrong,
-        "source_sha256": dict(sorted(files.items())),
-        "tensors": rows,
-    }
-    (directory / PROOF).write_text(json.dumps(proof, indent=1))
+    proof = Proof(
+        version=VERSION,
+        tool=TOOL,
+        git_commit=git_commit(),
+        conversion=conversion,
+        dtype=str(dtype).removeprefix("torch.") if dtype else "as in the source",
+        passed=not wrong,
+        source_sha256=dict(sorted(files.items())),
+        tensors=rows,
+    )
+    (directory / PROOF).write_text(json.dumps(proof.model_dump(), indent=1))
     if wrong:
         raise UserError(
             f"{directory}: {len(wrong)} tensors read back differ from the source ({', '.join(wrong[:8])}): convert"
@@ -63,49 +89,39 @@ def write_proof(
         )
 
 
-def require_proof(directory: Path) -> dict:
+def require_proof(directory: Path) -> Proof:
     """Return the proof that the checkpoint's conversion kept every tensor.
 
     Raises UserError if it is missing, damaged or failed.
     """
     path = Path(directory) / PROOF
-    try:
-        proof = json.loads(path.read_text())
-        if proof.get("version") != VERSION:
-            raise UserError(
-                f"{path}: proof version {proof.get('version')}, expected {VERSION}: convert the checkpoint again"
-            )
-        rows = proof["tensors"].values()
-        good = (
-            proof["passed"] is True
-            and bool(rows)
-            and all(row["source_xxh3_128"] == row["read_back_xxh3_128"] for row in rows)
-        )
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(f"{path}: missing: this checkpoint was not made by stage 3 or stage 6: convert it again")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged proof ({error!r}): convert the checkpoint again")
-    if not good:
+    proof = read_record(path, Proof, "damaged proof: convert the checkpoint again")
+    if proof.version != VERSION:
+        raise UserError(f"{path}: proof version {proof.version}, expected {VERSION}: convert the checkpoint again")
+    kept = all(row.source_xxh3_128 == row.read_back_xxh3_128 for row in proof.tensors.values())
+    if not proof.passed or not proof.tensors or not kept:
         raise UserError(f"{path}: the conversion was not exact: convert the checkpoint again")
     return proof
 
 
-def require_proof_if_converted(directory: Path) -> dict | None:
+def require_proof_if_converted(directory: Path) -> Proof | None:
     """Return require_proof of a checkpoint that a conversion made, and None for others, which need none."""
     return require_proof_if_made_by_conversion(directory, read_manifest(directory))
 
 
-def require_proof_if_made_by_conversion(directory: Path, manifest: dict | None) -> dict | None:
+def require_proof_if_made_by_conversion(directory: Path, manifest: Manifest | None) -> Proof | None:
     """Do so where the manifest has been read already; without one, a proof.json says that it was a conversion."""
-    made_by = None if manifest is None else manifest.get("stage")
+    made_by = None if manifest is None else manifest.stage
     return require_proof(directory) if made_by in MADE_BY_CONVERSION or (directory / PROOF).exists() else None
 
 
-def proved_tensors(proof: dict | None) -> dict[str, str]:
+def proved_tensors(proof: Proof | None) -> dict[str, str]:
     """Return official name -> hash, as the proof of a conversion to Megatron says; nothing where it is another's."""
-    if proof is None or proof["conversion"] != "hf_to_megatron":
+    if proof is None or proof.conversion != "hf_to_megatron":
         return {}
-    return {name: row["read_back_xxh3_128"] for name, row in proof["tensors"].items()}
+    return {name: row.read_back_xxh3_128 or "" for name, row in proof.tensors.items()}
 
 
 def small_file_hashes(directory: Path) -> dict[str, str]:

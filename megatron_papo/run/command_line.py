@@ -1,9 +1,10 @@
 """What every stage and tool has in common on the command line."""
 
 import argparse
-import os
+import io
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from megatron_papo.distributed import process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.reading import shown
 from megatron_papo.run import console
+from megatron_papo.run.describing import typed_python
 from megatron_papo.run.outside import remembered_fingerprint
+from megatron_papo.run.room import cannot_write, refusal
 from megatron_papo.run.run_config import open_run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import (
@@ -230,24 +233,12 @@ def iteration_range(text: str) -> list[int]:
     return list(range(int(first), int(last or first) + 1))
 
 
-def python_command() -> str:
-    """Return this interpreter as it can be typed in the current directory."""
-    plain = Path(sys.executable).with_name("python")  # torchrun starts its processes with python3
-    return _typed(plain if plain.exists() else Path(sys.executable))
-
-
-def _typed(path: Path) -> str:
-    """Return a path below the current directory relative to it, without following links."""
-    absolute = Path(os.path.abspath(path))
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
-
-
 def launcher(stage: Stage, config: Config) -> list[str]:
     """Return what starts a stage: Python, or torchrun with its number of processes."""
     if stage.processes is None:
-        return [python_command()]
+        return [typed_python()]
     processes = str(max(1, stage.processes(config)))
-    return [python_command(), "-m", "tools.torchrun", "--standalone", "--nproc-per-node", processes]
+    return [typed_python(), "-m", "tools.torchrun", "--standalone", "--nproc-per-node", processes]
 
 
 def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str:
@@ -256,8 +247,14 @@ def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command and leave; a UserError becomes `error: ...` lines on stderr and exit status 2."""
+    """Run a command and leave; a UserError becomes `error: ...` lines on stderr and exit status 2.
+
+    So does a disk that takes no more, wherever something was written. Names that are no UTF-8 are printed as escapes.
+    """
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     process_groups.die_with_launcher()  # also while it still imports and waits for the others
     console.quiet()
     try:
@@ -268,6 +265,12 @@ def run(main: Callable[[], None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except Exception as error:
+        if (why := refusal(error)) is None:
+            raise
+        place = getattr(error, "filename", None) or f"{Path.cwd()} or {tempfile.gettempdir()}"
+        print(f"error: {shown(cannot_write(place, why), limit=0)}", file=sys.stderr, flush=True)
+        status = 2
     process_groups.leave(status)
 
 

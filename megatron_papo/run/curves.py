@@ -4,12 +4,12 @@ They describe the run and decide nothing: what goes wrong here is said and ends 
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_papo.run.describing import describes
+from megatron_papo.run.manifest import read_manifest
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import read_manifest
 
 COLLECTED = "collected.json"
 ROLLOUT_CURVES = ("accuracy_sampled", "format_sampled", "mean_reward_sampled", "mean_response_tokens_sampled",
@@ -18,11 +18,9 @@ ROLLOUT_CURVES = ("accuracy_sampled", "format_sampled", "mean_reward_sampled", "
 
 def collect(run: RunDirectory) -> None:
     """Bring metrics.jsonl and tensorboard/ of a run up to date with its iterations and evaluations."""
-    try:
-        _write_metrics(run)
-        _write_board(run)
-    except Exception as error:  # whatever a disk or a foreign file does: the stage's output is published already
-        print(f"{run.root}: metrics.jsonl or tensorboard/ not brought up to date: {error}", file=sys.stderr, flush=True)
+    for file, write in ((run.metrics, _write_metrics), (run.tensorboard, _write_board)):
+        with describes(file):
+            write(run)
 
 
 def finished_iterations(run: RunDirectory) -> list[int]:
@@ -82,4 +80,4 @@ def _write_board(run: RunDirectory) -> None:
 
 def _counts(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory)
-    return {} if manifest is None else manifest["counts"]
+    return {} if manifest is None else manifest.counts

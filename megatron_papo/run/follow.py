@@ -1,11 +1,14 @@
 """Two stages that stay up side by side and wait for each other's outputs."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import MANIFEST
+from megatron_papo.reading import shown
+from megatron_papo.run.describing import describes
+from megatron_papo.run.manifest import MANIFEST
 
 POLL_SECONDS = 0.2
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 10.0, 60.0
@@ -27,14 +30,15 @@ class Follower:
         self.mark, self.mark_of_other = (Path(root) / f"{name}.failed" for name in (stage, other))
 
     def __enter__(self) -> "Follower":
-        self.started = time.time()
+        self.old_mark = _identity(self.mark_of_other)
         if self.speaks:
             self.mark.unlink(missing_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is not None and self.speaks and self.mark.parent.is_dir():
-            self.mark.write_text(f"{error}\n" if isinstance(error, UserError) else f"{kind.__name__}: {error}\n")
+            with describes(self.mark):
+                self.mark.write_text(f"{error}\n" if isinstance(error, UserError) else f"{kind.__name__}: {error}\n")
 
     def wait_for(self, output: Path) -> None:
         """Return once a stage has published `output`. Raises UserError if the other stage failed since this one
@@ -50,9 +54,18 @@ class Follower:
             time.sleep(POLL_SECONDS)
 
     def _end_with_the_other(self, output: Path) -> None:
-        try:
-            if self.mark_of_other.stat().st_mtime > self.started:
-                reason = self.mark_of_other.read_text().strip()
-                raise UserError(f"{self.other} failed while {self.stage} waited for {output}: {reason}")
-        except FileNotFoundError:
-            pass
+        mark = _identity(self.mark_of_other)
+        if mark is not None and mark != self.old_mark:
+            reason = "it left no reason"
+            with suppress(OSError):
+                reason = shown(self.mark_of_other.read_text(errors="replace").strip(), limit=0)
+            raise UserError(f"{self.other} failed while {self.stage} waited for {output}: {reason}")
+
+
+def _identity(mark: Path) -> tuple[int, int] | None:
+    """Return what tells a mark from an earlier one, whatever the clock says; None where there is none."""
+    try:
+        status = mark.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

@@ -1,11 +1,27 @@
 """One writer per output: a lock file beside it, which the operating system lets go of when its holder dies, however it
 dies."""
 
+import errno
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_papo.errors import UserError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+"""What flock says on a file system without it."""
+
+
+def file_system(path: Path) -> str:
+    """Return type and mount point of the file system that a directory lies on, as the kernel names them."""
+    place, name = str(path.resolve()), "it lies on"
+    with suppress(OSError):
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines()]
+        around = [(point, kind) for point, kind in mounts if Path(place).is_relative_to(point)]
+        point, kind = max(around, key=lambda mount: len(mount[0]))
+        name = f"{kind} at {point}"
+    return name
 
 
 class OutputLock:
@@ -22,6 +38,12 @@ class OutputLock:
                 " --output"
             )
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise UserError(
+                    f"{self.path}: the file system {file_system(output.parent)} has no locks ({error.strerror}), which"
+                    " keep two processes from making one output: mount it with them (Lustre: -o flock; NFS: its lock"
+                    " service), or choose a place on another file system"
+                )
             raise UserError(f"{self.path}: cannot create: {error.strerror}")
 
     def _acquire(self) -> int:

@@ -4,7 +4,14 @@ changes."""
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from megatron_papo.errors import UserError
+from megatron_papo.reading import reading
+from megatron_papo.run.room import replace_file
 
 MEMORY = ".outside.json"
 
@@ -21,33 +28,38 @@ def remembered_fingerprint(root: Path | None, path: Path, fingerprint: Callable[
         return fingerprint(path)
     memory = _read(root / MEMORY)
     key, stamps = str(path.resolve()), _stamps(path)
-    known = memory.get(key, {})
-    if known.get("stamps") != stamps:
-        known = {"stamps": stamps, "fingerprint": fingerprint(path)}
+    known = memory.get(key)
+    if known is None or known.stamps != stamps:
+        known = _Known(stamps=stamps, fingerprint=fingerprint(path))
         _write(root / MEMORY, memory | {key: known})
-    return known["fingerprint"]
+    return known.fingerprint
 
 
 def _stamps(path: Path) -> str:
     """Return a hash of the names, sizes and times of the files of `path`."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    rows = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    with reading(path, "copy it again, or correct its permissions"):
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        rows = [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, dict[str, str]]:
+class _Known(BaseModel):
+    model_config = ConfigDict(strict=True)
+    stamps: str
+    fingerprint: str
+
+
+_MEMORY = TypeAdapter(dict[str, _Known])
+
+
+def _read(path: Path) -> dict[str, _Known]:
     """Return what is remembered; a memory that cannot be read is none: everything is hashed again."""
     try:
-        memory = json.loads(path.read_text())
-        return {key: dict(value) for key, value in memory.items() if set(value) == {"stamps", "fingerprint"}}
-    except (OSError, ValueError, AttributeError, TypeError):
+        return _MEMORY.validate_json(path.read_bytes())
+    except (OSError, ValueError):
         return {}
 
 
-def _write(path: Path, memory: dict[str, dict[str, str]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(memory, indent=1))
-        partial.replace(path)
-    except OSError:  # a read-only run: hashed again next time
-        partial.unlink(missing_ok=True)
+def _write(path: Path, memory: dict[str, _Known]) -> None:
+    with suppress(UserError):  # a read-only run, or a full disk: hashed again next time
+        replace_file(path, json.dumps({key: known.model_dump() for key, known in memory.items()}, indent=1))

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_papo.errors import UserError
+from megatron_papo.reading import reading
 
 
 class Record(BaseModel):
@@ -99,16 +100,22 @@ class Prediction(Record):
     masked_image_seed: int | None
 
 
+class Metrics(BaseModel):
+    """metrics.json of stage 7, as far as it is read again."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    accuracy: float = Field(ge=0, le=1)
+    accuracy_masked: float | None = Field(default=None, ge=0, le=1)
+
+
 RecordType = TypeVar("RecordType", bound=Record)
 
 
 def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     """All records of a file. A truncated or foreign line is a UserError that names file and line; so is an empty
     file."""
-    try:
+    with reading(path, "make the file again"):
         lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}")
     if lines and lines[-1] != b"":
         raise UserError(f"{path}:{len(lines)}: the last line is not complete (truncated file): make the file again")
     records = [_parse(line, record, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1)]
@@ -118,12 +125,8 @@ def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
 
 
 def _parse(line: bytes, record: type[RecordType], where: str) -> RecordType:
-    try:
+    with reading(f"{where}: not a {record.__name__} record", "make the file again"):
         return record.model_validate_json(line)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{where}: not a {record.__name__} record: {field + ': ' if field else ''}{problem['msg']}")
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> int:

@@ -4,7 +4,6 @@ may.
 config.yaml is for people and for stages; .config.yaml beside it is the record by which an edit by hand is noticed.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from megatron_papo.config import Change, Config, changes
 from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
 from megatron_papo.errors import UserError
+from megatron_papo.run.room import replace_file
 from megatron_papo.run.run_directory import RunDirectory
 
 CONFIG = "config.yaml"
@@ -82,7 +82,7 @@ def write_run(run: RunDirectory, differences: Sequence[Change], command: str) ->
         heading = "".join(line for line in (run.root / CONFIG).read_text().splitlines(True)[:2] if line.startswith("#"))
     text = heading + dump_config(run.config)
     for name in (RECORD, CONFIG):  # without config.yaml there is no run yet
-        _replace(run.root / name, text)
+        replace_file(run.root / name, text)
     with open(run.log, "a") as log:
         if is_new:
             log.write(f"{now()} run: started with: {command}\n")
@@ -129,12 +129,3 @@ def _refuse_frozen(root: Path, differences: Sequence[Change], cure: str = "") ->
     ]
     if lines:
         raise UserError(*lines)
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

@@ -14,34 +14,33 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from megatron_papo.errors import UserError
-from megatron_papo.run.output_lock import OutputLock
-
-MANIFEST = "manifest.json"
-PRUNED = "pruned.json"
-"""In a checkpoint whose weights keep_checkpoints or keep_exports has deleted: what it was stays on record."""
-_RECORDED_PACKAGES = (
-    "torch",
-    "megatron-core",
-    "deepspeed",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "pillow",
-    "numpy",
-    "mathruler",
+from megatron_papo.reading import reading
+from megatron_papo.run.console import Item, counted, progress_bar
+from megatron_papo.run.describing import (
+    command_line,
+    git_commit,
+    package_versions,
+    process_start,
+    seconds_since,
 )
+from megatron_papo.run.manifest import MANIFEST, PRUNED, FileEntry, Manifest, Recipe, read_manifest, require_weights
+from megatron_papo.run.output_lock import OutputLock
+from megatron_papo.run.room import refusal, sync_directory
+from megatron_papo.run.run_config import RECORD
+
+MARK = ".made-by-megatron-papo"
+"""In a .partial: it is ours, and may be removed."""
+MANY_FILES = 1000
+"""From so many files on, hashing them is shown."""
+
+__all__ = ["MANIFEST", "PRUNED", "Input", "StageOutput", "read_manifest", "require_weights"]
 
 
 def file_hash(path: Path) -> str:
@@ -52,24 +51,15 @@ def file_hash(path: Path) -> str:
 def content_fingerprint(path: Path, known: dict[str, str] | None = None) -> str:
     """Of a file or directory that no stage made: its relative names and contents. known: relative name -> sha256, where
     it is known already."""
-    if path.is_file():
-        return file_hash(path)
-    known = known or {}
-    rows = [
-        (name, known.get(name) or file_hash(path / name))
-        for name in (str(file.relative_to(path)) for file in _files(path))
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def read_manifest(directory: Path) -> dict | None:
-    """The manifest of a published output; None where there is none. Raises UserError if it is unreadable."""
-    try:
-        return json.loads((directory / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory / MANIFEST}: damaged manifest ({error}): remove {directory} and make it again")
+    with reading(path, "copy it again, or correct its permissions"):
+        if path.is_file():
+            return file_hash(path)
+        known = known or {}
+        rows = [
+            (name, known.get(name) or file_hash(path / name))
+            for name in (str(file.relative_to(path)) for file in _files(path))
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -99,10 +89,10 @@ def require_input(path: Path, made_by: tuple[str, ...], hint: str) -> Input:
         partial = " (only an unfinished .partial is there)" if partial_of(path).exists() else ""
         raise UserError(f"{path}: not there{partial}: make it with: {hint}")
     manifest = read_manifest(path)
-    if manifest is None or manifest.get("stage") not in made_by:
-        maker = "no manifest.json" if manifest is None else f"made by {manifest.get('stage')}"
+    if manifest is None or manifest.stage not in made_by:
+        maker = "no manifest.json" if manifest is None else f"made by {manifest.stage}"
         raise UserError(f"{path}: {maker}, expected the output of {' or '.join(made_by)}: make it with: {hint}")
-    return Input(path, manifest["fingerprint"])
+    return Input(path, manifest.fingerprint)
 
 
 def input_made_or_from_outside(path: Path, hint: str, outside: Callable[[Path], str] = content_fingerprint) -> Input:
@@ -118,7 +108,7 @@ def input_made_or_from_outside(path: Path, hint: str, outside: Callable[[Path], 
     if not path.exists():
         raise UserError(f"{path}: not there: {hint}")
     manifest = read_manifest(path) if path.is_dir() else None
-    return Input(path, outside(path) if manifest is None else manifest["fingerprint"])
+    return Input(path, outside(path) if manifest is None else manifest.fingerprint)
 
 
 def verify_files(directory: Path, known: dict[str, str] | None = None, only_sizes: tuple[str, ...] = ()) -> None:
@@ -133,27 +123,25 @@ def verify_files(directory: Path, known: dict[str, str] | None = None, only_size
         return
     require_weights(directory)
     known = known or {}
-    for name, entry in manifest["files"].items():
-        file = directory / name
-        again = f"damaged: remove {directory} and make it again with: {manifest['command']}"
-        if not file.is_file():
-            raise UserError(f"{file}: missing from the checkpoint or data directory, {again}")
-        same = file.stat().st_size == entry["bytes"]
-        if not same or not (name.endswith(only_sizes) or (known.get(name) or file_hash(file)) == entry["sha256"]):
-            raise UserError(f"{file}: differs from its manifest, {again}")
+    again = f"remove {directory} and make it again with: {command_again(directory, manifest)}"
+    for name in _shown_if_many(list(manifest.files), f"{directory}: verify"):
+        file, entry = directory / name, manifest.files[name]
+        with reading(file, again):
+            if not file.is_file():
+                raise UserError(f"{file}: missing from the checkpoint or data directory, damaged: {again}")
+            same = file.stat().st_size == entry.bytes
+            by_size = name.endswith(only_sizes)
+            if not same or not (by_size or (known.get(name) or file_hash(file)) == entry.sha256):
+                raise UserError(f"{file}: differs from its manifest, damaged: {again}")
 
 
-def require_weights(directory: Path) -> None:
-    """Raises UserError, naming the key to raise, where the weights of a checkpoint or export were deleted."""
-    path = directory / PRUNED
-    if not path.exists():
-        return
-    try:
-        key = json.loads(path.read_text())["key"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error!r}): make {directory} again")
-    cure = "lower checkpoint_every" if key == "checkpoint_every" else f"raise {key}"
-    raise UserError(f"{directory}: its weights were deleted ({PRUNED} says when and why): {cure}, or make it again")
+def command_again(directory: Path, manifest: Manifest) -> str:
+    """Return the command that made an output; of a run that has been renamed or moved since, with its new place."""
+    words = shlex.split(manifest.command)
+    root = next((parent for parent in directory.parents if (parent / RECORD).is_file()), None)
+    if root is not None and "--run" in words[:-1]:
+        words[words.index("--run") + 1] = str(root)
+    return shlex.join(words)
 
 
 class StageOutput:
@@ -194,7 +182,7 @@ class StageOutput:
         """Relative name -> sha256, of files below .partial whose writer has hashed them; the others are hashed when
         they are published."""
         self.inputs = dict(inputs)
-        self.started = psutil.Process().create_time() if started is None else started
+        self.started = process_start() if started is None else started
         self._recipe: dict[str, Any] = {
             "stage": stage,
             "config": nested(values),
@@ -220,8 +208,8 @@ class StageOutput:
             raise UserError(
                 f"{self.output}: exists and is not an output of this pipeline: remove it, or choose another --output"
             )
-        if manifest["fingerprint"] != self.fingerprint:
-            changed = differences(manifest["recipe"], self._recipe)
+        if manifest.fingerprint != self.fingerprint:
+            changed = differences(manifest.recipe.model_dump(), self._recipe)
             raise UserError(
                 f"{self.output}: made from something else ({changed}): remove it or choose another --output (or --name)"
             )
@@ -235,14 +223,15 @@ class StageOutput:
     def _record_places(self) -> None:
         manifest = read_manifest(self.output)
         places = _places(self.inputs)
-        if manifest is None or manifest.get("inputs", places) == places:
+        if manifest is None or manifest.inputs == places:
             return
         partial = self.output / f"{MANIFEST}.partial"
         try:
-            partial.write_text(json.dumps(manifest | {"inputs": places}, indent=1))
+            partial.write_text(_as_json(manifest.model_copy(update={"inputs": places})))
             partial.replace(self.output / MANIFEST)
-        except OSError:  # a read-only output: it is compared by content again next time
-            partial.unlink(missing_ok=True)
+        except OSError:  # a read-only or full place: it is compared by content again next time
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     def __enter__(self):
         for path in {made_from.path for made_from in self.inputs.values() if made_from.verify and made_from.path}:
@@ -251,12 +240,13 @@ class StageOutput:
         try:
             if self._is_done():  # another process made it in the meantime
                 raise UserError(f"{self.output}: was made by another process just now: nothing left to do")
-            shutil.rmtree(self.partial, ignore_errors=True)
+            _remove_partial(self.partial)
             self.partial.mkdir(parents=True)
+            (self.partial / MARK).touch()
         except OSError as error:
             self._lock.release()
             raise UserError(f"{self.partial}: cannot create: {error.strerror}")
-        except UserError:
+        except BaseException:
             self._lock.release()
             raise
         return self
@@ -265,44 +255,69 @@ class StageOutput:
         try:
             if kind is None:
                 self._publish()
+            elif not isinstance(error, UserError) and (why := refusal(error)) is not None:
+                raise self._refused(why)
         except OSError as refused:
             kind = type(refused)
-            raise UserError(
-                f"{self.output}: cannot write: {refused.strerror}: nothing was left behind; free space or choose"
-                " another --output"
-            )
+            raise self._refused(refused.strerror or str(refused))
+        except BaseException as ended:
+            kind = type(ended)
+            raise
         finally:
             if kind is not None:
                 shutil.rmtree(self.partial, ignore_errors=True)
             self._lock.release()
         return False
 
+    def _refused(self, why: str) -> UserError:
+        return UserError(
+            f"{self.output}: cannot write: {why}: nothing was left behind; free space there, or choose another --output"
+        )
+
     def _publish(self) -> None:
-        files = {}
-        for file in _files(self.partial):
+        files: dict[str, FileEntry] = {}
+        paths = [file for file in _files(self.partial) if file != self.partial / MARK]
+        for file in _shown_if_many(paths, f"{self.output}: hash"):
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
             name = str(file.relative_to(self.partial))
-            files[name] = {"bytes": file.stat().st_size, "sha256": self.hashes.get(name) or file_hash(file)}
-        manifest = {
-            "stage": self.stage,
-            "fingerprint": self.fingerprint,
-            "recipe": self._recipe,
-            "inputs": _places(self.inputs),
-            "command": shlex.join([Path(sys.executable).name, *_module_arguments()]),
-            "counts": self.counts,
-            "seconds": round(time.time() - self.started, 2),
-            "git_commit": git_commit(),
-            "packages": {name: _version(name) for name in _RECORDED_PACKAGES},
-            "files": files,
-        }
+            files[name] = FileEntry(bytes=file.stat().st_size, sha256=self.hashes.get(name) or file_hash(file))
+        manifest = Manifest(
+            stage=self.stage,
+            fingerprint=self.fingerprint,
+            recipe=Recipe(**self._recipe),
+            inputs=_places(self.inputs),
+            command=command_line(),
+            counts=self.counts,
+            seconds=seconds_since(self.started),
+            git_commit=git_commit(),
+            packages=package_versions(),
+            files=files,
+        )
         path = self.partial / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1))
-        _fsync(path)
+        with open(path, "w") as stream:
+            stream.write(_as_json(manifest))
+            stream.flush()
+            os.fsync(stream.fileno())
         for directory in {file.parent for file in _files(self.partial)}:
-            _fsync(directory)
+            sync_directory(directory)
         os.rename(self.partial, self.output)
-        _fsync(self.output.parent)
+        (self.output / MARK).unlink()
+        sync_directory(self.output.parent)
+
+
+def _as_json(manifest: Manifest) -> str:
+    """Return a manifest as it is written: with names that are no UTF-8, which pydantic's own writer refuses."""
+    return json.dumps(manifest.model_dump(), indent=1)
+
+
+def _shown_if_many(items: list[Item], title: str) -> Iterator[Item]:
+    """Yield the items, with a progress bar where there are many."""
+    if len(items) < MANY_FILES:
+        yield from items
+        return
+    with progress_bar(len(items), title, "files") as bar:
+        yield from counted(items, bar)
 
 
 def _places(inputs: Mapping[str, Input]) -> dict[str, str]:
@@ -311,6 +326,22 @@ def _places(inputs: Mapping[str, Input]) -> dict[str, str]:
 
 def partial_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
+
+
+def _remove_partial(partial: Path) -> None:
+    """Remove what a killed attempt left, the mark last. Raises UserError for a directory that is somebody's own."""
+    if not partial.is_symlink() and not partial.exists():
+        return
+    if partial.is_symlink() or not partial.is_dir() or (any(partial.iterdir()) and not (partial / MARK).is_file()):
+        raise UserError(
+            f"{partial}: is in the way, and not of this pipeline's making ({MARK} is missing): move or remove it"
+        )
+    for child in partial.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child, ignore_errors=True)
+        elif child.name != MARK:
+            child.unlink()
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -339,35 +370,3 @@ def differences(old: dict, new: dict, prefix: str = "") -> str:
 
     rows = walk(old, new, prefix)
     return "differs in " + ", ".join(rows[:5]) + (", ..." if len(rows) > 5 else "")
-
-
-def _module_arguments() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name, *sys.argv[1:]] if spec else list(sys.argv)
-
-
-def git_commit() -> str | None:
-    """Return the commit of this code; None where git or the repository is missing: it describes a run, no more."""
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        result = subprocess.run(
-            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

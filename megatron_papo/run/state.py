@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_papo.errors import UserError
+from megatron_papo.run.manifest import PRUNED, Manifest, read_manifest
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import PRUNED, differences, nested, partial_of, read_manifest
+from megatron_papo.run.stage_output import differences, nested, partial_of
 from megatron_papo.run.stages import Stage, Turn, all_turns, maker
 
 Word = Literal["done", "stale", "missing", "running"]
@@ -51,11 +52,11 @@ def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> Sta
         why = "the export was deleted before" if is_lost else ""
         return State(stage, turn, output, "running" if is_locked(output) else "missing", why)
     reason = what_differs(run, stage, turn, manifest, stale)
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    size = sum(entry.bytes for entry in manifest.files.values())
     pruned = (output / PRUNED).exists()
     word: Word = "stale" if reason else "done"
     return State(
-        stage, turn, output, word, reason or "weights deleted" * pruned, 0 if pruned else size, manifest["seconds"]
+        stage, turn, output, word, reason or "weights deleted" * pruned, 0 if pruned else size, manifest.seconds
     )
 
 
@@ -74,9 +75,7 @@ def require_current(run: RunDirectory, output: Path) -> None:
         )
 
 
-def what_differs(
-    run: RunDirectory, stage: Stage, turn: Turn, manifest: dict[str, Any], stale: AbstractSet[Path]
-) -> str:
+def what_differs(run: RunDirectory, stage: Stage, turn: Turn, manifest: Manifest, stale: AbstractSet[Path]) -> str:
     """Return the key or input in which an output differs from what the run would make now; "" if in none.
 
     Args:
@@ -85,18 +84,18 @@ def what_differs(
         manifest: Of the output.
         stale: Outputs of which that is known already.
     """
-    recipe = manifest["recipe"]
+    recipe = manifest.recipe.model_dump()
     wanted = {"config": nested(stage.values(run.config, turn)), "arguments": stage.arguments(turn)}
     if wanted != {name: recipe[name] for name in wanted} and stage.number not in (3, 6):
         return differences({name: recipe[name] for name in wanted}, wanted)
-    recorded_places = manifest.get("inputs", {})
+    recorded_places = manifest.inputs
     for spec in stage.needed_inputs(run.config, turn):
         path = spec.path(run, turn)
         made = read_manifest(path)
         recorded = recorded_places.get(spec.name)
         if path in stale:
             return f"input {spec.name} is stale"
-        if made is not None and made["fingerprint"] != recipe["inputs"].get(spec.name):
+        if made is not None and made.fingerprint != recipe["inputs"].get(spec.name):
             return f"input {spec.name} is another one"
         from_outside = made is None and not path.is_relative_to(run.root)
         if from_outside and recorded is not None and not is_same_place(recorded, path):

@@ -142,7 +142,7 @@ def evaluate(iterations, number, accuracy):
     directory = iterations.parent / "evaluation" / f"iteration_{number:04}" / "evaluation"
     directory.mkdir(parents=True)
     (directory / "metrics.json").write_text(json.dumps({"accuracy": accuracy}))
-    (directory / "manifest.json").write_text("{}")
+    (directory / "manifest.json").write_text('{"stage": "stage7_evaluate", "fingerprint": "7", "files": {}}')
 
 
 EXPORTS = ("keep_checkpoints=null", "evaluate_every=1", "keep_exports=1")

@@ -1,10 +1,12 @@
 """A model directory is told apart by what is read of it."""
 
 import os
+import re
 import shutil
 
 import pytest
 
+from megatron_papo.checkpoint.hf_files import HFCheckpoint
 from megatron_papo.checkpoint.model_files import files_read, model_fingerprint
 from megatron_papo.errors import UserError
 from megatron_papo.run.stage_output import file_hash
@@ -75,7 +77,7 @@ def test_what_nobody_reads_does_not_count(model):
     for name in (".git", ".cache/huggingface/download"):
         (model / name).mkdir(parents=True)
         (model / name / "config.json").write_text("{}")
-    (model / "left_over.safetensors").write_bytes(b"the index does not name it")
+    (model / "._model.safetensors").write_bytes(b"of a file browser")
     assert model_fingerprint(model) == before
     assert files_read(model) == READ
 
@@ -95,11 +97,9 @@ def test_a_changed_byte_is_another_model(model, name):
 @pytest.mark.parametrize(
     "name",
     [
-        "model.safetensors",  # transformers takes it instead of the index
         "chat_template.json",
         "added_tokens.json",
         "video_preprocessor_config.json",
-        "adapter_config.json",
         "tokenizer.model",
         "additional_chat_templates/tool_use.jinja",
     ],
@@ -113,12 +113,49 @@ def test_another_file_that_is_read_is_another_model(model, name):
     assert model_fingerprint(model) == before
 
 
-def test_a_second_weight_file_without_an_index(single, tmp_path):
-    """SGLang loads every safetensors file then."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_backup.safetensors",  # SGLang loads every safetensors file where there is no index
+        "adapter_model.safetensors",
+        "consolidated.safetensors",
+        "consolidated.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "config.4.57.0.json",
+        "tokenizer.4.0.json",
+        "adapter_config.json",
+        "quantize_config.json",
+        "hf_quant_config.json",
+    ],
+)
+def test_two_models_in_one_directory_are_refused_with_both_names(single, tmp_path, name):
     model = shutil.copytree(single, tmp_path / "model")
     before = model_fingerprint(model)
-    shutil.copyfile(model / "model.safetensors", model / "model_backup.safetensors")
-    assert model_fingerprint(model) != before
+    (model / name).write_bytes((model / "model.safetensors").read_bytes() if "index" not in name else b"{}")
+    for reader in (model_fingerprint, HFCheckpoint):
+        with pytest.raises(UserError, match=rf"{re.escape(name)} lies beside model.safetensors: .*: remove one"):
+            reader(model)
+    (model / name).unlink()
+    assert model_fingerprint(model) == before
+    (model / "pytorch_model.bin").write_bytes(b"nobody takes it where there are safetensors")
+    assert model_fingerprint(model) == before
+
+
+def test_an_index_with_shards_and_a_single_file_are_two_models(model, single):
+    shutil.copyfile(single / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors lies beside model.safetensors.index.json and the files it"):
+        model_fingerprint(model)
+    (model / "model.safetensors").unlink()
+    model_fingerprint(model)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', "[" * 5000,
+                                     '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": "' + "n" * 300 + '"}}',
+                                     '{"weight_map": {"a": "b\\u0000"}}', "\xff"])  # fmt: skip
+def test_an_index_that_is_none_is_one_line(model, content):
+    (model / "model.safetensors.index.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="model.safetensors.index.json: .*damaged index: copy the checkpoint again"):
+        model_fingerprint(model)
 
 
 def test_hashes_that_are_known_are_not_taken_again(model):

@@ -46,7 +46,7 @@ def test_moved_and_changed(name, data, tiny_hf, tmp_path):
     done = run_all(name, "--stages", "1,3", *changes, *settings("data.evaluation.count=4", "data.train.count=null"))
     assert done.returncode == 0, done.stdout + done.stderr
     run = ROOT / "runs" / name
-    made = {part: read_manifest(run / part)["fingerprint"] for part in ("data", "reference")}
+    made = {part: read_manifest(run / part).fingerprint for part in ("data", "reference")}
 
     shutil.move(data, tmp_path / "moved")
     shutil.move(model, tmp_path / "elsewhere")
@@ -54,7 +54,7 @@ def test_moved_and_changed(name, data, tiny_hf, tmp_path):
     done = run_all(name, "--stages", "1,3", *moved)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("nothing to do") == 3  # compared by content, and the same
-    assert made == {part: read_manifest(run / part)["fingerprint"] for part in made}
+    assert made == {part: read_manifest(run / part).fingerprint for part in made}
     again = run_all(name, "--stages", "1,3")
     assert again.returncode == 0 and "stages.stage" not in again.stdout  # the new place is on record
 

@@ -64,7 +64,7 @@ def test_damage(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(UserError, match="holds no records"):
         read_jsonl(file, Prompt)
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_jsonl(tmp_path / "none.jsonl", Prompt)
 
 

@@ -35,13 +35,13 @@ def test_publishes_with_everything_recorded(tmp_path):
     out = make(tmp_path / "data")
     manifest = read_manifest(tmp_path / "data")
     assert not out.partial.exists()
-    assert manifest["fingerprint"] == out.fingerprint
-    assert manifest["counts"] == {"files": 1}
-    assert manifest["files"]["sub/file.txt"] == {
+    assert manifest.fingerprint == out.fingerprint
+    assert manifest.counts == {"files": 1}
+    assert manifest.files["sub/file.txt"].model_dump() == {
         "bytes": 5,
         "sha256": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824",  # sha256sum of "hello"
     }
-    assert manifest["packages"]["torch"] and manifest["seconds"] > 0
+    assert manifest.packages["torch"] and manifest.seconds > 0
     assert output(tmp_path / "data").done
     assert not output(tmp_path / "other").done
 
@@ -185,7 +185,7 @@ def test_nothing_but_git_is_missing_without_git(tmp_path):
     environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "PATH": str(tmp_path)}
     command = [sys.executable, "-c", code, str(tmp_path / "data"), str(Path(__file__).parent)]
     subprocess.run(command, env=environment, check=True)
-    assert read_manifest(tmp_path / "data")["git_commit"] is None
+    assert read_manifest(tmp_path / "data").git_commit is None
 
 
 def test_manifest_is_plain_json(tmp_path):

@@ -119,7 +119,7 @@ def test_every_kind_of_source(kind, stage, tmp_path, tiny_hf):
     assert contents(output, prompts) == [row["images"] for row in ROWS]
     assert [prompt.num_tokens - len(prompt.token_ids) for prompt in prompts] == EXPECTED_EXTRA_TOKENS
     # Rows 1 and 4 share a picture.
-    assert len(list((output / "images").iterdir())) == read_manifest(output)["counts"]["images"] == 3
+    assert len(list((output / "images").iterdir())) == read_manifest(output).counts["images"] == 3
     as_set = stage("unused", f"data.evaluation={{source: '{source}'}}", output="set", evaluation_set="evaluation")
     assert (as_set / "prompts.jsonl").read_bytes() == (output / "prompts.jsonl").read_bytes()
     assert (as_set / "tokenizer.sha256").read_bytes() == (output / "tokenizer.sha256").read_bytes()
@@ -165,7 +165,7 @@ def test_overlong_prompts_are_dropped_and_counted(stage, tmp_path, capsys):
     limit = max(lengths) - 1
     output = stage(source, f"data.max_prompt_tokens={limit}", output="shorter")
     assert [prompt.id for prompt in read_jsonl(output / "prompts.jsonl", Prompt)] == ["set-1", "set-3", "set-4"]
-    counts = read_manifest(output)["counts"]
+    counts = read_manifest(output).counts
     assert (counts["train"], counts["train_dropped_overlong"]) == (3, 1)
     assert "train: 3 prompts, 1 dropped" in capsys.readouterr().out
     assert counts["images"] == 1, "pictures of dropped rows are not kept"
@@ -306,8 +306,8 @@ def test_saliency_maps_are_stored(kind, stage, tmp_path):
         assert hashlib.sha256(content).hexdigest() == stem and suffix == (
             "npy" if content.startswith(b"\x93NUMPY") else "png"
         )
-    assert read_manifest(output)["counts"]["saliency_maps"] == 3 == len(list((output / "saliency").iterdir()))
-    assert read_manifest(output)["counts"]["images"] == 3
+    assert read_manifest(output).counts["saliency_maps"] == 3 == len(list((output / "saliency").iterdir()))
+    assert read_manifest(output).counts["images"] == 3
     # Under another column name they are not seen.
     other = stage(source, output="other")
     assert not (other / "saliency").exists() and all(
@@ -340,11 +340,10 @@ def test_semantic_masking_asks_for_maps_here(stage, tmp_path):
         stage(tmp_path / "set.jsonl", *SEMANTIC)
     # Where nothing is masked, or the maps are there, the strategy is no part of what stage 1 makes.
     stage(tmp_path / "set.jsonl", *SEMANTIC, "objective.kl_prcp_coef=0", "objective.masked_image_entropy_coef=0")
-    fingerprint = read_manifest(output)["fingerprint"]
+    fingerprint = read_manifest(output).fingerprint
     (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     with_maps = [
-        read_manifest(stage(tmp_path / "set.jsonl", *more, output="with_maps"))["fingerprint"]
-        for more in (SEMANTIC, [])
+        read_manifest(stage(tmp_path / "set.jsonl", *more, output="with_maps")).fingerprint for more in (SEMANTIC, [])
     ]
     assert with_maps[0] == with_maps[1] != fingerprint
 
@@ -441,10 +440,10 @@ def test_an_evaluation_set_is_one_of_the_configuration(stage, tmp_path):
 
 
 def test_the_demo_through_the_command_line(demo_data, evaluation_data, tiny_hf):
-    assert read_manifest(demo_data)["counts"] == {
+    assert read_manifest(demo_data).counts == {
         "train": 64, "train_dropped_overlong": 0, "sft": 64, "sft_dropped_overlong": 0, "images": 128,
     }  # fmt: skip
-    assert read_manifest(evaluation_data)["counts"] == {
+    assert read_manifest(evaluation_data).counts == {
         "evaluation": 32, "evaluation_dropped_overlong": 0, "images": 32,
     }  # fmt: skip
     files = [demo_data / "prompts.jsonl", demo_data / "sft.jsonl", evaluation_data / "prompts.jsonl"]

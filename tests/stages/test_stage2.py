@@ -339,8 +339,8 @@ def test_the_loss_falls_and_is_logged(finished, demo_data):
     assert [row["learning_rate"] for row in rows[:5]] == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3])
     assert all(row["grad_norm"] > 0 and row["seconds"] > 0 for row in rows)
     manifest = read_manifest(output)
-    assert manifest["stage"] == "stage2_sft" and manifest["counts"]["final_loss"] == rows[-1]["loss"]
-    assert manifest["recipe"]["inputs"]["data"] == read_manifest(demo_data)["fingerprint"]
+    assert manifest.stage == "stage2_sft" and manifest.counts["final_loss"] == rows[-1]["loss"]
+    assert manifest.recipe.inputs["data"] == read_manifest(demo_data).fingerprint
     assert "12/12" in result.stderr and f"loss {rows[-1]['loss']:.4f}" in result.stdout
 
 
