@@ -10,8 +10,10 @@ when, how fast and where something happens or how long it is kept, but no number
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from types import UnionType
+from typing import Annotated, Literal, Self, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -94,7 +96,9 @@ class SyntheticTaskConfig(Section):
     def _fits(self) -> Self:
         if not self.lowest < self.highest <= self.grid**2:
             raise ValueError(
-                f"needs lowest < highest <= grid * grid, got {self.lowest}, {self.highest}, grid {self.grid}"
+                f"needs lowest < highest <= grid * grid, got {self.lowest}, {self.highest}, grid {self.grid}:"
+                f" --set data.synthetic.lowest={self.lowest} --set data.synthetic.highest={self.lowest + 3}"
+                f" --set data.synthetic.grid={math.isqrt(self.lowest + 2) + 1}"
             )
         return self
 
@@ -158,7 +162,10 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _pixels_and_template(self) -> Self:
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+            raise ValueError(
+                f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}:"
+                f" --set data.min_pixels={self.max_pixels}, or --set data.max_pixels={self.min_pixels}"
+            )
         try:
             rendered = self.prompt_template.format(problem="PROBLEM")
         except (KeyError, IndexError, ValueError) as error:
@@ -166,7 +173,7 @@ class DataConfig(Section):
                 f"prompt_template is not a format string with {{problem}} (write other braces doubled): {error}"
             )
         if "PROBLEM" not in rendered:
-            raise ValueError("prompt_template does not contain {problem}")
+            raise ValueError("prompt_template does not contain {problem}: --set 'data.prompt_template={problem}'")
         return self
 
 
@@ -203,7 +210,8 @@ class SftConfig(Section):
         if self.global_batch_size % (self.micro_batch_size * self.processes):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size * processes"
-                f" = {self.micro_batch_size * self.processes}"
+                f" = {self.micro_batch_size * self.processes}:"
+                f" --set sft.global_batch_size={self.micro_batch_size * self.processes}, or a multiple"
             )
         return self
 
@@ -231,7 +239,9 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _sequence_parallel(self) -> Self:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ValueError("sequence_parallel needs tensor_model_parallel_size > 1")
+            raise ValueError(
+                "sequence_parallel needs tensor_model_parallel_size > 1: --set parallel.sequence_parallel=false"
+            )
         return self
 
 
@@ -290,7 +300,9 @@ class DynamicSamplingConfig(Section):
     def _ordered(self) -> Self:
         if self.lowest_accuracy >= self.highest_accuracy:
             raise ValueError(
-                f"lowest_accuracy {self.lowest_accuracy} is not below highest_accuracy {self.highest_accuracy}"
+                f"lowest_accuracy {self.lowest_accuracy} is not below highest_accuracy {self.highest_accuracy}:"
+                " --set rollout.dynamic_sampling.lowest_accuracy=0.01"
+                " --set rollout.dynamic_sampling.highest_accuracy=0.99"
             )
         return self
 
@@ -340,14 +352,15 @@ class RolloutConfig(Section):
             return self
         if self.over_sampling:
             raise ValueError(
-                "over_sampling and dynamic_sampling do not go together: dynamic_sampling.generation_batch_size draws"
-                " more"
+                "over_sampling and dynamic_sampling, whose generation_batch_size draws more, do not go together:"
+                " --set rollout.over_sampling=0, or --set rollout.dynamic_sampling=null"
             )
         if self.prompts_per_round * dynamic.max_rounds < self.rollout_batch_size:
             raise ValueError(
                 f"dynamic_sampling cannot fill rollout_batch_size {self.rollout_batch_size} in max_rounds"
                 f" {dynamic.max_rounds} of"
-                f" {self.prompts_per_round} prompts: raise max_rounds or generation_batch_size"
+                f" {self.prompts_per_round} prompts:"
+                f" --set rollout.dynamic_sampling.generation_batch_size={self.rollout_batch_size}"
             )
         if not any(
             dynamic.lowest_accuracy < right / self.group_size < dynamic.highest_accuracy
@@ -355,7 +368,9 @@ class RolloutConfig(Section):
         ):
             raise ValueError(
                 f"no group of {self.group_size} can have a mean accuracy between dynamic_sampling.lowest_accuracy"
-                f" {dynamic.lowest_accuracy} and highest_accuracy {dynamic.highest_accuracy}"
+                f" {dynamic.lowest_accuracy} and highest_accuracy {dynamic.highest_accuracy}:"
+                " --set rollout.dynamic_sampling.lowest_accuracy=0.01"
+                " --set rollout.dynamic_sampling.highest_accuracy=0.99"
             )
         return self
 
@@ -478,11 +493,13 @@ class ObjectiveConfig(Section):
     def _branches(self) -> Self:
         if self.kl_prcp_estimator == "exact" and self.masked_branch == "cached":
             raise ValueError(
-                "kl_prcp_estimator exact needs the logits of both branches: set masked_branch to recompute or"
-                " recompute_with_grad"
+                "kl_prcp_estimator exact needs the logits of both branches: --set objective.masked_branch=recompute or"
+                " --set objective.masked_branch=recompute_with_grad"
             )
         if self.kl_prcp_annealing is not None and self.kl_prcp_coef == 0:
-            raise ValueError("kl_prcp_annealing needs a kl_prcp_coef above 0 to start from")
+            raise ValueError(
+                "kl_prcp_annealing needs a kl_prcp_coef above 0 to start from: --set objective.kl_prcp_annealing=null"
+            )
         return self
 
 
@@ -601,7 +618,7 @@ class Config(Section):
     seed: int = Field(default=1, ge=0)
     """Of everything drawn at random: the order of the prompts, sampling, masked images, the synthetic task, the cold
     start."""
-    iterations: Annotated[int, LENGTH] = Field(gt=0)
+    iterations: Annotated[int, LENGTH] = Field(gt=0, le=100_000)
     """Rollout + train rounds of a run. Raising it continues a finished run."""
     keep_checkpoints: Annotated[int | None, CADENCE] = Field(default=2, gt=0)
     """Keep the Megatron checkpoints (with optimizer: about 14 bytes a parameter) of so many iterations, the newest, and
@@ -636,108 +653,130 @@ class Config(Section):
     evaluation: Annotated[EvaluationConfig, EVALUATION]
 
     @model_validator(mode="after")
-    def _whole_checkpoints(self) -> Self:
-        """What needs the optimizer of every iteration on disk excludes checkpoint_every."""
-        if self.checkpoint_every > 1 and self.hacking_guard.action == "rollback_and_lower_gamma":
-            raise ValueError(
-                f"checkpoint_every {self.checkpoint_every} and hacking_guard.action rollback_and_lower_gamma exclude"
-                " each"
-                " other: the guard goes back to checkpoints that would not be there"
-            )
-        if self.checkpoint_every > 1 and self.server.shares_gpus:
-            raise ValueError(
-                f"checkpoint_every {self.checkpoint_every} and server.shares_gpus exclude each other: training gives up"
-                " the GPUs after each iteration, and loads its checkpoint again"
-            )
+    def _belongs_together(self) -> Self:
+        """All contradictions between sections at once, a line each, with a --set that ends it."""
+        rules = (self._cadence, self._evaluation_pixels, self._data_fits, self._rollouts_fit, self._steps_fit)
+        problems = [problem for rule in rules for problem in rule()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
-    @model_validator(mode="after")
-    def _cadence(self) -> Self:
+    def _cadence(self) -> Iterator[str]:
+        """What needs the optimizer of every iteration on disk excludes checkpoint_every; keep_best needs scores."""
+        if self.checkpoint_every > 1 and self.hacking_guard.action == "rollback_and_lower_gamma":
+            yield (
+                f"checkpoint_every {self.checkpoint_every} and hacking_guard.action rollback_and_lower_gamma exclude"
+                " each other, the guard goes back to checkpoints that would not be there: --set checkpoint_every=1, or"
+                " --set hacking_guard.action=lower_gamma"
+            )
+        if self.checkpoint_every > 1 and self.server.shares_gpus:
+            yield (
+                f"checkpoint_every {self.checkpoint_every} and server.shares_gpus exclude each other, training gives up"
+                " the GPUs after each iteration and loads its checkpoint again: --set checkpoint_every=1"
+            )
         if self.keep_best and self.evaluate_every is None:
-            raise ValueError(
-                f"keep_best {self.keep_best} needs evaluate_every: the best are chosen by their evaluation"
+            yield (
+                f"keep_best {self.keep_best} needs evaluate_every, the best are chosen by their evaluation:"
+                " --set evaluate_every=10, or --set keep_best=0"
             )
         names = sorted(self.data.evaluation_sets)
         if self.evaluation.validation not in names:
-            raise ValueError(
-                f"evaluation.validation {self.evaluation.validation}: no evaluation set of that name: there is"
-                f" {', '.join(names)}"
+            yield (
+                f"evaluation.validation {self.evaluation.validation}: no evaluation set of that name, there is"
+                f" {', '.join(names)}: --set evaluation.validation={names[0]}"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _evaluation_pixels(self) -> Self:
+    def _evaluation_pixels(self) -> Iterator[str]:
         lowest = self.evaluation.min_pixels or self.data.min_pixels
         highest = self.evaluation.max_pixels or self.data.max_pixels
         if lowest > highest:
-            raise ValueError(
-                f"evaluation: at least {lowest} and at most {highest} pixels exclude each other: set"
-                " evaluation.min_pixels and evaluation.max_pixels (null: those of data)"
+            yield (
+                f"evaluation: at least {lowest} and at most {highest} pixels exclude each other:"
+                f" --set evaluation.min_pixels={highest}, or --set evaluation.max_pixels={lowest} (null: data's)"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _data_fits(self) -> Self:
+    def _data_fits(self) -> Iterator[str]:
         if (self.sft is None) != (self.data.sft is None):
-            raise ValueError("sft and data.sft go together: give both or set both to null")
+            yield "sft and data.sft go together: give both, or --set sft=null --set data.sft=null"
         synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
         if self.model.path is None and not all(synthetic):
-            raise ValueError(
-                "model.path is null, which is only possible with the synthetic task: give a checkpoint directory"
+            yield (
+                "model.path is null, which is only possible with the synthetic task: --set model.path=DIR, the"
+                " directory of a Qwen2.5-VL checkpoint"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _rollouts_fit(self) -> Self:
-        if self.rollout.rollout_batch_size % self.training.global_batch_size:
-            raise ValueError(
-                f"rollout.rollout_batch_size {self.rollout.rollout_batch_size} is not a multiple of"
-                f" training.global_batch_size {self.training.global_batch_size}"
+    def _rollouts_fit(self) -> Iterator[str]:
+        rollouts, steps = self.rollout.rollout_batch_size, self.training.global_batch_size
+        if rollouts % steps:
+            yield (
+                f"rollout.rollout_batch_size {rollouts} is not a multiple of training.global_batch_size {steps}:"
+                f" --set rollout.rollout_batch_size={-(-rollouts // steps) * steps}"
             )
         if (self.reward.soft_overlong_buffer_tokens or 0) > self.rollout.max_response_tokens:
-            raise ValueError(
+            yield (
                 f"reward.soft_overlong_buffer_tokens {self.reward.soft_overlong_buffer_tokens} is larger than"
-                f" rollout.max_response_tokens {self.rollout.max_response_tokens}"
+                f" rollout.max_response_tokens {self.rollout.max_response_tokens}:"
+                f" --set reward.soft_overlong_buffer_tokens={self.rollout.max_response_tokens}"
             )
         if self.rollout.max_staleness and self.objective.importance_sampling_cap is None:
-            raise ValueError(
-                "rollout.max_staleness needs objective.importance_sampling_cap (2.0 is usual): other weights sampled"
-                " the rollouts"
+            yield (
+                "rollout.max_staleness needs objective.importance_sampling_cap, other weights sampled the rollouts:"
+                " --set objective.importance_sampling_cap=2.0 (usual), or --set rollout.max_staleness=0"
             )
         if self.rollout.max_staleness and self.server.shares_gpus:
-            raise ValueError(
-                "rollout.max_staleness and server.shares_gpus exclude each other: sampling and training go on at the"
-                " same time"
+            yield (
+                "rollout.max_staleness and server.shares_gpus exclude each other, sampling and training go on at the"
+                " same time: --set rollout.max_staleness=0"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _steps_fit(self) -> Self:
+    def _steps_fit(self) -> Iterator[str]:
         rows, dp = self.training.global_batch_size * self.rollout.group_size, self.parallel.data_parallel_size
         if self.training.layout == "group":
             if self.training.max_tokens_per_micro_batch is None:
-                raise ValueError("training.layout group needs training.max_tokens_per_micro_batch")
+                yield (
+                    "training.layout group needs training.max_tokens_per_micro_batch:"
+                    " --set training.max_tokens_per_micro_batch=16384, or --set training.layout=plain"
+                )
             if self.objective.average == "micro_batch":
-                raise ValueError(
-                    "objective.average micro_batch is defined by micro_batch_size: use training.layout plain, or"
-                    " average token"
+                yield (
+                    "objective.average micro_batch is defined by micro_batch_size: --set training.layout=plain, or"
+                    " --set objective.average=token"
                 )
             if self.training.global_batch_size < dp:
-                raise ValueError(
+                yield (
                     f"training.layout group: {self.training.global_batch_size} groups a step cannot feed"
-                    f" data_parallel_size {dp}"
+                    f" data_parallel_size {dp}: --set training.global_batch_size={dp}, or more"
                 )
         elif rows % dp:
-            raise ValueError(
-                f"global_batch_size * group_size = {rows} rollouts cannot be split over data_parallel_size {dp}"
+            yield (
+                f"training.global_batch_size * rollout.group_size = {rows} rollouts cannot be split over"
+                f" data_parallel_size {dp}:"
+                f" --set training.global_batch_size={-(-self.training.global_batch_size // dp) * dp}"
             )
-        return self
 
 
 def section_type(field: FieldInfo) -> type[Section] | None:
     """Return the type of the section that a field holds (or may hold, where it may be null); None for a leaf."""
     options = getattr(field.annotation, "__args__", (field.annotation,))
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+def kinds_of(field: FieldInfo) -> set[type]:
+    """Return what a field may hold, e.g. {str, NoneType}; the values of a Literal count as their types."""
+    kinds: set[type] = set()
+    options = [field.annotation]
+    while options:
+        option = options.pop()
+        origin, arguments = get_origin(option), get_args(option)
+        if origin is Literal:
+            kinds |= {type(value) for value in arguments}
+        elif origin is Annotated:
+            options.append(arguments[0])
+        elif origin in (Union, UnionType):
+            options += arguments
+        elif isinstance(option, type):
+            kinds.add(option)
+    return kinds
 
 
 def fields_along(key: str) -> list[FieldInfo]:

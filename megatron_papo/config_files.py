@@ -11,16 +11,18 @@ An unknown key is an error that names the nearest known one; every mistake is on
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_papo.config import Config, PromptSource, Section, section_type
+from megatron_papo.config import Config, PromptSource, Section, fields_along, kinds_of, section_type
 from megatron_papo.errors import UserError
+from megatron_papo.reading import reading, shown
 
 EXTENDS = "extends"
 DEFAULT = "default"
@@ -62,7 +64,7 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedC
     try:
         return ResolvedConfig(Config.model_validate(tree), sources, str(layers[0][0]) if len(layers) > 1 else None)
     except ValidationError as error:
-        raise UserError(*(_one_line(path, sources, problem) for problem in error.errors()))
+        raise UserError(*(line for problem in error.errors() for line in _lines(path, sources, problem)))
 
 
 def dump_config(config: Config) -> str:
@@ -71,8 +73,8 @@ def dump_config(config: Config) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-6 as a string; this loader reads it as the number that everybody means. A repeated key is an
-    error."""
+    """YAML as everybody means it: 1e-6 is a number, 010 and 1:30 are none, 2024-01-01 is text. A repeated key is an
+    error, and so is an alias, by which a small file can hold a large one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -80,6 +82,11 @@ class _Loader(yaml.SafeLoader):
         if repeated:
             raise UserError(f"{node.start_mark.name}: repeated key {', '.join(sorted(repeated))}: keep one")
         return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"*{self.peek_event().anchor} stands for another value: write that out")
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -93,7 +100,20 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
-_FLOAT = "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+_TAG = "tag:yaml.org,2002:"
+_INT = f"{_TAG}int", re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"), list("-+0123456789")
+_FLOAT = (
+    f"{_TAG}float",
+    re.compile(
+        r"^[-+]?((\d[\d_]*)?\.\d+([eE][-+]?\d+)?|\d[\d_]*\.?([eE][-+]?\d+)|\d[\d_]*\.|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, words) for tag, words in known if tag in (f"{_TAG}null", f"{_TAG}bool", f"{_TAG}merge")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(*_INT)
 _Loader.add_implicit_resolver(*_FLOAT)
 _Dumper.add_implicit_resolver(*_FLOAT)
 _Dumper.add_representer(str, _text)
@@ -129,16 +149,60 @@ def _extended(path: Path, names: object) -> list[Path]:
 
 def _read(path: Path) -> dict:
     """Return the content of one YAML file as a dictionary. Raises UserError, and nothing else."""
+    with reading(path, "correct the configuration, or give another file"):
+        loader = _Loader(path.read_bytes())
+        loader.name = str(path)
+        tree = _construct(loader, lambda node: _take_for(node, Config))
+        if not isinstance(tree, dict):
+            raise ValueError("expected a mapping of sections at top level")
+        return tree
+
+
+def _construct(loader: _Loader, take: Callable[[yaml.Node], None]) -> object:
+    """Return what a document holds. take: sets the tags of its nodes to what the schema says they are."""
     try:
-        with open(path, "rb") as stream:
-            tree = yaml.load(stream, _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration: {error.strerror}")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}")
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping of sections at top level")
-    return tree
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        take(node)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" at line {error.problem_mark.line + 1}"
+        raise ValueError(f"not YAML ({error.problem}{line})")
+
+
+def _take_for(node: yaml.Node, section: type[Section] | None) -> None:
+    """Set the tags of the plain scalars in a section to what its keys hold.
+
+    Text is text, also where YAML has another meaning for it (off, 1, 2024-01-01); 1e3 is a whole number where one is
+    wanted.
+    """
+    if section is None or not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        field = section.model_fields.get(key.value) if isinstance(key, yaml.ScalarNode) else None
+        if field is not None:
+            _take_value_for(value, field)
+
+
+def _take_value_for(node: yaml.Node, field: FieldInfo) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        _take_scalar_for(node, kinds_of(field))
+    elif isinstance(node, yaml.SequenceNode) and field.annotation == list[str]:
+        for part in node.value:
+            if isinstance(part, yaml.ScalarNode):
+                _take_scalar_for(part, {str})
+    else:
+        _take_for(node, section_type(field))
+
+
+def _take_scalar_for(node: yaml.ScalarNode, kinds: set[type]) -> None:
+    if node.style is None and str in kinds and node.tag != f"{_TAG}null":
+        node.tag = f"{_TAG}str"
+    elif node.style is None and int in kinds and float not in kinds and node.tag == f"{_TAG}float":
+        number = float(node.value.replace("_", ""))
+        if number.is_integer() and abs(number) < 1 << 53:  # beyond, not every whole number is a float
+            node.tag, node.value = f"{_TAG}int", str(int(number))
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:
@@ -171,6 +235,7 @@ def _merge(tree: dict, sources: dict[str, str], layer: dict, source: str, prefix
 def _apply(tree: dict, sources: dict[str, str], override: str) -> None:
     """Lay one `section.key=value` over `tree`."""
     name, equals, text = override.partition("=")
+    override = shown(override)
     if not equals:
         raise UserError(f"--set {override}: expected section.key=value")
     names = name.strip().split(".")
@@ -182,16 +247,27 @@ def _apply(tree: dict, sources: dict[str, str], override: str) -> None:
         if child is not None and not isinstance(child, dict):
             raise UserError(f"--set {override}: {parent} is not a section")
         below = child or {}
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"--set {override}: {text!r} is not a YAML value")
-    layer: object = value
+    layer: object = _value(override, names, text)
     for parent in reversed(names):
         layer = {parent: layer}
     assert isinstance(layer, dict)
     _forget(tree, sources, names)
     _merge(tree, sources, layer, f"--set {override}")
+
+
+def _value(override: str, names: list[str], text: str) -> object:
+    """Return the value of `--set NAMES=TEXT`. For a key that holds text it is the text as it stands, unless that is
+    quoted, or null where the key may be so; everything else is YAML."""
+    try:
+        field = fields_along(".".join(names))[-1]
+    except KeyError:  # pydantic says so later, with the nearest key
+        field = None
+    words = text.strip()
+    if field is not None and str in kinds_of(field) and words[:1] not in ("'", '"', "|", ">"):
+        is_null = words in ("", "~", "null", "Null", "NULL")
+        return None if is_null and type(None) in kinds_of(field) else words
+    with reading(f"--set {override}", f"the value is YAML: quote text, e.g. --set '{shown(names[-1])}=\"...\"'"):
+        return _construct(_Loader(text), lambda node: None if field is None else _take_value_for(node, field))
 
 
 def _forget(tree: dict, sources: dict[str, str], names: list[str]) -> None:
@@ -219,21 +295,22 @@ def _source(sources: dict[str, str], key: str) -> str | None:
     return None
 
 
-def _one_line(path: Path, sources: dict[str, str], problem: ErrorDetails) -> str:
+def _lines(path: Path, sources: dict[str, str], problem: ErrorDetails) -> list[str]:
+    """Return what is wrong with a key, or with several that contradict each other, each on a line of its own."""
     location = problem["loc"]
-    key = ".".join(str(part) for part in location) or "configuration"
+    key = shown(".".join(str(part) for part in location)) or "configuration"
     where = _source(sources, key) or next((sources[known] for known in sources if known.startswith(f"{key}.")), path)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        nearest = difflib.get_close_matches(str(location[-1]), known, n=1)
+        nearest = difflib.get_close_matches(str(location[-1])[:100], known, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key {key}: {hint}"
+        return [f"{where}: unknown key {key}: {hint}"]
     if problem["type"] == "missing":
-        return f"{path}: missing key {key}: add it"
+        return [f"{path}: missing key {key}: add it"]
     message = problem["msg"].removeprefix("Value error, ")
     given = problem["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    return f"{where}: {key}: {message}{shown}"
+    got = f" (got {shown(repr(given))})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    return [f"{where}: {key}: {line}{got}" for line in message.splitlines()]
 
 
 def _known_keys(location: tuple) -> list[str]:

@@ -60,6 +60,8 @@ def in_short(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg} at line {error.lineno})"
     text = shown(" ".join(str(error).split()))
+    if type(error) is ValueError and text:
+        return text
     return f"damaged ({type(error).__name__}{': ' + text if text else ''})"
 
 

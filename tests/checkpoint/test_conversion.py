@@ -321,7 +321,7 @@ def test_proofs(damaged_megatron):
         (json.dumps({**proof, "passed": False}), "not exact"),
         ("{}", "version: Field required: damaged proof"),
         ('{"version": 2}', "damaged"),
-        ('{"passed": true, "tensors": {}, "version": 2}', "not exact"),
+        (json.dumps({**proof, "tensors": {}}), "not exact"),
         ("[", "damaged"),
     ]
     for text, message in cases:

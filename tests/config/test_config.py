@@ -91,7 +91,7 @@ def test_the_published_prompt_is_the_default():
         ),
         ("seed", "expected section.key=value"),
         ("seed.x=1", "seed is not a section"),
-        ("seed=[1", "is not a YAML value"),
+        ("seed=[1", "not YAML ("),
     ],
 )
 def test_mistakes_are_one_line_each(override, expected):
@@ -110,10 +110,10 @@ def test_missing_key_missing_file_and_broken_yaml(tmp_path):
     (tmp_path / "d.yaml").write_text("seed: 1\nseed: 2\n")
     for name, expected in {
         "a.yaml": "missing key rollout.group_size: add it",
-        "b.yaml": "not valid YAML",
+        "b.yaml": "not YAML",
         "c.yaml": "expected a mapping of sections",
         "d.yaml": "repeated key seed",
-        "e.yaml": "cannot read the configuration",
+        "e.yaml": "cannot be read",
     }.items():
         with pytest.raises(UserError, match=expected):
             load_config(tmp_path / name)

@@ -147,7 +147,7 @@ def test_a_mistake_is_reported_with_what_made_it(base):
         "unknown key extend: did you mean extends?"
     )
     assert "only a configuration file can extend others" in refused(DEMO_CONFIG, "extends=[base.yaml]")
-    assert "none.yaml: cannot read" in refused(write(base, top="extends: [base.yaml, none.yaml]"))
+    assert "none.yaml: cannot be read" in refused(write(base, top="extends: [base.yaml, none.yaml]"))
 
 
 @pytest.mark.parametrize(

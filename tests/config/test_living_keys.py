@@ -100,7 +100,7 @@ def test_every_key_can_be_seen_to_change(demo, key):
         (["keep_checkpoints=0"], "keep_checkpoints: Input should be greater than 0"),
         (["keep_exports=0"], "keep_exports: Input should be greater than 0"),
         (["evaluate_every=0"], "evaluate_every: Input should be greater than 0"),
-        (["evaluation.validation=mmk12"], "no evaluation set of that name: there is evaluation"),
+        (["evaluation.validation=mmk12"], "no evaluation set of that name, there is evaluation"),
         (["checkpoint_every=2"], "checkpoint_every 2 and hacking_guard.action rollback_and_lower_gamma exclude each"),
         (
             ["checkpoint_every=2", "hacking_guard.action=stop", "server.shares_gpus=true"],
@@ -192,4 +192,4 @@ def test_show_config_prints_differences_a_part_and_a_run(tmp_path):
     ]
     done = run_module("tools.show_config", "--run", tmp_path / "none")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "config.yaml: cannot read" in done.stderr
+    assert "config.yaml: cannot be read" in done.stderr
