@@ -389,8 +389,12 @@ class RewardConfig(Section):
     so many tokens before rollout.max_response_tokens. null: none."""
     soft_overlong_penalty: float = Field(default=1.0, gt=0)
     """How much it has fallen at max_response_tokens."""
-    time_limit_seconds: float = Field(default=10.0, gt=0)
-    """For grading one response; past it the answer counts as wrong and is counted as timed out."""
+    missing_box_is_none: bool = False
+    """A response without a box counts as the answer "None", as in the authors' code: it is right where the answer of
+    the data is that word. false: it is wrong."""
+    time_limit_seconds: float = Field(default=1.0, gt=0)
+    """Of computing for grading one response; past it the answer counts as wrong and is counted as timed out. A busy
+    machine takes nothing from it."""
     workers: Annotated[int, SPEED] = Field(default=2, gt=0)
     """Processes that grade."""
 

@@ -22,6 +22,7 @@ MARKERS = {
         "stages/test_stage1.py",
         "test_documentation.py",
         "test_markers.py",
+        "test_nothing_evaluated.py",
         "test_reading.py",
         "training/test_learning_rate.py",
     ],

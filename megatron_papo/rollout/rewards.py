@@ -1,16 +1,16 @@
 """The published reward: 0.9 accuracy + 0.1 format, and DAPO's soft overlong punishment, which PAPO's authors lack.
 
-Model text is parsed in worker processes with a time limit.
+Model text is parsed in processes of their own that can do nothing else (grading.py, sandbox.py).
 """
 
-import multiprocessing
 import re
-from concurrent.futures import Future
-
-from pebble import ProcessExpired, ProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import LifoQueue
 
 from megatron_papo.config import RewardConfig
-from megatron_papo.rollout import grading
+from megatron_papo.rollout.grader_process import GraderDied, GraderProcess
+from megatron_papo.rollout.grading import LATE, MISSING, RIGHT, WRONG, boxed
+from megatron_papo.rollout.sandbox import MEMORY_LIMIT_BYTES
 from megatron_papo.run.records import Rewards
 
 
@@ -77,7 +77,9 @@ def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, co
     return rewards.model_copy(update={"overall": rewards.overall + penalty, "overlong_penalty": penalty})
 
 
-Submitted = tuple[float, bool, Future]
+LATE_SHARE = 0.01
+"""Of different answers without a grade, beyond which a line says so."""
+Submitted = tuple[float, bool, Future[str]]
 """A response under way: its format score, whether it was cut off, and its grade when it comes."""
 
 
@@ -88,41 +90,82 @@ class Grader:
             pending = [grader.submit(text, answer, cut_off) for ...]
             rewards = [grader.result(submitted) for submitted in pending]
 
-    A process that exceeds config.time_limit_seconds on one response, or dies of it, is replaced; that response counts
-    as wrong and timed_out, and no other is lost.
+    A response whose grading computes for more than config.time_limit_seconds, or takes too much memory, counts as wrong
+    and timed_out; no other is lost. So does one whose grading process died twice; one that died once may have been
+    somebody else's victim, and its response is graded again. The same content and answer are graded once.
     """
 
     def __init__(self, config: RewardConfig):
         self.config = config
 
     def __enter__(self) -> "Grader":
-        # spawn: a fork of a process with running threads may deadlock
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(self.config.workers, initializer=grading.prepare, context=context)
+        self._threads = ThreadPoolExecutor(self.config.workers, "grader")
+        self._idle: LifoQueue[GraderProcess | None] = LifoQueue()
+        for _ in range(self.config.workers):
+            self._idle.put(None)
+        self._grades: dict[tuple[str, str], Future[str]] = {}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=kind is not None)
+        processes = [process for process in self._idle.queue if process is not None]
+        for process in processes:
+            process.stop()
         if kind is None:
-            self._pool.close()
-        else:
-            self._pool.stop()
-        self._pool.join()
+            self._warn({layer for process in processes for layer in process.lacking})
+
+    def _warn(self, lacking: set[str]) -> None:
+        """Say what nobody would look for: graders that are not shut in, and many answers without a grade."""
+        if lacking:
+            print(
+                f"warning: this machine has no {' and no '.join(sorted(lacking))}: what still holds for the processes"
+                " that grade is in docs/reliability.md",
+                flush=True,
+            )
+        late = sum(grade.result() == LATE for grade in self._grades.values())
+        if late > LATE_SHARE * len(self._grades):
+            print(
+                f"warning: {late} of {len(self._grades)} different answers count as wrong because grading one took more"
+                f" than reward.time_limit_seconds ({self.config.time_limit_seconds:g} s) or {MEMORY_LIMIT_BYTES >> 20}"
+                " MiB",
+                flush=True,
+            )
 
     def submit(self, text: str, answer: str, cut_off: bool) -> Submitted:
         """Start grading a decoded response; `cut_off` says that it ended for lack of tokens."""
         text = strip_tag_spaces(text)
-        future = self._pool.schedule(grading.is_correct, args=[text, answer], timeout=self.config.time_limit_seconds)
-        return format_reward(text), cut_off, future
+        return format_reward(text), cut_off, self._grade(boxed(text), answer)
 
     def result(self, submitted: Submitted) -> Rewards:
-        """Wait for the rewards of a response."""
-        format_score, cut_off, future = submitted
-        timed_out = False
-        try:
-            accuracy = float(future.result())
-        except (TimeoutError, ProcessExpired):
-            accuracy, timed_out = 0.0, True
+        """Wait for the rewards of a response. Raises UserError where no grading process starts."""
+        format_score, cut_off, grade = submitted
+        accuracy, timed_out = float(grade.result() == RIGHT), grade.result() == LATE
         overall = self.config.accuracy_weight * accuracy + self.config.format_weight * format_score
         if cut_off and self.config.zero_if_cut_off:
             overall = 0.0
         return Rewards(overall=overall, accuracy=accuracy, format=format_score, timed_out=timed_out)
+
+    def _grade(self, content: str | None, answer: str) -> Future[str]:
+        if content is None and self.config.missing_box_is_none:
+            content = MISSING
+        if content is None:
+            grade: Future[str] = Future()
+            grade.set_result(WRONG)
+            return grade
+        if (content, answer) not in self._grades:
+            self._grades[content, answer] = self._threads.submit(self._ask, content, answer)
+        return self._grades[content, answer]
+
+    def _ask(self, content: str, answer: str) -> str:
+        process = self._idle.get()
+        try:
+            for _ in range(2):
+                process = process or GraderProcess(self.config.time_limit_seconds)
+                try:
+                    return process.ask(content, answer)
+                except GraderDied:
+                    process.stop()
+                    process = None
+            return LATE
+        finally:
+            self._idle.put(process)

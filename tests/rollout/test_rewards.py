@@ -10,8 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_papo.config import RewardConfig
+from megatron_papo.rollout.grading import boxed
 from megatron_papo.rollout.rewards import (
     Grader,
     format_reward,
@@ -23,8 +26,8 @@ from megatron_papo.run.records import Rewards
 from tests.helpers import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "rewards.json"
-# An integer power that sympy evaluates; mathruler's own guard knows only the spelling with ^.
-HANGS = "<think>a</think>\\boxed{9**9**9**9}"
+# Too near to the answer to be told apart by its value, and a quarter of an hour for sympy: a continued fraction.
+HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**2+3*y+" * 9 + "y" + ")" * 9 + ")/10**9}"
 HANGS_ON = "\\frac{x}{2}"
 
 
@@ -57,7 +60,7 @@ def test_tool_refuses_a_foreign_file(tmp_path):
 
 
 def test_hanging_answer_times_out_and_costs_nothing_else():
-    config = RewardConfig(time_limit_seconds=5.0, workers=2)
+    config = RewardConfig(time_limit_seconds=0.5, workers=2)
     good, bad = "<think>a</think>\\boxed{x/2}", "<think>a</think>\\boxed{x/3}"
     texts = [good, HANGS, bad, good, HANGS, good, bad, good]
     started = time.monotonic()
@@ -75,6 +78,26 @@ def test_grader_crash_is_a_wrong_answer():
         answers = ["\\boxed{1e999}", "\\boxed{}", "\\boxed{((((}", "\\boxed{\\frac}", "no box", "\\boxed{3}"]
         rewards = [grader.result(one) for one in [grader.submit(text, "3", False) for text in answers]]
     assert [r.accuracy for r in rewards] == [0, 0, 0, 0, 0, 1] and not any(r.timed_out for r in rewards)
+
+
+@pytest.mark.parametrize("response", ["", "<think>x</think> None", "None", "\\boxed{", "\\boxed{{}", "boxed{None}"])
+def test_no_box_is_no_answer(response):
+    """The grader's word for a missing box is None: an answer of the data that reads so would make silence right."""
+    with Grader(RewardConfig()) as ours, Grader(RewardConfig(missing_box_is_none=True)) as authors:
+        for answer in ("None", "none", " None ", "\\text{None}"):
+            said, known = ours.submit("\\boxed{None}", answer, False), ours.submit(response, answer, False)
+            assert (ours.result(said).accuracy, ours.result(known).accuracy) == (1, 0)
+            assert authors.result(authors.submit(response, answer, False)).accuracy == 1
+        assert authors.result(authors.submit(response, "3", False)).accuracy == 0
+
+
+@given(st.lists(st.sampled_from(["\\boxed{", "\\boxed", "{", "}", "x", " ", "\n", "None", "\\"]), max_size=12))
+def test_the_box_is_the_one_that_mathruler_finds(pieces):
+    from mathruler.grader import extract_boxed_content
+
+    text = "".join(pieces)
+    found = boxed(text)
+    assert extract_boxed_content(text) == ("None" if found is None else found)
 
 
 def test_cut_off_and_weights():

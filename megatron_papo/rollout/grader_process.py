@@ -1,0 +1,77 @@
+"""The parent's side of a grading process: start it with an empty environment, ask it, replace it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+from megatron_papo.errors import UserError
+from megatron_papo.reading import shown
+from megatron_papo.rollout.grading import LATE, READY, RIGHT, WRONG
+
+PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[2:]; from megatron_papo.rollout.grading import serve; serve(float(sys.argv[1]))"
+)
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+"""All that a grading process is given: the same order of sympy's terms, hence the same grade, in each."""
+LIBRARY_PATH = "LD_LIBRARY_PATH"
+"""Given too where it is set: without it some machines' Python does not start."""
+PATIENCE_SECONDS = 120.0
+"""For a process that does not compute: it was stopped, or the machine is. Computing has its own, shorter limit."""
+
+
+class GraderDied(Exception):
+    """The process ended, or was ended, before it answered; not necessarily the answer's fault."""
+
+
+class GraderProcess:
+    """A process that grades one answer after another. Raises UserError if it does not start."""
+
+    def __init__(self, time_limit_seconds: float):
+        library_path = {name: value for name, value in os.environ.items() if name == LIBRARY_PATH}
+        paths = [os.path.abspath(path) for path in sys.path]
+        self._process = subprocess.Popen(
+            [sys.executable, "-s", "-P", "-c", PROGRAM, str(time_limit_seconds), *paths],
+            env=ENVIRONMENT | library_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        word, _, lacking = self._receive().partition(" ")
+        self.lacking = lacking.split()
+        """The layers of the sandbox that this machine does not have: see sandbox.confine."""
+        if word != READY:
+            self.stop()
+            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise UserError(
+                f"reward: a grading process does not start ({shown(said[0]) if said else 'it says nothing'}): run"
+                " bash tools/setup_environment.sh again"
+            )
+
+    def ask(self, content: str, answer: str) -> str:
+        """Return RIGHT, WRONG or LATE. Raises GraderDied."""
+        try:
+            self._requests.write(json.dumps([content, answer]).encode() + b"\n")
+            self._requests.flush()
+        except OSError:
+            raise GraderDied
+        word = self._receive()
+        if word not in (RIGHT, WRONG, LATE):
+            raise GraderDied
+        return word
+
+    def stop(self) -> None:
+        """End the process and, by the kernel's doing, its child."""
+        self._process.kill()
+        self._process.wait()
+
+    def _receive(self) -> str:
+        watch = threading.Timer(PATIENCE_SECONDS, self._process.kill)
+        watch.start()
+        try:
+            return os.read(self._replies.fileno(), 256).decode(errors="replace").strip()
+        finally:
+            watch.cancel()
