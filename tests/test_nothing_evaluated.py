@@ -22,6 +22,8 @@ FORBIDDEN_OF = {
     "subprocess": {"getoutput", "getstatusoutput"},
     "pandas": {"read_pickle"},
 }
+PLAIN_LOADERS = ("_Loader", "yaml.BaseLoader", "yaml.SafeLoader")
+"""Of YAML: they make numbers, texts, lists and mappings; the first is config_files.py's, a SafeLoader."""
 EXCEPTIONS = {
     ("megatron_papo/model/layer_specs.py", "importlib.import_module"): "names that stand in that file",
     ("megatron_papo/rollout/safe_parser.py", "sympify"): "given numbers and expressions, never text",
@@ -62,7 +64,7 @@ def _of_call(call: ast.Call) -> Iterator[str]:
         yield "np.load"
     if (owner, name) == ("torch", "load") and given.get("weights_only") is not True:
         yield "torch.load"
-    if (owner, name) == ("yaml", "load") and ast.unparse(call.args[1] if len(call.args) > 1 else call) != "_Loader":
+    if (owner, name) == ("yaml", "load") and not any(ast.unparse(given) in PLAIN_LOADERS for given in call.args[1:]):
         yield "yaml.load"
     if name == "from_pretrained" and owner.startswith("Auto") and given.get("trust_remote_code") is not False:
         yield "from_pretrained without trust_remote_code=False"
