@@ -608,6 +608,9 @@ class EvaluationConfig(Section):
     """null: data.min_pixels. The authors' code uses 1024, and then the processor's 3136."""
     max_pixels: int | None = Field(default=None, gt=0)
     """null: data.max_pixels. The authors' code uses 589824."""
+    resize: Literal["smart", "published"] | None = None
+    """null: data.resize. published: as the authors' evaluation does: scaled to about the limit that it breaks, narrow
+    sides stretched to 28 pixels, then rounded to multiples of 28."""
     masked_images: bool = False
     """Also answer every prompt with its images masked (masked_image section)."""
     validation: str = "evaluation"

@@ -27,6 +27,8 @@ MERGE = 2
 TEMPORAL = 2
 FACTOR = PATCH * MERGE
 MAX_ASPECT = 200
+CUT_ASPECT = 180
+"""Of a picture that is longer than MAX_ASPECT, in the authors' evaluation."""
 PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS = 3136, 12845056
 """The limits of the image processor that Qwen2.5-VL is published with."""
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], dtype=np.float32)
@@ -39,7 +41,7 @@ class PictureSettings:
 
     min_pixels: int
     max_pixels: int
-    resize: Literal["smart", "published"] = "smart"
+    resize: Literal["smart", "published", "published_evaluation"] = "smart"
     transparency: Transparency = "white"
 
     @classmethod
@@ -51,10 +53,12 @@ class PictureSettings:
     def of_evaluation(cls, data: DataConfig, evaluation: EvaluationConfig) -> Self:
         """Return those of evaluation."""
         training = cls.of(data)
+        resize = evaluation.resize or data.resize
         return replace(
             training,
             min_pixels=evaluation.min_pixels or training.min_pixels,
             max_pixels=evaluation.max_pixels or training.max_pixels,
+            resize="published_evaluation" if resize == "published" else resize,
         )
 
 
@@ -72,19 +76,23 @@ def sizes(width: int, height: int, settings: PictureSettings) -> list[tuple[int,
     """Return the sizes (width, height) that a native picture takes, one after the other; the last is the model's.
 
     smart: one, see smart_size. published: first as the authors' code scales it, both sides cut to whole pixels, then as
-    the model's processor rounds that, within limits of its own.
+    the model's processor rounds that, within limits of its own. published_evaluation: in between also as their
+    evaluation stretches what is narrow.
 
     Raises UserError for a picture over 200 times as long as wide, native or in between or at the end: transformers and
-    the server refuse it.
+    the server refuse it. Of published_evaluation only what is so at the end.
     """
     taken = [(width, height)]
-    _require_aspect(taken)
-    if settings.resize == "published":
+    if settings.resize != "published_evaluation":
+        _require_aspect(taken)
+    if settings.resize == "smart":
+        taken.append(smart_size(width, height, settings.min_pixels, settings.max_pixels))
+    else:
         taken.append(_published_size(width, height, settings.min_pixels, settings.max_pixels))
+        if settings.resize == "published_evaluation":
+            taken += _stretched(*taken[-1])
         _require_aspect(taken)
         taken.append(smart_size(*taken[-1], PROCESSOR_MIN_PIXELS, PROCESSOR_MAX_PIXELS))
-    else:
-        taken.append(smart_size(width, height, settings.min_pixels, settings.max_pixels))
     _require_aspect(taken)
     return taken[1:]
 
@@ -120,6 +128,20 @@ def _published_size(width: int, height: int, min_pixels: int, max_pixels: int) -
             factor = math.sqrt(limit / (width * height))
             width, height = int(width * factor), int(height * factor)
     return width, height
+
+
+def _stretched(width: int, height: int) -> list[tuple[int, int]]:
+    """Return the further sizes that the authors' evaluation (LLaMA-Factory's Qwen2-VL plugin) gives a scaled picture:
+    no side below 28 pixels, and no side over 200 times the other, but 180 times."""
+    shapes = [(width, height)]
+    if min(width, height) < FACTOR:
+        shapes.append((max(width, FACTOR), max(height, FACTOR)))
+    width, height = shapes[-1]
+    if width > MAX_ASPECT * height:
+        shapes.append((CUT_ASPECT * height, height))
+    elif height > MAX_ASPECT * width:
+        shapes.append((width, CUT_ASPECT * width))
+    return shapes[1:]
 
 
 def _require_aspect(taken: list[tuple[int, int]]) -> None:

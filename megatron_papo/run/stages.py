@@ -21,6 +21,7 @@ EVALUATION = (
     "evaluation.max_response_tokens",
     "evaluation.min_pixels",
     "evaluation.max_pixels",
+    "evaluation.resize",
     "evaluation.masked_images",
 )
 PROMPTS = (

@@ -9,9 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.pictures import preprocess
 from megatron_papo.pictures.preprocess import PictureSettings
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,30 @@ def test_published_pixels_are_resized_twice(tmp_path):
     assert preprocess.grid_of_file(tmp_path, "picture.png", PUBLISHED) == preprocess.grid_of(resized) == (1, 28, 36)
     with pytest.raises(UserError, match="more than 200 times"):
         preprocess.model_size(201 * 5, 5, PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    "native, tokens, sizes",
+    [  # image tokens: as the authors' evaluation was run; sizes: its rules by hand
+        ((480, 320), 187, [(480, 320), (476, 308)]),
+        ((350, 250), 108, [(350, 250), (336, 252)]),
+        ((200, 150), 35, [(200, 150), (196, 140)]),
+        ((1920, 1080), 777, [(1024, 576), (1036, 588)]),
+        ((20, 20), 4, [(32, 32), (56, 56)]),
+        ((300, 10), 11, [(300, 10), (300, 28), (308, 28)]),
+        ((5700, 14), 180, [(5700, 14), (5700, 28), (5040, 28), (5040, 28)]),
+        ((14, 5700), 180, [(14, 5700), (28, 5700), (28, 5040), (28, 5040)]),
+    ],
+)
+def test_published_evaluation_sizes(native, tokens, sizes):
+    config = load_config(ROOT / "configs" / "papo_g_3b.yaml")
+    published = PictureSettings.of_evaluation(config.data, config.evaluation)
+    assert preprocess.sizes(*native, published) == sizes
+    assert sizes[-1][0] * sizes[-1][1] == tokens * 28 * 28
+    if native == (480, 320):  # the control: with the limits of training it would be half as many again
+        assert preprocess.model_size(*native, replace(published, min_pixels=200704)) != sizes[-1]
+        smart = config.evaluation.model_copy(update={"resize": "smart", "min_pixels": None})
+        assert preprocess.model_size(*native, PictureSettings.of_evaluation(config.data, smart)) == (560, 392)
 
 
 @settings(max_examples=25, deadline=None)
