@@ -556,7 +556,7 @@ class OptimizerConfig(Section):
     """Fall linearly from the first step on, towards 0 after so many steps of the whole run, but not below a tenth.
     null: constant."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled, AdamW's; none on biases and norm weights."""
+    """Decoupled, AdamW's; on all parameters, biases and norm weights too."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)

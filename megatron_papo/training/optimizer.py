@@ -28,12 +28,10 @@ def build_optimizer(
 ) -> tuple[DistributedDataParallel, MegatronOptimizer]:
     """Return the model wrapped in DistributedDataParallel, and Megatron's optimizer of it.
 
-    AdamW with decoupled weight decay, none on biases and norm weights (Megatron's rule). bfloat16 models get fp32 main
-    parameters and fp32 gradient accumulation. Apex's or TransformerEngine's fused Adam is used where megatron-core
-    finds it.
-
-    Differs: the authors' torch AdamW decays biases and norm weights too; at lr 1e-6 and weight decay 0.01
-    that is a relative change of 1e-8 a step.
+    AdamW with decoupled weight decay on all parameters, as the authors' torch AdamW has it: megatron-core marks biases
+    and norm weights with wd_mult 0, but only its own learning-rate scheduler, which is not used here, looks at that.
+    bfloat16 models get fp32 main parameters and fp32 gradient accumulation. Apex's or TransformerEngine's fused Adam is
+    used where megatron-core finds it.
     """
     distributed = uses_distributed_optimizer(config)
     wrapped = DistributedDataParallel(
