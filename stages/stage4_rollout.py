@@ -5,8 +5,9 @@ sampled until it is full of groups that are neither all right nor all wrong, and
 last round ended. With rollout.over_sampling more prompts are drawn, and what still runs when enough groups are complete
 is cancelled. The SGLang servers (a directory: found or started there; or URLs) get the weights of --hf; every response
 has its own seed; vision tokens are forbidden; prompt lengths as the server counts them must equal ours. Token ids and
-log-probs are the server's. A server that fails is started again and its requests are sent again. Grading: mathruler, in
-processes with a time limit; then the soft overlong punishment, if any.
+log-probs are the server's. A server that fails is started again and its requests are sent again. Finished samples are
+kept beside the output until it is published: a stage that is run again asks only for what is missing. Grading:
+mathruler, in processes with a time limit; then the soft overlong punishment, if any.
 
 Reads:  data/prompts.jsonl and images/ (stage 1), a Hugging Face checkpoint (stage 2 or 6, or downloaded); with dynamic
         sampling the manifest of the iteration before.
@@ -29,7 +30,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import StageParser, Task, add_server_option, run, server_of
 from megatron_papo.run.follow import Follower
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import Input, StageOutput, read_manifest
+from megatron_papo.run.stage_output import Input, StageOutput, read_manifest, samples_of
 from megatron_papo.run.stages import STAGES, Turn
 
 
@@ -90,10 +91,12 @@ def iterate(task: Task, server: str, trusted: tuple[str, ...] = (), started: flo
     out = task.stage_output(inputs, started)
     if out.done:
         out.announce_done()
+        samples_of(task.output).unlink(missing_ok=True)
         return False
     require_proof_if_converted(task.path("hf"))
     with out:
         roll_out(task, server, first_position, inputs["hf"].fingerprint, out)
+    samples_of(task.output).unlink(missing_ok=True)
     return True
 
 
@@ -125,7 +128,7 @@ def end_of_previous(task: Task, data: Input) -> int:
 
 def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out: StageOutput) -> None:
     """The algorithm of the module's docstring. first_position: in the data order; fingerprint: of the weights."""
-    from megatron_papo.data.chat import forbidden_tokens
+    from megatron_papo.data.response_tokens import response_tokens
     from megatron_papo.pictures.preprocess import PictureSettings
     from megatron_papo.rollout.counts import batch_counts, in_words
     from megatron_papo.rollout.data_order import prompts_at
@@ -147,6 +150,7 @@ def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out
     )
     from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
     from megatron_papo.sglang.requests import Sampling
+    from megatron_papo.sglang.sample_store import SampleStore
     from megatron_papo.sglang.server import release_memory
 
     config, data, hf, iteration = task.config, task.path("data"), task.path("hf"), task.iteration
@@ -154,15 +158,16 @@ def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out
     settings, dynamic, size = config.rollout, config.rollout.dynamic_sampling, config.rollout.group_size
     prompts = read_jsonl(data / "prompts.jsonl", Prompt)
     tokenizer = matching_tokenizer(hf, data)
-    forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
-    sampling = Sampling(settings.temperature, settings.top_p, -1, settings.max_response_tokens, forbidden)
+    tokens = response_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
+    sampling = Sampling(settings.temperature, settings.top_p, -1, settings.max_response_tokens, tokens)
     pictures = Pictures(data, PictureSettings.of(config.data), config.masked_image, kept=2 * settings.concurrency)
     client = open_client(
         server, hf, config.server, config.model.dtype,
         concurrency=settings.concurrency, timeout_seconds=settings.request_timeout_seconds,
     )  # fmt: skip
     version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))
-    sampler = Sampler(client, version, sampling, tokenizer, config.reward)
+    store = SampleStore(samples_of(task.output), config.model.dtype)
+    sampler = Sampler(client, version, sampling, tokenizer, config.reward, store)
     count = settings.drawn_prompts if dynamic is None else settings.prompts_per_round
     wanted = settings.rollout_batch_size if settings.over_sampling else None
 
@@ -178,7 +183,11 @@ def roll_out(task: Task, server: str, first_position: int, fingerprint: str, out
             yield [punish_overlong(group, settings.max_response_tokens, config.reward) for group in groups]
 
     started = time.monotonic()
-    batch = one_round(next(rounds())) if dynamic is None else fill_batch(rounds(), settings.rollout_batch_size, dynamic)
+    with store:
+        if dynamic is None:
+            batch = one_round(next(rounds()))
+        else:
+            batch = fill_batch(rounds(), settings.rollout_batch_size, dynamic)
     seconds = time.monotonic() - started
     if config.server.shares_gpus:  # before the output is published, which is what training waits for
         release_memory(client.servers)

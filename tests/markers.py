@@ -19,6 +19,8 @@ MARKERS = {
         "rollout/test_data_order.py",
         "rollout/test_dynamic_sampling.py",
         "run",
+        "sglang/test_answers.py",
+        "sglang/test_sample_store.py",
         "stages/test_stage1.py",
         "test_documentation.py",
         "test_markers.py",

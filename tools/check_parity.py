@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from megatron_papo.run.records import Prompt, Rollout
-    from megatron_papo.sglang.requests import Sample
+    from megatron_papo.sglang.answers import Sample
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 1.5)}
@@ -146,7 +146,7 @@ def check(arguments: argparse.Namespace, config: Config, limits: tuple[float, fl
     )
     where = arguments.server or str(work / "server")
     try:
-        server = Side(arguments.hf, where, config, root, load=arguments.load or not where.startswith("http"))
+        server = Side(arguments.hf, where, config, root, load=arguments.load or not sglang_server.urls_of(where))
         sampled = server.sample(prompts, config.rollout.top_p)
         wrong_pictures, cut_off = [], []
         if arguments.controls:
@@ -155,7 +155,7 @@ def check(arguments: argparse.Namespace, config: Config, limits: tuple[float, fl
     finally:
         if not arguments.server:
             sglang_server.stop_all(work / "server")
-    with Megatron(arguments.megatron, config, root, server.forbidden, arguments.hf) as megatron:
+    with Megatron(arguments.megatron, config, root, server.tokens.forbidden, arguments.hf) as megatron:
         outcome = megatron.compare(sampled)
         controls = {}
         if arguments.controls:
@@ -269,14 +269,14 @@ class Side:
     def __init__(self, hf: Path, where: str, config: Config, root: Path, load: bool):
         from tokenizers import Tokenizer
 
-        from megatron_papo.data.chat import forbidden_tokens
+        from megatron_papo.data.response_tokens import response_tokens
         from megatron_papo.rollout.sample_and_grade import WEIGHT_VERSION_CHARACTERS
         from megatron_papo.run.stage_output import input_made_or_from_outside
         from megatron_papo.sglang.client import SglangClient
         from megatron_papo.sglang.server import open_servers
 
         self.config, self.root = config, root
-        self.forbidden = forbidden_tokens(
+        self.tokens = response_tokens(
             hf, Tokenizer.from_file(str(hf / "tokenizer.json")).get_vocab(with_added_tokens=True)
         )
         servers = open_servers(where, hf, config.server, config.model.dtype)
@@ -316,7 +316,7 @@ class Side:
         ]
         settings = self.config.rollout
         sampling = Sampling(
-            settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.forbidden
+            settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.tokens
         )
         samples = [sample for sample in self.client.sample(requests, sampling, self.version) if sample is not None]
         return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples, strict=True)]

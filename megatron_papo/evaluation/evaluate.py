@@ -5,7 +5,7 @@ import time
 
 from megatron_papo.checkpoint.model_files import model_fingerprint
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.data.chat import forbidden_tokens
+from megatron_papo.data.response_tokens import response_tokens
 from megatron_papo.evaluation.predictions import evaluation_metrics, evaluation_requests, prediction, with_length
 from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.rollout.pictures import Pictures, probe_of
@@ -18,13 +18,17 @@ from megatron_papo.rollout.sample_and_grade import (
 )
 from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
-from megatron_papo.run.stage_output import StageOutput
+from megatron_papo.run.stage_output import StageOutput, samples_of
 from megatron_papo.sglang.requests import Sampling
+from megatron_papo.sglang.sample_store import SampleStore
 from megatron_papo.sglang.server import release_memory
 
 
 def evaluate(task: Task, server: str, started: float | None = None) -> None:
     """Make the output of one turn of stage 7, where it is not there yet.
+
+    The store of its samples stays beside it: of an evaluation that is made again with more samples per prompt, or after
+    other changes that leave these samples as they are, only the others are asked for.
 
     Args:
         task: A turn of stage 7.
@@ -56,8 +60,8 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
     if picture_settings != PictureSettings.of(config.data):
         prompts = [with_length(prompt, data, picture_settings) for prompt in prompts]
     tokenizer = matching_tokenizer(hf, data)
-    forbidden = forbidden_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
-    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, forbidden)
+    tokens = response_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, tokens)
     pictures = Pictures(data, picture_settings, config.masked_image, kept=2 * config.rollout.concurrency)
     requests = [
         request
@@ -75,15 +79,16 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
         timeout_seconds=config.rollout.request_timeout_seconds,
     )
     version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))
-    sampler = Sampler(client, version, sampling, tokenizer, config.reward)
     begun = time.monotonic()
-    responses = sample_and_grade_all(sampler, requests, "evaluation")
+    with SampleStore(samples_of(task.output), config.model.dtype) as store:
+        sampler = Sampler(client, version, sampling, tokenizer, config.reward, store)
+        responses = sample_and_grade_all(sampler, requests, "evaluation")
     seconds = time.monotonic() - begun
     if config.server.shares_gpus:
         release_memory(client.servers)
     write_jsonl(out.partial / "predictions.jsonl", map(prediction, requests, responses))
     metrics = evaluation_metrics(requests, responses, len(prompts), settings.samples_per_prompt)
-    (out.partial / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (out.partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     out.counts |= metrics
     on_masked = f", on masked images {metrics['accuracy_masked']:.4f}" if settings.masked_images else ""
     words = f"avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {metrics['accuracy']:.4f}{on_masked}"

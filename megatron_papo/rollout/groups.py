@@ -8,7 +8,8 @@ from megatron_papo.rollout.pictures import Pictures
 from megatron_papo.rollout.rewards import with_overlong_penalty
 from megatron_papo.run.records import Prompt, Rewards, Rollout
 from megatron_papo.seeds import derive_seed
-from megatron_papo.sglang.requests import Request, Sample, Sampling
+from megatron_papo.sglang.answers import Sample
+from megatron_papo.sglang.requests import Request, Sampling
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,17 @@ from tokenizers import Tokenizer
 from megatron_papo.config import RewardConfig, ServerConfig
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.errors import UserError
+from megatron_papo.reading import read_text, reading
 from megatron_papo.rollout.groups import Graded
 from megatron_papo.rollout.rewards import Grader, Submitted
 from megatron_papo.run.console import progress_bar
+from megatron_papo.sglang.answers import Sample
 from megatron_papo.sglang.client import SglangClient
+from megatron_papo.sglang.open_files import room_for
 from megatron_papo.sglang.replicas import HealthLimits
-from megatron_papo.sglang.requests import Request, Sample, Sampling
-from megatron_papo.sglang.server import open_servers, restart
+from megatron_papo.sglang.requests import Request, Sampling
+from megatron_papo.sglang.sample_store import SampleStore
+from megatron_papo.sglang.server import open_servers, restart, urls_of
 
 WEIGHT_VERSION_CHARACTERS = 16
 
@@ -31,17 +35,20 @@ class Sampler:
     sampling: Sampling
     tokenizer: Tokenizer
     reward: RewardConfig
+    store: SampleStore
+    """Where finished samples are kept until the output is published."""
 
 
 def matching_tokenizer(hf_dir: Path, data_dir: Path) -> Tokenizer:
     """Return the checkpoint's tokenizer. Raises UserError if the prompts were made with another tokenizer."""
-    expected = (data_dir / "tokenizer.sha256").read_text().strip()
+    expected = read_text(data_dir / "tokenizer.sha256", "run stage 1 again").strip()
     if tokenizer_hash(hf_dir) != expected:
         raise UserError(
             f"{hf_dir}/tokenizer.json: not the tokenizer that {data_dir} was made with: run stage 1 again with this"
             " model.path"
         )
-    return Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
+    with reading(hf_dir / "tokenizer.json", "copy the checkpoint again"):
+        return Tokenizer.from_file(str(hf_dir / "tokenizer.json"))
 
 
 def open_client(
@@ -57,11 +64,12 @@ def open_client(
         concurrency: requests under way at once.
         timeout_seconds: for one response.
     """
+    room = room_for(concurrency)
     return SglangClient(
         open_servers(where, hf_dir, server, dtype),
-        concurrency,
+        room,
         timeout_seconds,
-        restart=lambda lost: restart(lost, hf_dir, server, dtype),
+        restart=None if urls_of(where) else lambda lost: restart(lost, hf_dir, server, dtype),
         limits=HealthLimits(server.health_interval_seconds, server.health_timeout_seconds, server.max_restarts),
     )
 
@@ -128,7 +136,7 @@ def sample_and_grade(
         def enough() -> bool:
             return groups_wanted is not None and counts["groups"] >= groups_wanted
 
-        samples = client.sample(requests, sampler.sampling, sampler.weight_version, on_sample, enough)
+        samples = client.sample(requests, sampler.sampling, sampler.weight_version, on_sample, enough, sampler.store)
         return [
             None if sample is None or grading is None else Graded(sample, text, grader.result(grading))
             for sample, text, grading in zip(samples, texts, submitted, strict=True)

@@ -344,6 +344,11 @@ def _remove_partial(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def samples_of(output: Path) -> Path:
+    """Return the file that keeps the samples of an output until it is published (sglang/sample_store.py)."""
+    return output.with_name(output.name + ".samples.jsonl")
+
+
 def _files(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob("*") if file.is_file())
 

@@ -5,16 +5,15 @@ import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import httpx
-
+from megatron_papo.sglang.answers import Sample
 from megatron_papo.sglang.control import Control
 from megatron_papo.sglang.delivery import Batch, Delivery, Limits, Traffic
-from megatron_papo.sglang.http_connection import HttpConnection
+from megatron_papo.sglang.http import Http, at_once, open_http
 from megatron_papo.sglang.replicas import HealthLimits, Replicas
-from megatron_papo.sglang.requests import Request, Sample, Sampling
+from megatron_papo.sglang.requests import Request, Sampling
+from megatron_papo.sglang.sample_store import SampleStore
 from megatron_papo.sglang.server_record import OwnedServer, Server
 
-CONNECT_TIMEOUT_SECONDS = 10.0
 PREFIX_TOKENS = 128
 """A shorter prompt is not worth a request of its own that computes it ahead of its group's samples."""
 
@@ -55,7 +54,6 @@ class SglangClient:
         self._batches = 0
         self._delivery: Delivery | None = None
         self._weights: tuple[Path, str] | None = None
-        self._ssl_context = httpx.create_ssl_context()
 
     @property
     def running(self) -> int:
@@ -69,6 +67,7 @@ class SglangClient:
         weight_version: str,
         on_sample: Callable[[int, Sample], None] = lambda index, sample: None,
         enough: Callable[[], bool] = lambda: False,
+        store: SampleStore | None = None,
     ) -> list[Sample | None]:
         """Return one Sample per request, in order. The first error ends it all.
 
@@ -79,16 +78,17 @@ class SglangClient:
             on_sample: called with the index of a request and its sample, as they come.
             enough: asked after each sample; once it says True the other requests are cancelled, and None stands in
                 their places.
+            store: samples that are there are taken from there; others are kept in it as they come.
         """
         self._batches += 1
         name = f"{self._nonce}-{self._batches}"
-        return asyncio.run(self._deliver(Batch(name, requests, sampling, weight_version, on_sample, enough)))
+        return asyncio.run(self._deliver(Batch(name, requests, sampling, weight_version, on_sample, enough, store)))
 
     async def _deliver(self, batch: Batch) -> list[Sample | None]:
         limits = Limits(self.concurrency, self.timeout_seconds, self.prefix_tokens)
-        async with self._http() as http:
+        async with open_http() as http:
             replicas = Replicas(self.servers, http, self.limits, self._replace if self.restart else None)
-            self._delivery = Delivery(batch, limits, self._connection, replicas=replicas, control=Control(http))
+            self._delivery = Delivery(batch, limits, http, replicas=replicas, control=self._control(http))
             await self._delivery.run()
         self.traffic.add(self._delivery.traffic)
         return self._delivery.samples
@@ -98,8 +98,8 @@ class SglangClient:
         assert self.restart is not None  # nobody is replaced without it
         started = await asyncio.to_thread(self.restart, lost)
         if self._weights is not None:
-            async with self._http() as http:
-                await Control(http).load(started, *self._weights)
+            async with open_http() as http:
+                await self._control(http).load(started, *self._weights)
         self.servers[self.servers.index(lost)] = started
         return started
 
@@ -116,8 +116,9 @@ class SglangClient:
         return asyncio.run(self._update_all(*self._weights, probe))
 
     async def _update_all(self, hf_dir: Path, version: str, probe: Request | None) -> int:
-        async with self._http() as http:
-            loads = (Control(http).load(server, hf_dir, version, probe) for server in self.servers)
+        async with open_http() as http:
+            control = self._control(http)
+            loads = (control.load(server, hf_dir, version, probe) for server in self.servers)
             results = await asyncio.gather(*loads, return_exceptions=True)
         updated = 0
         for result in results:
@@ -129,15 +130,10 @@ class SglangClient:
     def weight_versions(self) -> list[str]:
         """Return what each server says its weights are."""
 
-        async def ask() -> list[str]:
-            async with self._http() as http:
-                return [await Control(http).weight_version(server) for server in self.servers]
+        async def ask(http: Http) -> list[str]:
+            return [await self._control(http).weight_version(server) for server in self.servers]
 
-        return asyncio.run(ask())
+        return at_once(ask)
 
-    def _http(self) -> httpx.AsyncClient:
-        timeout = httpx.Timeout(self.timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS)
-        return httpx.AsyncClient(timeout=timeout, verify=self._ssl_context, trust_env=False)
-
-    def _connection(self) -> HttpConnection:
-        return HttpConnection(self.timeout_seconds, CONNECT_TIMEOUT_SECONDS, self._ssl_context)
+    def _control(self, http: Http) -> Control:
+        return Control(http, self.timeout_seconds)

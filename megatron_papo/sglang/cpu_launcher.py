@@ -1,6 +1,6 @@
 """Start the unmodified SGLang server (PyPI wheel 0.5.21) on a CPU, without compiled kernels.
 
-    PYTHON_OF_SGLANG -P megatron_papo/sglang/cpu_launcher.py --model-path DIR --port 30000 [any flag of
+    echo KEY | PYTHON_OF_SGLANG -P megatron_papo/sglang/cpu_launcher.py --model-path DIR --port 30000 [any flag of
     sglang.launch_server]
 
 HTTP server, tokenizer manager, scheduler, radix cache, model code, sampler and weight loader are SGLang's own; only the
@@ -20,9 +20,11 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import runpy
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 ENVIRONMENT = {
@@ -275,16 +277,7 @@ def _arguments(given: list[str]) -> list[str]:
 
 
 def main() -> None:
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    load_plugins()
-    try:
-        run_server(prepare_server_args(_arguments(sys.argv[1:])))
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
+    runpy.run_path(str(Path(__file__).with_name("launcher.py")))["serve"](_arguments(sys.argv[1:]))
 
 
 if IS_MAIN:

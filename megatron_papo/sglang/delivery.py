@@ -1,39 +1,39 @@
 """One batch of requests on its way to the servers: sent, sent again, answered or cancelled.
 
-No request is lost, and none is counted twice: each has one place in the result, is sent again when its server fails
-(the same seed, so the same tokens), and only one answer to it is ever read. HTTP 4xx is our own mistake and ends it
-all.
+No request is lost, and none is counted twice: each has one place in the result, is sent again when its server fails or
+answers something that cannot be believed (the same seed, so the same tokens), and only one answer to it is ever
+believed. What the server refuses (HTTP 4xx) is our own mistake and ends it all; what is finished by then is in the
+store.
 """
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from megatron_papo.errors import UserError
-from megatron_papo.sglang.control import RETRY_PAUSES_SECONDS, Control, advice
-from megatron_papo.sglang.http_connection import HttpConnection
+from megatron_papo.reading import shown
+from megatron_papo.sglang.answers import Generated, Sample, read_generated, read_prefix, sample_of
+from megatron_papo.sglang.control import BYTES_PER_TOKEN, RETRY_PAUSES_SECONDS, Control, advice
+from megatron_papo.sglang.http import CONTROL_BYTES, Fault, Http, Refused, TimedOut
 from megatron_papo.sglang.replicas import Replica, Replicas, ServerLost
-from megatron_papo.sglang.requests import (
-    Request,
-    Sample,
-    Sampling,
-    build_request,
-    encode,
-    parse_answer,
-    prefix_request,
-)
+from megatron_papo.sglang.requests import Request, Sampling, build_request, encode, prefix_request
+from megatron_papo.sglang.sample_store import SampleStore
 
 ABORT_SECONDS = 10.0
 """How long cancelled requests get to say how far they had come."""
+Answer = TypeVar("Answer")
 
 
 @dataclass
 class Traffic:
     """What became of the requests."""
 
+    stored: int = 0
+    """Samples that an attempt before this one had kept: nothing was sent for them."""
     resent: int = 0
     """Attempts beyond the first."""
     servers_lost: int = 0
@@ -66,6 +66,8 @@ class Batch:
     """Called with the index of a request and its sample, as they come."""
     enough: Callable[[], bool]
     """Asked after each sample; once it says True the other requests are cancelled."""
+    store: SampleStore | None = None
+    """Where finished samples are kept."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Delivery:
         self,
         batch: Batch,
         limits: Limits,
-        connect: Callable[[], HttpConnection],
+        http: Http,
         *,
         replicas: Replicas,
         control: Control,
@@ -96,11 +98,11 @@ class Delivery:
         Args:
             batch: what to send.
             limits: how much at once, how long.
-            connect: makes a connection; each worker has one.
+            http: the way to the servers.
             replicas: the servers.
             control: for the end of requests that are cancelled.
         """
-        self.batch, self.limits, self.connect, self.replicas, self.control = batch, limits, connect, replicas, control
+        self.batch, self.limits, self.http, self.replicas, self.control = batch, limits, http, replicas, control
         self.samples: list[Sample | None] = [None] * len(batch.requests)
         self.traffic = Traffic()
         self.running = 0
@@ -111,6 +113,7 @@ class Delivery:
         self._under_way: dict[str, Replica] = {}
         """rid -> where it runs."""
         self._stopped = asyncio.Event()
+        self._most_bytes = CONTROL_BYTES + BYTES_PER_TOKEN * batch.sampling.max_response_tokens
 
     async def run(self) -> None:
         """Send the requests and fill `samples` and `traffic`. The first error ends it all."""
@@ -133,54 +136,62 @@ class Delivery:
 
     async def _work(self, waiting: Iterator[tuple[int, Request]]) -> None:
         """Send one request after the other."""
-        batch, http = self.batch, self.connect()
-        try:
-            for index, request in waiting:
-                images = await asyncio.to_thread(request.images)
-                body = build_request(request, images, batch.sampling, batch.weight_version)
-                self.running += 1
-                answer = await self._generate(http, index, body)
-                self.running -= 1
-                if answer is None or self._stopped.is_set():
-                    self.traffic.cancelled_running += 1
-                    self.traffic.cancelled_tokens += 0 if answer is None else answer["meta_info"]["completion_tokens"]
-                    return
-                sample = self.samples[index] = parse_answer(answer, request, batch.sampling, batch.weight_version)
-                self.traffic.prompt_tokens += answer["meta_info"]["prompt_tokens"]
-                self.traffic.cached_prompt_tokens += answer["meta_info"]["cached_tokens"]
-                batch.on_sample(index, sample)
-                if batch.enough():
-                    self._stopped.set()
-                    return
-        finally:
-            http.close()
+        batch = self.batch
+        for index, request in waiting:
+            images = await asyncio.to_thread(request.images)
+            body = build_request(request, images, batch.sampling, batch.weight_version)
+            sample = await self._sample(index, body)
+            if sample is None:
+                return
+            self.samples[index] = sample
+            batch.on_sample(index, sample)
+            if batch.enough():
+                self._stopped.set()
+                return
 
-    async def _generate(self, http: HttpConnection, index: int, body: dict) -> dict | None:
-        """Return the answer of the first server that gives one; None if the batch has been stopped before."""
-        request = self.batch.requests[index]
-        what, attempt, timeouts, pauses = f"prompt {request.prompt.id}", 0, 0, iter(RETRY_PAUSES_SECONDS)
+    async def _sample(self, index: int, body: dict) -> Sample | None:
+        """Return a request's sample, from the store or from a server; None if the batch has been stopped before."""
+        batch, request, store = self.batch, self.batch.requests[index], self.batch.store
+        key = "" if store is None else store.key(request, body)
+        kept = None if store is None else store.find(key, batch.sampling, batch.weight_version)
+        if kept is not None:
+            self.traffic.stored += 1
+            return None if self._stopped.is_set() else kept
+        self.running += 1
+        sample = await self._generate(index, body)
+        self.running -= 1
+        if store is not None and sample is not None:
+            store.add(key, sample)
+        return sample
+
+    async def _generate(self, index: int, body: dict) -> Sample | None:
+        """Return the first answer that can be believed; None if the batch has been stopped before."""
+        batch, request = self.batch, self.batch.requests[index]
+        what, attempt, timeouts, pauses = f"prompt {shown(request.prompt.id)}", 0, 0, iter(RETRY_PAUSES_SECONDS)
         while not self._stopped.is_set():
             replica = await self.replicas.take(request.group)
-            rid = f"{self.batch.name}-{index}-{attempt}"
+            rid = f"{batch.name}-{index}-{attempt}"
             self._under_way[rid] = replica
             replica.under_way += 1
             problem: str | None
             try:
-                await self._prefix(http, replica, request, body)
-                status, content = await self._send(http, replica, {**body, "rid": rid})
+                await self._prefix(replica, request, body)
+                answer = await self._send(replica, {**body, "rid": rid}, partial(read_generated, rid=rid))
+                if self._stopped.is_set():
+                    self.traffic.cancelled_tokens += answer.meta_info.completion_tokens
+                    break
+                sample = sample_of(answer, request, batch.sampling, batch.weight_version)
+                self._count(answer)
+                return sample
             except ServerLost:
                 problem = None
-            except TimeoutError:
+            except TimedOut:
                 problem = f"no answer within rollout.request_timeout_seconds = {self.limits.timeout_seconds:g}"
                 timeouts += 1
-            except ConnectionError as error:
-                problem = f"not reachable ({error})"
-            else:
-                if status < 400:
-                    return json.loads(content)
-                problem = f"HTTP {status}: {content[:300].decode(errors='replace')}"
-                if status < 500:
-                    raise UserError(f"{what}: {replica.server.url}/generate refused it: {problem}")
+            except Refused as refused:
+                raise UserError(f"{what}: {replica.server.url}/generate refused it: {refused}")
+            except Fault as fault:
+                problem = str(fault)
             finally:
                 replica.under_way -= 1
                 del self._under_way[rid]
@@ -190,11 +201,16 @@ class Delivery:
                 continue  # that server is lost: another server gets it, at once
             pause = next(pauses, None)
             if timeouts == 2 or pause is None:
-                raise UserError(f"{what}: {replica.server.url} {problem}: {advice(replica.server)}")
+                raise UserError(f"{what}: {replica.server.url}: {problem}: {advice(replica.server)}")
             await asyncio.sleep(pause)
+        self.traffic.cancelled_running += 1
         return None
 
-    async def _prefix(self, http: HttpConnection, replica: Replica, request: Request, body: dict) -> None:
+    def _count(self, answer: Generated) -> None:
+        self.traffic.prompt_tokens += answer.meta_info.prompt_tokens
+        self.traffic.cached_prompt_tokens += answer.meta_info.cached_tokens
+
+    async def _prefix(self, replica: Replica, request: Request, body: dict) -> None:
         """Have the prompt of a group computed once, by the first of its requests; the others wait for that.
 
         SGLang's prefix cache knows a prompt only when it has been computed: samples of a group that arrive together
@@ -206,22 +222,27 @@ class Delivery:
         key = (request.group, replica)
         if key not in self._prefixes:
             rid = f"{self.batch.name}-prefix-{len(self._prefixes)}"
-            self._prefixes[key] = asyncio.create_task(
-                self._send_quietly(http, replica, {**prefix_request(body), "rid": rid})
-            )
+            self._prefixes[key] = asyncio.create_task(self._send_quietly(replica, {**prefix_request(body), "rid": rid}))
         await asyncio.shield(self._prefixes[key])
 
-    async def _send_quietly(self, http: HttpConnection, replica: Replica, body: dict) -> None:
-        with suppress(ServerLost, ConnectionError, TimeoutError):
-            await self._send(http, replica, body)
+    async def _send_quietly(self, replica: Replica, body: dict) -> None:
+        with suppress(ServerLost, Fault, Refused):
+            await self._send(replica, body, partial(read_prefix, rid=body["rid"]))
 
-    async def _send(self, http: HttpConnection, replica: Replica, body: dict) -> tuple[int, bytes]:
-        """POST to /generate. Returns status and content.
+    async def _send(self, replica: Replica, body: dict, believe: Callable[[bytes], Answer]) -> Answer:
+        """POST to /generate, and return what `believe` makes of the answer.
 
         Raises ServerLost as soon as the server is known to be lost, however long it would keep the connection.
         """
         post = asyncio.ensure_future(
-            http.post_json(replica.server.url + "/generate", encode(body), replica.server.headers)
+            self.http.call(
+                replica.server,
+                "/generate",
+                encode(body),
+                believe=believe,
+                timeout_seconds=self.limits.timeout_seconds,
+                most_bytes=self._most_bytes,
+            )
         )
         try:
             await asyncio.wait((post, replica.lost), return_when=asyncio.FIRST_COMPLETED)

@@ -10,15 +10,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-import httpx
-
 from megatron_papo.errors import UserError
-from megatron_papo.sglang.server_process import process_is_gone
-from megatron_papo.sglang.server_record import OwnedServer, Server, log_tail
+from megatron_papo.sglang.http import Http
+from megatron_papo.sglang.server_health import UNREACHABLE, health_problem
+from megatron_papo.sglang.server_record import OwnedServer, Server, last_words, log_tail
 
-UNREACHABLE = "is not reachable"
 UNREACHABLE_PAUSES_SECONDS = (0.5, 1.0, 2.0)
 """A connection that is refused may be the network's fault; where the process is known to be gone nobody waits."""
+
+
+LOG_LINES = 10
+"""Of a lost server's log that are printed."""
 
 
 class ServerLost(Exception):
@@ -49,7 +51,7 @@ class Replicas:
     def __init__(
         self,
         servers: Sequence[Server],
-        http: httpx.AsyncClient,
+        http: Http,
         limits: HealthLimits,
         replace: Callable[[OwnedServer], Awaitable[OwnedServer]] | None,
     ):
@@ -114,7 +116,7 @@ class Replicas:
 
     async def _examine(self, replica: Replica) -> bool:
         for pause in (*UNREACHABLE_PAUSES_SECONDS, None):
-            problem = await health_problem(replica.server, self.http, self.limits.timeout_seconds)
+            problem = await health_problem(self.http, replica.server, self.limits.timeout_seconds)
             if pause is None or problem is None or UNREACHABLE not in problem:
                 break
             await asyncio.sleep(pause)
@@ -132,7 +134,9 @@ class Replicas:
         self.incidents.append(what)
         then = "going on without it"
         if isinstance(server, OwnedServer):
-            self._last_words = f"; {server.directory}/server.log ends:\n{log_tail(server.directory, 10)}"
+            self._last_words = f"; {last_words(server.directory)}"
+            for line in log_tail(server.directory, LOG_LINES):
+                print(f"  {line}", flush=True)
             if self.replace is not None and self.restarts < self.limits.max_restarts:
                 then = "starting it again"
                 self.restarts += 1
@@ -140,7 +144,7 @@ class Replicas:
                 self.replacing.add(task)
                 task.add_done_callback(self._replaced)
         left = f"{len(self.serving)} left, {replica.under_way} requests are sent again"
-        print(f"SGLang server lost: {what}: {then}; {left}{self._last_words}", flush=True)
+        print(f"SGLang server lost: {what}: {then}; {left}", flush=True)
         self._changed.set()
 
     def _replaced(self, task: asyncio.Task) -> None:
@@ -152,20 +156,3 @@ class Replicas:
             self.serving.append(Replica(await successor))
         except UserError as error:
             self.incidents.append(f"it could not be started again: {error}")
-
-
-async def health_problem(server: Server, http: httpx.AsyncClient, timeout: float) -> str | None:
-    """Return why the server is of no use; None if it answers.
-
-    /health makes a token, which takes a second, unless other tokens are being made.
-    """
-    if process_is_gone(server):
-        return "died"
-    try:
-        async with asyncio.timeout(timeout):
-            status = (await http.get(server.url + "/health", headers=server.headers, timeout=timeout)).status_code
-    except (httpx.TimeoutException, TimeoutError):
-        return "died" if process_is_gone(server) else f"did not answer /health within {timeout:g} s"
-    except httpx.TransportError as error:
-        return f"{UNREACHABLE} ({type(error).__name__})"
-    return None if status == 200 else f"is not healthy (HTTP {status})"

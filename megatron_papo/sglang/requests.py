@@ -1,20 +1,17 @@
-"""What is said to SGLang and what it answers: pure functions that build a request and read an answer.
-
-Checked on every answer: prompt length as the server counted it, one log-prob per token, the weights it was made with,
-no forbidden token. Token ids and log-probs are the server's; nothing is ever tokenised again.
-"""
+"""What is said to SGLang: pure functions that build requests. What it answers: sglang/answers.py."""
 
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NoReturn
 
-from megatron_papo.errors import UserError
+from megatron_papo.data.response_tokens import ResponseTokens
 from megatron_papo.run.records import Prompt
 
 FORBIDDEN_BIAS = -1e9
+ANY_TOKENS = ResponseTokens(0, (), frozenset())
+"""Nothing forbidden: of a request whose sample is thrown away."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class Sampling:
     top_p: float
     top_k: int
     max_response_tokens: int
-    forbidden: tuple[int, ...]
-    """Ids that are never sampled. The server's log-probs are over the allowed ones: they exceed those over the whole
+    tokens: ResponseTokens
+    """What a response may consist of. The server's log-probs are over the allowed ids: they exceed those over the whole
     vocabulary, which training uses, by -log(1 - probability of the forbidden ids), next to nothing in a trained
     model."""
 
@@ -46,15 +43,6 @@ class Request:
     """Number of the response among those to its prompt, from 0; the server is not told."""
     masked_image_seed: int | None = None
     """The seed that `images` masks with; None: the pictures are not masked. The server is not told."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    token_ids: list[int]
-    log_probs: list[float]
-    """At the temperature, before top_p and top_k."""
-    finish_reason: Literal["stop", "length"]
-    weight_version: str
 
 
 def logit_bias(forbidden: Sequence[int]) -> dict[str, float]:
@@ -92,7 +80,7 @@ def build_request(request: Request, images: Sequence[str], sampling: Sampling, w
             "max_new_tokens": sampling.max_response_tokens,
             "sampling_seed": request.seed,
             "skip_special_tokens": False,
-            "logit_bias": logit_bias(sampling.forbidden),
+            "logit_bias": logit_bias(sampling.tokens.forbidden),
         },
         "return_logprob": True,
         "extra_key": identity,
@@ -131,51 +119,5 @@ def prefix_request(body: dict) -> dict:
 
 def probe_request(request: Request, images: Sequence[str], weight_version: str) -> dict:
     """Return a request for the log-probs of the prompt's own tokens: what the weights make of pictures and text."""
-    body = build_request(request, images, Sampling(1.0, 1.0, -1, 1, ()), weight_version)
+    body = build_request(request, images, Sampling(1.0, 1.0, -1, 1, ANY_TOKENS), weight_version)
     return body | {"logprob_start_len": 0}
-
-
-def parse_probe(answer: dict) -> list[float]:
-    """Return the log-probs of the prompt's tokens but the first."""
-    return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"] if entry[0] is not None]
-
-
-def parse_answer(answer: dict, request: Request, sampling: Sampling, weight_version: str) -> Sample:
-    """Return the sampled tokens of an answer of /generate. Raises UserError, naming the prompt, if it is not trusted.
-
-    Args:
-        answer: of the server.
-        request: what was asked.
-        sampling: how.
-        weight_version: that the answer must name.
-    """
-    prompt, meta = request.prompt, answer["meta_info"]
-
-    def refuse(problem: str) -> NoReturn:
-        raise UserError(f"prompt {prompt.id}: {problem}")
-
-    if meta["finish_reason"]["type"] not in ("stop", "length"):
-        refuse(f"the server gave up on it: {meta['finish_reason']}")
-    if meta["prompt_tokens"] != prompt.num_tokens:
-        refuse(
-            f"the server counted {meta['prompt_tokens']} prompt tokens, we count {prompt.num_tokens}: the server's"
-            " checkpoint or image size limits are not those that the prompts were made with (data.min_pixels,"
-            " data.max_pixels)"
-        )
-    token_ids = [entry[1] for entry in meta["output_token_logprobs"]]
-    log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
-    if not token_ids or token_ids != answer["output_ids"] or len(token_ids) != meta["completion_tokens"]:
-        refuse(
-            f"{len(answer['output_ids'])} tokens, but log-probs for {len(token_ids)} of them: is the server really"
-            " SGLang 0.5.21?"
-        )
-    if None in log_probs:
-        refuse("a token without log-prob: is the server really SGLang 0.5.21?")
-    if not set(sampling.forbidden).isdisjoint(token_ids):
-        refuse("the server sampled a forbidden token: it ignores logit_bias, so it is not SGLang 0.5.21")
-    if meta["weight_version"] != weight_version:
-        refuse(
-            f"answered with weights {meta['weight_version']}, expected {weight_version}: someone else loads weights"
-            " into this server, or it was started again: run the stage again"
-        )
-    return Sample(token_ids, log_probs, meta["finish_reason"]["type"], meta["weight_version"])

@@ -8,20 +8,46 @@ replicas are in replica_1, replica_2, ... below it.
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-
-import httpx
+from urllib.parse import urlsplit
 
 from megatron_papo.config import ServerConfig
 from megatron_papo.errors import UserError
-from megatron_papo.sglang.server_health import HEALTH_TIMEOUT_SECONDS, http_client, problem_of
+from megatron_papo.reading import in_short, shown
+from megatron_papo.sglang.answers import ServerInfo, reader
+from megatron_papo.sglang.http import Fault, Refused, anything, at_once
+from megatron_papo.sglang.server_health import HEALTH_TIMEOUT_SECONDS, problem_of
 from megatron_papo.sglang.server_process import kill, process_of, stop
 from megatron_papo.sglang.server_record import OwnedServer, Server, ServerRecord, read_record, write_record
 from megatron_papo.sglang.server_start import Launch, start, wait_until_ready
 
 MEMORY_TIMEOUT_SECONDS = 300.0
 """For a server to give up its GPU memory, or to get it back: some gigabytes are copied."""
+
+
+def urls_of(where: str) -> list[str] | None:
+    """Return the URLs that --server names, separated by commas; None if it names a directory.
+
+    Raises UserError for what is neither.
+    """
+    parts = [part.strip() for part in where.split(",")]
+    if not any("://" in part or part.lower().startswith(("http:", "https:")) for part in parts):
+        if not where.strip():
+            raise UserError("--server: is empty: name a directory, or the URL of a running server")
+        return None
+    return [_url(part) for part in parts]
+
+
+def _url(text: str) -> str:
+    problem = "expected http://HOST:PORT"
+    try:
+        parts = urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            if not (parts.username or parts.password or parts.query or parts.fragment) and " " not in text:
+                return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+    except ValueError as error:
+        problem = in_short(error)
+    raise UserError(f"--server {shown(text)}: no address of a server ({problem}): http://HOST:PORT, or a directory")
 
 
 def open_servers(where: str, model: Path, config: ServerConfig, dtype: str) -> Sequence[Server]:
@@ -33,14 +59,15 @@ def open_servers(where: str, model: Path, config: ServerConfig, dtype: str) -> S
         config: how servers are started.
         dtype: in which they compute.
     """
-    if where.startswith(("http://", "https://")):
-        if config.shares_gpus:
-            raise UserError(
-                "server.shares_gpus: is for servers that the stages start (--server DIR): whoever starts others"
-                " manages their memory"
-            )
-        return [connect(url, os.environ.get("SGLANG_API_KEY"), dtype) for url in where.split(",")]
-    return connect_or_start_all(Path(where), model, config, dtype)
+    urls = urls_of(where)
+    if urls is None:
+        return connect_or_start_all(Path(where.strip()), model, config, dtype)
+    if config.shares_gpus:
+        raise UserError(
+            "server.shares_gpus: is for servers that the stages start (--server DIR): whoever starts others manages"
+            " their memory"
+        )
+    return [connect(url, os.environ.get("SGLANG_API_KEY"), dtype) for url in urls]
 
 
 def connect(url: str, api_key: str | None, dtype: str | None = None) -> Server:
@@ -48,28 +75,34 @@ def connect(url: str, api_key: str | None, dtype: str | None = None) -> Server:
 
     Raises UserError if it does not answer, refuses the key or computes in another dtype.
     """
-    server = Server(url.strip().rstrip("/"), api_key)
+    server = Server(url, api_key)
     problem = problem_of(server)
     if problem:
         raise UserError(
             f"{server.url}: {problem}: start SGLang there, set SGLANG_API_KEY if it has a key, or give --server a"
             " directory"
         )
-    with http_client(server, HEALTH_TIMEOUT_SECONDS) as client:
-        check_settings(server.url, client.get("/server_info").json(), dtype)
+    try:
+        read = reader(ServerInfo)
+        info = at_once(
+            lambda http: http.call(server, "/server_info", believe=read, timeout_seconds=HEALTH_TIMEOUT_SECONDS)
+        )
+    except (Fault, Refused) as problem:
+        raise UserError(f"{server.url}/server_info: {problem}: is it a server of SGLang 0.5.21?")
+    check_settings(server.url, info, dtype)
     return server
 
 
-def check_settings(url: str, info: dict, dtype: str | None) -> None:
+def check_settings(url: str, info: ServerInfo, dtype: str | None) -> None:
     """Check the settings of a foreign server that rollouts depend on, by its /server_info.
 
     Raises UserError for another dtype; a server that ignores seeds is spoken of.
     """
-    if dtype is not None and info.get("dtype") not in (dtype, "auto"):
+    if dtype is not None and info.dtype not in (dtype, "auto"):
         raise UserError(
-            f"{url}: computes in {info.get('dtype')}, model.dtype is {dtype}: start that server with --dtype {dtype}"
+            f"{url}: computes in {shown(info.dtype)}, model.dtype is {dtype}: start that server with --dtype {dtype}"
         )
-    if not info.get("enable_deterministic_inference"):
+    if not info.enable_deterministic_inference:
         print(
             f"{url}: runs without --enable-deterministic-inference: it ignores seeds, so its rollouts cannot be made"
             " again",
@@ -153,19 +186,17 @@ def _call_memory(server: OwnedServer, record: ServerRecord, call: str, released:
     server.json says `released` before the call that releases, so that a server whose state nobody knows (a killed
     stage) counts as released.
     """
+    if released:
+        write_record(server.directory, record.but(released=True))
     try:
-        if released:
-            write_record(server.directory, replace(record, released=True))
-        with http_client(server, MEMORY_TIMEOUT_SECONDS) as client:
-            client.post(f"/{call}", json={}).raise_for_status()
-    except httpx.HTTPError as error:
-        stop(server.directory)
-        raise UserError(
-            f"{server.url}: /{call} failed ({type(error).__name__}: {error}): the server was stopped; run the stage"
-            " again"
+        at_once(
+            lambda http: http.call(server, f"/{call}", b"{}", believe=anything, timeout_seconds=MEMORY_TIMEOUT_SECONDS)
         )
+    except (Fault, Refused) as problem:
+        stop(server.directory)
+        raise UserError(f"{server.url}: /{call} failed ({problem}): the server was stopped; run the stage again")
     if not released:
-        write_record(server.directory, replace(record, released=False))
+        write_record(server.directory, record.but(released=False))
 
 
 def stop_all(server_dir: Path) -> int:

@@ -1,26 +1,45 @@
-"""Control calls to one server at a time, over HTTP."""
+"""Whether a server can be used."""
 
-import httpx
-
+from megatron_papo.reading import shown
+from megatron_papo.sglang.http import Fault, Http, NotReachable, Refused, TimedOut, anything, at_once
+from megatron_papo.sglang.server_process import process_is_gone
 from megatron_papo.sglang.server_record import Server
 
 HEALTH_TIMEOUT_SECONDS = 30.0
 """/health generates a token, which takes about a second; SGLang itself gives up after 20."""
+UNREACHABLE = "is not reachable"
 
 
-def http_client(server: Server, timeout_seconds: float) -> httpx.Client:
-    """Return an HTTP client with the server's address and key, which ignores the proxies of the environment."""
-    return httpx.Client(base_url=server.url, headers=server.headers, timeout=timeout_seconds, trust_env=False)
+async def health_problem(http: Http, server: Server, timeout_seconds: float) -> str | None:
+    """Return why the server is of no use; None if it answers.
+
+    /health makes a token, which takes a second, unless other tokens are being made.
+    """
+    if process_is_gone(server):
+        return "died"
+    try:
+        await http.call(server, "/health", believe=anything, timeout_seconds=timeout_seconds)
+    except TimedOut:
+        return "died" if process_is_gone(server) else f"did not answer /health within {timeout_seconds:g} s"
+    except NotReachable as fault:
+        return f"{UNREACHABLE}{str(fault).removeprefix('not reachable')}"
+    except (Fault, Refused) as fault:
+        return f"is not healthy ({fault})"
+    return None
 
 
 def problem_of(server: Server, timeout_seconds: float = HEALTH_TIMEOUT_SECONDS) -> str | None:
-    """Return why the server cannot be used; None if it can."""
-    try:
-        with http_client(server, timeout_seconds) as client:
-            key = client.get("/model_info").status_code
-            if key in (401, 403):
-                return "refuses the API key"
-            health = client.get("/health").status_code if key == 200 else key
-    except httpx.HTTPError as error:
-        return f"does not answer ({type(error).__name__})"
-    return None if health == 200 else f"is not healthy (HTTP {health})"
+    """Return why the server cannot be used; None if it can: it answers, and takes our key."""
+
+    async def ask(http: Http) -> str | None:
+        try:
+            await http.call(server, "/model_info", believe=anything, timeout_seconds=timeout_seconds)
+        except Refused as refused:
+            return "refuses the API key" if refused.status in (401, 403) else f"is no SGLang server ({refused})"
+        except (TimedOut, NotReachable) as fault:
+            return f"does not answer ({shown(fault)})"
+        except Fault as fault:
+            return f"is not healthy ({fault})"
+        return await health_problem(http, server, timeout_seconds)
+
+    return at_once(ask)

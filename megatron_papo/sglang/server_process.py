@@ -1,6 +1,7 @@
 """The processes of servers that the pipeline started: whether they run, and their end.
 
-A process is known by its number and its time of creation, and ended together with its process group, nothing else.
+A process is known by its number and by what the kernel says of its start, and ended together with its process group,
+nothing else.
 """
 
 import os
@@ -9,21 +10,34 @@ from pathlib import Path
 
 import psutil
 
+from megatron_papo.sglang.leftovers import clear, shared_memory_of
 from megatron_papo.sglang.server_record import OwnedServer, Server, ServerRecord, read_record
 
 STOP_SECONDS = 20.0
 
 
+def identity_of(pid: int) -> str | None:
+    """Return what tells a process from another one with the same number; None if it is not there.
+
+    That is the boot of the machine, and the ticks from it to the start of the process: setting the clock moves neither.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    return f"{boot} {fields[19]}"  # starttime, the 22nd field; the second one, in brackets, may hold blanks
+
+
 def process_of(record: ServerRecord | None) -> psutil.Process | None:
     """Return the recorded process if it still runs; another process that was given its number since does not count."""
-    if record is None:
+    if record is None or identity_of(record.pid) != record.process:
         return None
     try:
         process = psutil.Process(record.pid)
-        same = abs(process.create_time() - record.create_time) < 0.01
     except psutil.NoSuchProcess:
         return None
-    return process if same and is_running(process) else None
+    return process if is_running(process) else None
 
 
 def is_running(process: psutil.Process) -> bool:
@@ -43,33 +57,57 @@ def process_is_gone(server: Server) -> bool:
 
 
 def stop(server_dir: Path) -> bool:
-    """End the server of a directory by SIGTERM, after 20 s by SIGKILL. Returns False if none was running."""
-    process = process_of(read_record(server_dir))
-    if process is not None:
-        group = _group(process)
-        _signal_group(process.pid, signal.SIGTERM)
-        _, alive = psutil.wait_procs(group, timeout=STOP_SECONDS)
-        if alive:
-            _signal_group(process.pid, signal.SIGKILL)
-            psutil.wait_procs(alive, timeout=STOP_SECONDS)
+    """End the server of a directory by SIGTERM, after 20 s by SIGKILL, and clear away what it leaves, also if it has
+    ended already. Returns False if none was running."""
+    record = read_record(server_dir)
+    process = process_of(record)
+    if record is not None:
+        _end(record, process, [signal.SIGTERM, signal.SIGKILL])
     (server_dir / "server.json").unlink(missing_ok=True)
     return process is not None
 
 
 def kill(server_dir: Path) -> None:
-    """End what is left of the server of a directory at once, by SIGKILL."""
-    process = process_of(read_record(server_dir))
-    if process is not None:
-        group = _group(process)
-        _signal_group(process.pid, signal.SIGKILL)
-        psutil.wait_procs(group, timeout=STOP_SECONDS)
+    """End what is left of the server of a directory at once, by SIGKILL, and clear away what it leaves."""
+    record = read_record(server_dir)
+    if record is not None:
+        _end(record, process_of(record), [signal.SIGKILL])
 
 
-def _group(process: psutil.Process) -> list[psutil.Process]:
+def _end(record: ServerRecord, process: psutil.Process | None, signals: list[signal.Signals]) -> None:
+    """Send one signal after the other to a process group, until all of its processes have ended; then clear away."""
+    alive = orphans_of(record) if process is None else group_of(process)
+    left = set(record.shared_memory) | set(shared_memory_of(alive))
+    for which in signals:
+        if not alive:
+            break
+        _signal_group(record.pid, which)
+        _, alive = psutil.wait_procs(alive, timeout=STOP_SECONDS)
+    clear(record.temporary, left)
+
+
+def group_of(process: psutil.Process) -> list[psutil.Process]:
+    """Return a process and all that descend from it."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def orphans_of(record: ServerRecord) -> list[psutil.Process]:
+    """Return the processes of a server's group that outlived it.
+
+    The group is its own as long as a process is in it that works in the server's temporary directory: a number is not
+    given again before the group of that number is empty.
+    """
+    orphans = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == record.pid and process.environ().get("TMPDIR") == record.temporary:
+                orphans.append(process)
+        except (OSError, psutil.Error):
+            continue
+    return orphans
 
 
 def _signal_group(group: int, which: signal.Signals) -> None:

@@ -1,15 +1,13 @@
 """A server as the pipeline knows it: where it answers, and server.json, the record of one that the pipeline started."""
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from megatron_papo.errors import UserError
+from megatron_papo.reading import reading, shown
 
 LOG_LINES = 30
 TAIL_BYTES = 65536
@@ -37,33 +35,39 @@ class OwnedServer(Server):
     """Number among the servers with the same weights, from 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServerRecord:
+class ServerRecord(BaseModel):
     """server.json: a server that the pipeline started, and what it was started with."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     url: str
     api_key: str
     pid: Annotated[int, Field(gt=0, lt=1 << 31)]
+    process: str
+    """What tells this process from another one that gets the same number later: see server_process.identity_of."""
     create_time: float
-    """Of the process, in seconds since 1970: another process may get the same number later."""
+    """In seconds since 1970, for people: the clock may have been set since."""
     ready: bool = False
     """Whether it has answered."""
     released: bool = False
     """Whether it has given up its GPU memory, or may have."""
     model: str
     """The checkpoint that it was started with."""
-    settings: Mapping[str, object]
+    settings: dict[str, JsonValue]
     """What must be the same for a server to be used again: model.dtype and most of the section server."""
     command: list[str]
+    temporary: str
+    """The directory of its sockets and temporary files, which goes when it has ended."""
+    shared_memory: list[str] = []
+    """Files in /dev/shm that it has made."""
 
     def server(self, directory: Path, replica: int) -> OwnedServer:
         """Return the server that this record, in `directory`, is about."""
         return OwnedServer(self.url, self.api_key, directory=directory, replica=replica)
 
-
-_RECORD = TypeAdapter(ServerRecord)
+    def but(self, **changes: object) -> "ServerRecord":
+        """Return the record with some fields changed."""
+        return self.model_copy(update=changes)
 
 
 def read_record(server_dir: Path) -> ServerRecord | None:
@@ -72,32 +76,35 @@ def read_record(server_dir: Path) -> ServerRecord | None:
     Raises UserError if server.json cannot be read or is not such a record.
     """
     path = server_dir / "server.json"
-    try:
-        return _RECORD.validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        problem = f"{key}: {first['msg']}" if key else first["msg"]
-    except OSError as error:
-        problem = str(error.strerror)
-    raise UserError(f"{path}: damaged ({problem}): stop its server by hand if one runs, and remove the file")
+    with reading(path, "stop its server by hand if one runs, and remove the file"):
+        try:
+            return ServerRecord.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
 
 def write_record(server_dir: Path, record: ServerRecord) -> None:
-    """Write server.json in one step, readable by the owner only: it holds the key."""
+    """Write server.json in one step, readable by the owner only: it holds the key. Raises UserError."""
     temporary = server_dir / "server.json.new"
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as stream:
-        json.dump(asdict(record), stream, indent=1)
-    os.replace(temporary, server_dir / "server.json")
+    with reading(temporary, "make room, or choose another --server"):
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+            stream.write(record.model_dump_json(indent=1))
+        os.replace(temporary, server_dir / "server.json")
 
 
-def log_tail(server_dir: Path, lines: int = LOG_LINES) -> str:
-    """Return the last lines of server.log, indented; an empty string if there is none."""
+def log_tail(server_dir: Path, lines: int = LOG_LINES) -> list[str]:
+    """Return the last lines of server.log as they can be printed; none if there is no log."""
     try:
-        text = (server_dir / "server.log").read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+        with open(server_dir / "server.log", "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+            text = stream.read().decode(errors="replace")
     except OSError:
-        return ""
-    return "\n".join("  " + line for line in text.splitlines()[-lines:])
+        return []
+    return [shown(line, limit=400) for line in text.splitlines() if line.strip()][-lines:]
+
+
+def last_words(server_dir: Path) -> str:
+    """Return where a server's log is and how it ends, for the end of an error message."""
+    tail = log_tail(server_dir, 1)
+    return f"{shown(server_dir)}/server.log ends: {tail[0].strip()}" if tail else f"{shown(server_dir)}/server.log"

@@ -1,7 +1,7 @@
 """Start one SGLang server: its command, its port, and the wait until it answers.
 
 A server runs in SGLang's own Python environment, detached, on the loopback interface unless the configuration says
-otherwise, with a random key.
+otherwise, with a random key, which it is told through a pipe.
 """
 
 import os
@@ -11,23 +11,31 @@ import shutil
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from megatron_papo.config import ServerConfig
 from megatron_papo.errors import UserError
+from megatron_papo.reading import reading, shown
+from megatron_papo.sglang.leftovers import shared_memory_of, temporary_directory
+from megatron_papo.sglang.server_environment import server_environment
 from megatron_papo.sglang.server_health import problem_of
-from megatron_papo.sglang.server_process import is_running, stop
-from megatron_papo.sglang.server_record import OwnedServer, ServerRecord, log_tail, write_record
+from megatron_papo.sglang.server_process import group_of, identity_of, is_running, kill, stop
+from megatron_papo.sglang.server_record import OwnedServer, ServerRecord, last_words, log_tail, write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CPU_LAUNCHER = Path(__file__).resolve().parent / "cpu_launcher.py"
+LAUNCHER, CPU_LAUNCHER = (Path(__file__).resolve().with_name(name) for name in ("launcher.py", "cpu_launcher.py"))
 PORT_ATTEMPTS = 3
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 15.0
 """How often a server that is starting is spoken of."""
+ONE_PROCESS = "server.tensor_parallel_size: a server on a CPU is one process: --set server.tensor_parallel_size=1"
 NOT_OF_ONE_SERVER = {
     "start_timeout_seconds", "replicas", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
 }  # fmt: skip
@@ -47,7 +55,7 @@ class Launch:
     dtype: str
 
     @property
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """What must be the same for a running server to be used again."""
         return {"dtype": self.dtype, **self.config.model_dump(exclude=NOT_OF_ONE_SERVER)}
 
@@ -61,7 +69,11 @@ class _PortTaken(UserError):
 
 
 def start(launch: Launch) -> OwnedServer:
-    """Start a server and return it once it answers. Raises UserError if it dies or takes too long; it is then ended."""
+    """Start a server and return it once it answers; what another one has left in its directory is cleared away.
+
+    Raises UserError if it dies or takes too long; it is then ended.
+    """
+    kill(launch.directory)
     for _ in range(PORT_ATTEMPTS - 1 if launch.config.port == 0 else 0):
         try:
             return _start_once(launch)
@@ -76,42 +88,48 @@ def _start_once(launch: Launch) -> OwnedServer:
     api_key = secrets.token_hex(16)
     command = [*launcher(sglang_python(config), config, launch.replica)]
     command += ["--model-path", str(launch.model), "--dtype", launch.dtype]
-    command += ["--host", config.host, "--port", str(port), "--api-key", api_key]
+    command += ["--host", config.host, "--port", str(port)]
     if config.max_total_tokens is not None:
         command += ["--max-total-tokens", str(config.max_total_tokens)]
     command += config.extra_arguments
-    process = _run_detached(command, launch.directory)
+    with reading(launch.directory, "choose another --server, or make room"):
+        temporary = temporary_directory(launch.directory)
+        process = _run_detached(command, launch.directory, temporary, api_key)
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     record = ServerRecord(
         url=f"http://{host}:{port}",
         api_key=api_key,
         pid=process.pid,
-        create_time=process.create_time(),
+        process=identity_of(process.pid) or "ended at once",
+        create_time=time.time(),
         model=str(launch.model),
         settings=launch.settings,
         command=command,
+        temporary=str(temporary),
     )
     write_record(launch.directory, record)
     return wait_until_ready(launch, process, record)
 
 
-def _run_detached(command: list[str], directory: Path) -> psutil.Process:
-    """Run a command in a session of its own; what it prints goes to server.log, readable by the owner only."""
-    directory.mkdir(parents=True, exist_ok=True)
+def _run_detached(command: list[str], directory: Path, temporary: Path, api_key: str) -> psutil.Process:
+    """Run a command in a session and an environment of its own, with the key on its stdin; what it prints goes to
+    server.log, readable by the owner only."""
     log_file = directory / "server.log"
     if log_file.exists():
         log_file.replace(directory / "server.log.previous")
-    environment = {**os.environ, "SGLANG_VLM_CACHE_SIZE_MB": "0"}  # ViT outputs survive an update (sglang#36468)
     with os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as log:
         popen = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             cwd=directory,
-            env=environment,
+            env=server_environment(os.environ, temporary, command),
             start_new_session=True,
         )
+    assert popen.stdin is not None
+    with suppress(BrokenPipeError), popen.stdin:  # it has ended already, which is noticed at once
+        popen.stdin.write(f"{api_key}\n".encode())
     return psutil.Process(popen.pid)
 
 
@@ -125,45 +143,66 @@ def wait_until_ready(launch: Launch, process: psutil.Process, record: ServerReco
     try:
         while True:
             if not is_running(process):
-                raise UserError(
-                    f"the SGLang server died while starting; {directory}/server.log ends:\n{log_tail(directory)}"
-                )
+                print(*log_tail(directory), sep="\n", flush=True)
+                raise UserError(f"the SGLang server died while starting: {last_words(directory)}")
+            made = shared_memory_of(group_of(process))
+            if made != record.shared_memory:
+                record = record.but(shared_memory=made)
+                write_record(directory, record)
             if problem_of(server, timeout_seconds=5.0) is None:
                 break
-            if "address already in use" in log_tail(directory):  # SGLang logs it and keeps running without listening
+            if any("address already in use" in line for line in log_tail(directory)):
+                # SGLang logs it and keeps running without listening
                 raise _PortTaken(f"{server.url}: the port was taken while SGLang started")
             now, timeout = time.monotonic(), launch.config.start_timeout_seconds
             if now - started > timeout:
+                print(*log_tail(directory), sep="\n", flush=True)
                 raise UserError(
                     f"the SGLang server did not answer within server.start_timeout_seconds = {timeout:g}: raise it;"
-                    f" {directory}/server.log ends:\n{log_tail(directory)}"
+                    f" {last_words(directory)}"
                 )
             if now - reported > REPORT_SECONDS:
                 reported = now
-                last_line = log_tail(directory, 1).strip()[:100]
+                last_line = shown("".join(log_tail(directory, 1)).strip(), limit=100)
                 print(f"{launch.name} is starting, {now - started:.0f} s: {last_line}", flush=True)
             time.sleep(POLL_SECONDS)
     except BaseException:
         stop(directory)
         raise
-    write_record(directory, replace(record, ready=True))
+    write_record(directory, record.but(ready=True, shared_memory=shared_memory_of(group_of(process))))
     seconds = time.monotonic() - started
     print(f"{launch.name} ready at {server.url} after {seconds:.0f} s, log: {directory}/server.log", flush=True)
     return server
 
 
 def launcher(python: Path, config: ServerConfig, replica: int) -> list[str]:
-    """Return the beginning of the command: SGLang's own server on GPUs, cpu_launcher.py on a machine without any."""
+    """Return the beginning of the command: launcher.py on GPUs, cpu_launcher.py on a machine without any."""
     if _has_gpu(config):
         tp_size = config.tensor_parallel_size
-        command = [str(python), "-m", "sglang.launch_server", "--enable-deterministic-inference"]
+        command = [str(python), "-P", str(LAUNCHER), "--enable-deterministic-inference"]
         command += ["--tp", str(tp_size), "--mem-fraction-static", str(config.memory_fraction)]
         if config.shares_gpus:
             command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         return [*command, "--base-gpu-id", str(config.first_gpu + replica * tp_size)]
     if config.tensor_parallel_size > 1:
-        raise UserError("server.tensor_parallel_size: a server on a CPU is one process: set it to 1")
+        raise UserError(ONE_PROCESS)
     return [str(python), "-P", str(CPU_LAUNCHER)]
+
+
+def problems(config: ServerConfig) -> list[str]:
+    """Return why servers cannot be started with this configuration on this machine, as far as it can be known before:
+    one line each, with what to do."""
+    found = [] if config.tensor_parallel_size == 1 or _has_gpu(config) else [ONE_PROCESS]
+    checks: list[Callable[[], object]] = [lambda: sglang_python(config)]
+    if config.port:
+        ports = range(config.port, config.port + config.replicas)
+        checks += [partial(free_port, config.host, port) for port in ports]
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+    return found
 
 
 def _has_gpu(config: ServerConfig) -> bool:

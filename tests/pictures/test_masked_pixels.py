@@ -237,7 +237,8 @@ def test_every_prompt_epoch_and_run_has_its_seed():
     """The records of stage 4: one seed per (run seed, prompt, epoch), whatever the iteration and the place in the
     batch."""
     from megatron_papo.rollout.groups import Graded, Group, rollout_records
-    from megatron_papo.sglang.requests import Request, Sample, Sampling
+    from megatron_papo.sglang.answers import Sample
+    from megatron_papo.sglang.requests import ANY_TOKENS, Request, Sampling
 
     def seeds(run_seed: int, prompt_id: str, epoch: int, iteration: int = 1) -> set[int]:
         prompt = Prompt(
@@ -245,7 +246,7 @@ def test_every_prompt_epoch_and_run_has_its_seed():
         )
         graded = Graded(Sample([2], [-1.0], "stop", "w"), "text", Rewards(overall=1.0, accuracy=1.0, format=1.0))
         group = Group(epoch, [Request(prompt, number, list, sample=number) for number in range(3)], [graded] * 3)
-        sampling = Sampling(1.0, 1.0, -1, 8, ())
+        sampling = Sampling(1.0, 1.0, -1, 8, ANY_TOKENS)
         records = list(rollout_records([group], sampling, seed=run_seed, iteration=iteration, staleness=0))
         assert all(record.saliency == ["a.npy"] for record in records)
         return {record.masked_image_seed for record in records}

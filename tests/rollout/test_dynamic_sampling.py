@@ -11,7 +11,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.rollout.dynamic_sampling import fill_batch, one_round
 from megatron_papo.rollout.groups import Graded, Group
 from megatron_papo.run.records import Rewards
-from megatron_papo.sglang.requests import Sample
+from megatron_papo.sglang.answers import Sample
 
 GROUP_SIZE = 5
 

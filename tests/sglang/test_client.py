@@ -5,23 +5,22 @@ Log-probs may differ by 1e-4: both sides are float32, but attention and the orde
 """
 
 import dataclasses
-import http.server
 import json
 import random
 import shutil
 import socket
-import threading
 import time
 
 import pytest
 import torch
 
-from megatron_papo.data.chat import VISION_TOKENS, forbidden_tokens
+from megatron_papo.data.chat import VISION_TOKENS
+from megatron_papo.data.response_tokens import ResponseTokens, response_tokens
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import delivery, replicas
 from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
-from megatron_papo.sglang.requests import Sampling, build_request, parse_answer
+from megatron_papo.sglang.requests import Sampling, build_request
 from megatron_papo.sglang.server_record import Server
 from tests.sglang_server import processed, request_for
 
@@ -30,17 +29,22 @@ VOCABULARY = 448
 
 
 @pytest.fixture(scope="session")
-def forbidden(checkpoints):
+def tokens(checkpoints) -> ResponseTokens:
     from tokenizers import Tokenizer
 
-    return forbidden_tokens(
+    return response_tokens(
         checkpoints.first, Tokenizer.from_file(str(checkpoints.first / "tokenizer.json")).get_vocab(True)
     )
 
 
 @pytest.fixture(scope="session")
-def sampling(forbidden):
-    return Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_response_tokens=24, forbidden=forbidden)
+def forbidden(tokens):
+    return tokens.forbidden
+
+
+@pytest.fixture(scope="session")
+def sampling(tokens):
+    return Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_response_tokens=24, tokens=tokens)
 
 
 def sample(client, requests, sampling, version="first"):
@@ -146,7 +150,8 @@ def test_forbidden_tokens_never_appear(client, checkpoints, prompts, pictures, s
     requests = [request_for(prompts["text"], pictures, seed) for seed in range(64)]
     allowed = {token for one in sample(client, requests, sampling) for token in one.token_ids}
     assert allowed.isdisjoint(forbidden)
-    free = sample(client, requests, dataclasses.replace(sampling, forbidden=()))
+    anything = dataclasses.replace(sampling.tokens, forbidden=())
+    free = sample(client, requests, dataclasses.replace(sampling, tokens=anything))
     assert not {token for one in free for token in one.token_ids}.isdisjoint(forbidden)
     expected = reference_log_probs(load(checkpoints.first), prompts["text"], pictures, free[0].token_ids, 1.0, ())
     assert difference(free[0].log_probs, expected) < TOLERANCE
@@ -214,87 +219,6 @@ def test_server_that_never_answers_ends_in_time(prompts, pictures, sampling):
             client = SglangClient([Server(url)], 4, 1.0, limits=HealthLimits(timeout_seconds=0.5))
             sample(client, [request_for(prompts["plain"], pictures, 1)], sampling)
         assert time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize("fault", ["503", "dropped"])
-def test_passing_faults_are_retried_with_the_same_seed(prompts, pictures, sampling, monkeypatch, fault):
-    """A server that fails twice and then answers; here nothing but HTTP is being tested."""
-    monkeypatch.setattr(delivery, "RETRY_PAUSES_SECONDS", (0.1, 0.1))
-    bodies = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-
-        def do_POST(self):
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            if len(bodies) < 3 and fault == "dropped":
-                self.close_connection = True
-                return
-            answer = json.dumps(good_answer(prompts["two"])).encode()
-            self.send_response(200 if len(bodies) == 3 else 503)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as faulty:
-        threading.Thread(target=faulty.serve_forever, daemon=True).start()
-        client = SglangClient([Server(f"http://127.0.0.1:{faulty.server_port}")], 4, 5.0)
-        got = sample(client, [request_for(prompts["two"], pictures, 7)], sampling, "v")
-        faulty.shutdown()
-    assert got[0].token_ids == [5, 6]
-    rids = [body.pop("rid") for body in bodies]
-    assert (
-        len(bodies) == 3 and bodies[0] == bodies[1] == bodies[2] and bodies[0]["sampling_params"]["sampling_seed"] == 7
-    )
-    assert len(set(rids)) == 3  # a server may still be busy with an attempt that was given up
-    assert client.traffic.resent == 2
-
-
-def good_answer(prompt):
-    meta = {
-        "prompt_tokens": prompt.num_tokens,
-        "cached_tokens": 0,
-        "completion_tokens": 2,
-        "weight_version": "v",
-        "finish_reason": {"type": "stop"},
-    }
-    return {"output_ids": [5, 6], "meta_info": {**meta, "output_token_logprobs": [[-1.0, 5, None], [-2.0, 6, None]]}}
-
-
-@pytest.mark.parametrize(
-    "path, value, message",
-    [
-        (["output_ids"], [5, 6, 7], "3 tokens, but log-probs for 2"),
-        (["output_ids"], [5, 7], "log-probs"),
-        (["meta_info", "output_token_logprobs"], [[-1.0, 5, None]], "2 tokens, but log-probs for 1"),
-        (["meta_info", "output_token_logprobs", 1, 0], None, "without log-prob"),
-        (["meta_info", "completion_tokens"], 3, "log-probs"),
-        (["meta_info", "prompt_tokens"], 1, "we count"),
-        (["meta_info", "finish_reason"], {"type": "abort", "message": "Aborted"}, "Aborted"),
-        (["meta_info", "weight_version"], "w", "weights w, expected v"),
-        (["meta_info", "output_token_logprobs", 0, 1], 440, "log-probs|forbidden"),
-    ],
-)
-def test_untrustworthy_answers_are_refused(prompts, pictures, sampling, path, value, message):
-    request = request_for(prompts["two"], pictures, 1)
-    answer = good_answer(request.prompt)
-    assert parse_answer(answer, request, sampling, "v").log_probs == [-1.0, -2.0]
-    place = answer
-    for part in path[:-1]:
-        place = place[part]
-    place[path[-1]] = value
-    with pytest.raises(UserError, match=f"prompt two: .*({message})"):
-        parse_answer(answer, request, sampling, "v")
-
-
-def test_sampled_forbidden_token_is_refused(prompts, pictures, sampling):
-    request = request_for(prompts["two"], pictures, 1)
-    answer = good_answer(request.prompt)
-    answer["output_ids"][0] = answer["meta_info"]["output_token_logprobs"][0][1] = sampling.forbidden[0]
-    with pytest.raises(UserError, match="forbidden token"):
-        parse_answer(answer, request, sampling, "v")
 
 
 def test_cache_keys_follow_pictures_and_weights(prompts, pictures, sampling):

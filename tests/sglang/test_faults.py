@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_papo.config_files import load_config
-from megatron_papo.data.chat import forbidden_tokens
+from megatron_papo.data.response_tokens import response_tokens
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import replicas
 from megatron_papo.sglang import server as sglang_server
@@ -30,10 +30,10 @@ IMPATIENT = HealthLimits(interval_seconds=0.5, timeout_seconds=3.0, max_restarts
 def sampling(checkpoints) -> Sampling:
     from tokenizers import Tokenizer
 
-    forbidden = forbidden_tokens(
+    tokens = response_tokens(
         checkpoints.first, Tokenizer.from_file(str(checkpoints.first / "tokenizer.json")).get_vocab(True)
     )
-    return Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_response_tokens=40, forbidden=forbidden)
+    return Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_response_tokens=40, tokens=tokens)
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +113,8 @@ def test_a_passing_503_is_sent_again_to_the_same_server(server, client, requests
 def test_slow_answers_of_a_healthy_server_end_with_advice(server, client, checkpoints, prompts, pictures, sampling):
     """The health check passes, so it is not replaced; the same request runs out of time twice."""
     end_of_turn = json.loads((checkpoints.first / "config.json").read_text())["eos_token_id"]
-    endless = dataclasses.replace(sampling, max_response_tokens=3000, forbidden=(*sampling.forbidden, end_of_turn))
+    tokens = dataclasses.replace(sampling.tokens, forbidden=(*sampling.tokens.forbidden, end_of_turn))
+    endless = dataclasses.replace(sampling, max_response_tokens=3000, tokens=tokens)
     impatient = SglangClient([server], 4, 0.3, limits=IMPATIENT)
     with pytest.raises(UserError, match="prompt text: .* no answer within rollout.request_timeout_seconds = 0.3"):
         impatient.sample([request_for(prompts["text"], pictures, seed) for seed in range(4)], endless, "first")
@@ -224,7 +225,7 @@ def test_killed_in_mid_batch_and_started_again(
     no_more = SglangClient(
         supervised.servers, 16, 60, restart=supervised.restart, limits=dataclasses.replace(IMPATIENT, max_restarts=0)
     )
-    with pytest.raises(UserError, match=r"no SGLang server is left: .* died: run the stage again.*server.log ends:\n"):
+    with pytest.raises(UserError, match=r"no SGLang server is left: .* died: run the stage again.*server.log ends: "):
         no_more.sample(requests, sampling, "first", Seen(after=5, do=lambda: os.kill(again, signal.SIGKILL)))
     status = run_module("tools.sglang_server", "status", "--server", server_dir)
     assert status.returncode == 1 and "no server is running" in status.stdout

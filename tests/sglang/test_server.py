@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.sglang import server as sglang_server
 from megatron_papo.sglang import server_process, server_record, server_start
+from megatron_papo.sglang.answers import ServerInfo
 from megatron_papo.sglang.server_record import Server
 from tests.helpers import DEMO_CONFIG, run_module
 
@@ -41,11 +43,17 @@ def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypa
 def test_memory_is_given_up_and_taken_back(server, server_dir, client, checkpoints, prompts, pictures):
     """On a CPU SGLang accepts the calls and has nothing to give; what holds is remembered, and the answers are the
     same."""
+    from tokenizers import Tokenizer
+
+    from megatron_papo.data.response_tokens import response_tokens
     from megatron_papo.sglang.requests import Sampling
     from tests.sglang_server import request_for
 
     config = load_config(DEMO_CONFIG)
-    requests, sampling = [request_for(prompts["plain"], pictures, 1)], Sampling(1.0, 1.0, -1, 12, ())
+    tokens = response_tokens(
+        checkpoints.first, Tokenizer.from_file(str(checkpoints.first / "tokenizer.json")).get_vocab()
+    )
+    requests, sampling = [request_for(prompts["plain"], pictures, 1)], Sampling(1.0, 1.0, -1, 12, tokens)
     before = client.sample(requests, sampling, "first")
     sglang_server.release_memory([server])
     assert record(server_dir)["released"] is True
@@ -67,11 +75,15 @@ def test_url_where_nothing_listens():
         sglang_server.connect("http://127.0.0.1:9", None)
 
 
+def server_info(server) -> dict:
+    request = urllib.request.Request(server.url + "/server_info", headers=server.headers)
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        return json.loads(answer.read())
+
+
 def test_server_flags(server, server_dir):
     """The settings that results depend on reached SGLang."""
-    import httpx
-
-    info = httpx.get(server.url + "/server_info", headers=server.headers, trust_env=False).json()
+    info = server_info(server)
     assert (info["dtype"], info["enable_deterministic_inference"], info["chunked_prefill_size"]) == (
         "float32",
         True,
@@ -87,14 +99,16 @@ def stand_in(path, body):
     return str(path)
 
 
-def test_server_that_dies_shows_its_log(tmp_path):
+def test_server_that_dies_shows_its_log(tmp_path, capsys):
     python = stand_in(
         tmp_path / "python", "print(*(f'line {i}' for i in range(50)), sep='\\n'); print('no such model'); sys.exit(1)"
     )
     with pytest.raises(UserError, match="died while starting") as caught:
         sglang_server.connect_or_start(tmp_path / "server", tmp_path, ServerConfig(python=python), "float32")
-    lines = str(caught.value).splitlines()
-    assert lines[-1].strip() == "no such model" and "line 49" in lines[-2] and len(lines) == 1 + server_record.LOG_LINES
+    [line] = str(caught.value).splitlines()
+    assert line.endswith("server.log ends: no such model")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "no such model" and lines[-2] == "line 49" and len(lines) == server_record.LOG_LINES
     assert not (tmp_path / "server" / "server.json").exists()
 
 
@@ -220,14 +234,12 @@ def test_ports_of_replicas_count_on(tmp_path):
 
 def test_settings_of_a_foreign_server(server, capsys):
     """By the real server's own account of itself, and with what would be wrong changed in it."""
-    import httpx
-
-    info = httpx.get(server.url + "/server_info", headers=server.headers, trust_env=False).json()
+    info = ServerInfo.model_validate(server_info(server))
     sglang_server.check_settings("URL", info, "float32")
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="computes in float32, model.dtype is bfloat16"):
         sglang_server.check_settings("URL", info, "bfloat16")
-    sglang_server.check_settings("URL", {**info, "enable_deterministic_inference": False}, "float32")
+    sglang_server.check_settings("URL", info.model_copy(update={"enable_deterministic_inference": False}), "float32")
     assert "ignores seeds" in capsys.readouterr().out
 
 
@@ -257,12 +269,15 @@ RECORD = {
     "url": "http://127.0.0.1:9",
     "api_key": "k",
     "pid": 1,
+    "process": "boot 17",
     "create_time": 1.5,
     "ready": True,
     "released": False,
     "model": "/m",
     "settings": {"dtype": "float32"},
     "command": ["python", "-m", "sglang"],
+    "temporary": "/nowhere/tmp",
+    "shared_memory": [],
 }
 
 
@@ -271,7 +286,7 @@ RECORD = {
     [
         ("", "EOF"),
         ("\xff", "expected value"),
-        ("[1, 2]", "should be an object"),
+        ("[1, 2]", "valid dictionary"),
         (json.dumps({**RECORD, "pid": "1"}), "pid: "),
         (json.dumps({**RECORD, "pid": 1 << 40}), "pid: "),
         (json.dumps({**RECORD, "pid": -1}), "pid: "),
@@ -287,7 +302,7 @@ def test_a_damaged_record_is_one_line(tmp_path, text, problem):
     with pytest.raises(UserError, match=problem) as caught:
         server_record.read_record(tmp_path)
     [line] = str(caught.value).splitlines()
-    assert line.startswith(f"{tmp_path}/server.json: damaged (") and line.endswith("and remove the file")
+    assert line.startswith(f"{tmp_path}/server.json: ") and line.endswith("and remove the file")
     result = run_module("tools.sglang_server", "status", "--server", tmp_path) if text == "[1, 2]" else None
     assert result is None or (result.returncode == 2 and result.stderr.strip() == f"error: {line}")
 
@@ -318,14 +333,14 @@ def test_a_server_that_takes_long_is_spoken_of_in_whole_lines(tmp_path, monkeypa
 
 def test_stop_leaves_a_process_that_inherited_the_number_alone(tmp_path):
     with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
-        started = psutil.Process(other.pid).create_time()
-        stale = {**RECORD, "pid": other.pid, "create_time": started - 100}
+        started = server_process.identity_of(other.pid)
+        stale = {**RECORD, "pid": other.pid, "process": started + "1"}
         (tmp_path / "server.json").write_text(json.dumps(stale))
         assert sglang_server.stop(tmp_path) is False
         time.sleep(0.2)
         assert other.poll() is None
-        # control: with its own time of creation it is ended
-        (tmp_path / "server.json").write_text(json.dumps({**stale, "create_time": started}))
+        # control: with its own start it is ended, whatever the clock says now
+        (tmp_path / "server.json").write_text(json.dumps({**stale, "process": started, "create_time": 0.0}))
         assert sglang_server.stop(tmp_path) is True
         assert not psutil.pid_exists(other.pid)
     result = run_module("tools.sglang_server", "stop", "--server", tmp_path)

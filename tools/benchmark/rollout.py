@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -55,7 +55,9 @@ def main() -> None:
     for name, default in SIZES.items():
         add(f"--{name}", type=int, default=default, metavar="N")
     arguments = parser.parse_args()
-    if arguments.server and arguments.server.startswith("http") and arguments.hf is None:
+    from megatron_papo.sglang.server import urls_of
+
+    if arguments.server and urls_of(arguments.server) and arguments.hf is None:
         raise UserError("--hf: missing: give the checkpoint that the server at --server holds")
     for name in SIZES:
         number = vars(arguments)[name.replace("-", "_")]
@@ -149,7 +151,8 @@ def requests_for(hf: Path, arguments: argparse.Namespace) -> tuple[list["Request
     import numpy as np
     from PIL import Image
 
-    from megatron_papo.data.chat import ChatFormat, forbidden_tokens
+    from megatron_papo.data.chat import ChatFormat
+    from megatron_papo.data.response_tokens import response_tokens
     from megatron_papo.pictures.preprocess import PictureSettings, grid_of, num_image_tokens, resize, to_data_uri
     from megatron_papo.run.records import Prompt
     from megatron_papo.sglang.requests import Request, Sampling
@@ -165,10 +168,9 @@ def requests_for(hf: Path, arguments: argparse.Namespace) -> tuple[list["Request
         length, images = len(ids) - 1 + num_image_tokens(grid_of(picture)), Loaded((to_data_uri(picture),))
         prompt = Prompt(id=str(number), problem="", answer="", token_ids=ids, num_tokens=length, images=[""])
         requests += [Request(prompt, number * size + sample, images, number, sample) for sample in range(size)]
-    vocabulary = chat.tokenizer.get_vocab()
-    ends = {chat.end_of_turn, vocabulary.get("<|endoftext|>", chat.end_of_turn)}
-    forbidden = tuple(sorted(ends | set(forbidden_tokens(hf, vocabulary))))
-    return requests, Sampling(1.0, 1.0, -1, arguments.tokens, forbidden)
+    tokens = response_tokens(hf, chat.tokenizer.get_vocab())
+    endless = replace(tokens, forbidden=tuple(sorted(tokens.ends | set(tokens.forbidden))))
+    return requests, Sampling(1.0, 1.0, -1, arguments.tokens, endless)
 
 
 @dataclass(frozen=True)
@@ -228,14 +230,12 @@ def bare_loop(server: "Server", bodies: list[bytes], concurrency: int, name: str
 
 def flush(server: "Server") -> None:
     """Empty the server's prefix cache."""
-    import httpx
+    from megatron_papo.sglang.http import Fault, Refused, anything, at_once
 
-    answer = httpx.post(server.url + "/flush_cache?timeout=30", headers=server.headers, timeout=60, trust_env=False)
-    if answer.status_code != 200:
-        raise UserError(
-            f"{server.url}/flush_cache: HTTP {answer.status_code}: somebody else uses this server: measure when it is"
-            " idle"
-        )
+    try:
+        at_once(lambda http: http.call(server, "/flush_cache?timeout=30", b"", believe=anything, timeout_seconds=60.0))
+    except (Fault, Refused) as problem:
+        raise UserError(f"{server.url}/flush_cache: {problem}: somebody else uses this server: measure when it is idle")
 
 
 if __name__ == "__main__":

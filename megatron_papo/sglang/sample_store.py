@@ -1,0 +1,107 @@
+"""Samples that are finished, in a file beside the output that is made from them.
+
+A stage that is killed, or gives up on a request, has lost nothing that was finished: run again, it finds those samples
+and asks for the others only. A sample is known by its whole request: prompt and pictures, seed, sampling settings and
+weights; not by how many are wanted, so that more samples per prompt ask for the additional ones. What is published is
+made from the store or from the server's answer alike, and has the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from megatron_papo.errors import UserError
+from megatron_papo.reading import reading
+from megatron_papo.run.records import Record
+from megatron_papo.sglang.answers import Sample, problem_of_sample
+from megatron_papo.sglang.requests import Request, Sampling
+
+
+class StoredSample(Record):
+    """One line of the file."""
+
+    key: str
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: str
+
+
+class SampleStore:
+    """The samples of one output. One process has it open at a time: the one that holds the output's lock."""
+
+    def __init__(self, path: Path, dtype: str):
+        """Open a file and read what an attempt before has left there; a line that it did not finish is cut off.
+
+        Args:
+            path: of the file, which is made if it is not there.
+            dtype: in which the servers compute.
+
+        Raises UserError if the file cannot be read or written.
+        """
+        self.path, self.dtype = path, dtype
+        with reading(path, "make it readable and writable, or remove it"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open(path, "a+b")
+            self._stream.seek(0)
+            content = self._stream.read()
+            whole = content.rfind(b"\n") + 1
+            self._stream.truncate(whole)
+        self._samples: dict[str, Sample] = {}
+        for line in content[:whole].splitlines():
+            self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        """Remember the sample of a line; a damaged line is none, and is asked for again."""
+        try:
+            stored = StoredSample.model_validate_json(line)
+        except ValueError:
+            return
+        sample = Sample(stored.token_ids, stored.log_probs, stored.finish_reason, stored.weight_version)
+        self._samples[stored.key] = sample
+
+    def key(self, request: Request, body: dict) -> str:
+        """Return what tells the sample of a request from all others.
+
+        Args:
+            request: whose prompt it is for.
+            body: what build_request made of it: pictures and weights are in it as hashes.
+        """
+        asked = {name: value for name, value in body.items() if name != "image_data"}
+        return hashlib.sha256(json.dumps([self.dtype, request.prompt.id, asked]).encode()).hexdigest()
+
+    def find(self, key: str, sampling: Sampling, weight_version: str) -> Sample | None:
+        """Return the sample of a request; None if there is none that can be believed."""
+        sample = self._samples.get(key)
+        believed = sample is not None and problem_of_sample(sample, sampling, weight_version) is None
+        return sample if believed else None
+
+    def add(self, key: str, sample: Sample) -> None:
+        """Keep a sample: in the file before this returns. Raises UserError if it cannot be written."""
+        stored = StoredSample(
+            key=key,
+            token_ids=sample.token_ids,
+            log_probs=sample.log_probs,
+            finish_reason=sample.finish_reason,
+            weight_version=sample.weight_version,
+        )
+        try:
+            self._stream.write(stored.model_dump_json().encode() + b"\n")
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({os.strerror(error.errno or 0)}): free space and run the stage again:"
+                f" it goes on with the {len(self._samples)} samples that it has"
+            )
+        self._samples[key] = sample
+
+    def __enter__(self) -> "SampleStore":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._stream.close()
+        except OSError:  # the disk is full, which add() has said
+            pass
