@@ -166,7 +166,13 @@ def test_top_k_is_passed_on(client, prompts, pictures, sampling):
     )
 
 
-def test_prompt_length_mismatch_is_refused(client, prompts, pictures, sampling):
+@pytest.fixture
+def sent_twice(monkeypatch):
+    """Each answer that is not believed is asked for once more."""
+    monkeypatch.setattr(delivery, "RETRY_PAUSES_SECONDS", (0.1,))
+
+
+def test_prompt_length_mismatch_is_refused(client, prompts, pictures, sampling, sent_twice):
     wrong = prompts["resized"].model_copy(update={"num_tokens": prompts["resized"].num_tokens + 1})
     with pytest.raises(
         UserError, match=rf"prompt resized: .* {wrong.num_tokens - 1} prompt tokens, we count {wrong.num_tokens}"
@@ -189,7 +195,7 @@ def test_checkpoint_that_cannot_be_loaded(client, checkpoints, prompts, pictures
     assert sample(client, [request], sampling) == before  # generation was continued, with the old weights
 
 
-def test_answer_with_unexpected_weights_is_refused(client, prompts, pictures, sampling):
+def test_answer_with_unexpected_weights_is_refused(client, prompts, pictures, sampling, sent_twice):
     with pytest.raises(UserError, match="answered with weights first, expected other"):
         sample(client, [request_for(prompts["text"], pictures, 1)], sampling, "other")
 

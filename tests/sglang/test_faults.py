@@ -14,7 +14,7 @@ import pytest
 from megatron_papo.config_files import load_config
 from megatron_papo.data.response_tokens import response_tokens
 from megatron_papo.errors import UserError
-from megatron_papo.sglang import replicas
+from megatron_papo.sglang import delivery, replicas
 from megatron_papo.sglang import server as sglang_server
 from megatron_papo.sglang.client import SglangClient
 from megatron_papo.sglang.replicas import HealthLimits
@@ -146,8 +146,9 @@ def test_weights_that_did_not_arrive_are_noticed(server, client, checkpoints, pr
         assert SglangClient([liar], 4, 60).update_weights(checkpoints.first, "claimed") == 1
 
 
-def test_a_stale_server_is_refused(server, client, checkpoints, requests, sampling):
+def test_a_stale_server_is_refused(server, client, checkpoints, requests, sampling, monkeypatch):
     """Somebody else loads other weights while samples are drawn."""
+    monkeypatch.setattr(delivery, "RETRY_PAUSES_SECONDS", (0.1,))
     other = SglangClient([server], 1, 60)
 
     def meddle():

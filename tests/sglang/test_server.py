@@ -286,7 +286,7 @@ RECORD = {
     [
         ("", "EOF"),
         ("\xff", "expected value"),
-        ("[1, 2]", "valid dictionary"),
+        ("[1, 2]", "should be an object"),
         (json.dumps({**RECORD, "pid": "1"}), "pid: "),
         (json.dumps({**RECORD, "pid": 1 << 40}), "pid: "),
         (json.dumps({**RECORD, "pid": -1}), "pid: "),
