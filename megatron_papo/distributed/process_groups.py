@@ -1,4 +1,4 @@
-"""Process groups: the only reader of RANK, WORLD_SIZE and LOCAL_RANK. NCCL on CUDA machines, gloo elsewhere.
+"""Process groups: the only reader of what a launcher sets (RANK and its kind). NCCL on CUDA machines, gloo elsewhere.
 
 torch and megatron are imported inside the functions that need them, so that asking for the rank costs nothing.
 """
@@ -20,17 +20,42 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=2)
 """How long ranks wait for the first one, which verifies and hashes files: NCCL's ten minutes are too short for 72B."""
 
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What every launcher sets. Fewer of them are left over from something else, and mean nothing."""
+OF_TORCHRUN = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Processes of one machine find each other over loopback, unless the environment says otherwise."""
+
 _has_joined = False  # a process group: see leave()
+
+
+def _is_launched() -> bool:
+    """Return whether a launcher started this process, together with others: all that it sets is there, and fits."""
+    given = [os.environ.get(name, "") for name in LAUNCHED]
+    numbers = [value for name, value in zip(LAUNCHED, given, strict=True) if name != "MASTER_ADDR"]
+    if not all(given) or not all(value.isascii() and value.isdigit() for value in numbers):
+        return False
+    return int(given[0]) < int(given[1])
+
+
+def forget_left_over() -> None:
+    """Remove a launcher's variables from the environment of a process that no launcher started: libraries would read
+    them."""
+    if _is_launched():
+        return
+    for name in list(os.environ):
+        if name in LAUNCHED + OF_TORCHRUN or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
 
 
 def world_size() -> int:
     """Return the number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
 
 
 def rank() -> int:
     """Return the number of this process among all, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if _is_launched() else 0
 
 
 def is_main_rank() -> bool:
@@ -68,7 +93,7 @@ def connect() -> None:
 
     die_with_launcher()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if _is_launched() else 0)
     else:
         # More threads than cores per process only get into each other's way: two threads per rank were 20 times slower.
         torch.set_num_threads(1)
@@ -91,10 +116,11 @@ def _check_world_size(parallel: ParallelConfig) -> None:
         f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}"
         f" x data {parallel.data_parallel_size}"
     )
+    left_over = "" if "TORCHELASTIC_RUN_ID" in os.environ or world_size() == 1 else " (says WORLD_SIZE)"
     raise UserError(
-        f"{world_size()} processes were started, the parallel section asks for {parallel.world_size} ({sizes}):"
-        f" start with torchrun --nproc-per-node {parallel.world_size} {_this_program()} ..., or over several nodes with"
-        f" --nnodes times --nproc-per-node = {parallel.world_size}"
+        f"{world_size()} processes were started{left_over}, the parallel section asks for {parallel.world_size}"
+        f" ({sizes}): start with torchrun --nproc-per-node {parallel.world_size} {_this_program()} ..., or over several"
+        f" nodes with --nnodes times --nproc-per-node = {parallel.world_size}"
     )
 
 
@@ -108,14 +134,18 @@ def _join_process_group() -> None:
 
     global _has_joined
     _has_joined = True
-    if torch.cuda.is_available():
-        torch.distributed.init_process_group(
-            "nccl", timeout=PATIENCE, device_id=torch.device("cuda", torch.cuda.current_device())
-        )
-    elif "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-    else:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    cuda = torch.cuda.is_available()
+    backend = "nccl" if cuda else "gloo"
+    device_id = torch.device("cuda", torch.cuda.current_device()) if cuda else None
+    if world_size() > 1:
+        torch.distributed.init_process_group(backend, timeout=PATIENCE, device_id=device_id)
+        return
+    for name, value in LOOPBACK.items():
+        os.environ.setdefault(name, value)
+    store = torch.distributed.HashStore()  # one process needs no meeting place, nor a port for one
+    torch.distributed.init_process_group(
+        backend, timeout=PATIENCE, store=store, rank=0, world_size=1, device_id=device_id
+    )
 
 
 def destroy() -> None:

@@ -255,6 +255,7 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    process_groups.forget_left_over()
     process_groups.die_with_launcher()  # also while it still imports and waits for the others
     console.quiet()
     try:

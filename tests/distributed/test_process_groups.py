@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -71,9 +72,39 @@ def test_a_spread_tower_need_not_be_cut(hf_3b):
 
 
 def test_a_wrong_number_of_processes_is_refused_with_the_command(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    launched = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="3 processes were started.* asks for 4 .*torchrun --nproc-per-node 4"):
         process_groups.initialize(sizes(2, 2))
+
+
+ALL_OF_THEM = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment, launched",
+    [
+        (ALL_OF_THEM, True),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, False),
+        ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, False),
+        ({"RANK": "", "WORLD_SIZE": ""}, False),
+        ({**ALL_OF_THEM, "RANK": "x"}, False),
+        ({**ALL_OF_THEM, "RANK": "-1"}, False),
+        ({**ALL_OF_THEM, "RANK": "2"}, False),
+        ({**ALL_OF_THEM, "RANK": "²"}, False),
+        ({**ALL_OF_THEM, "MASTER_ADDR": ""}, False),
+        ({"TORCHELASTIC_RUN_ID": "gone", "GROUP_RANK": "3"}, False),
+    ],
+)
+def test_what_is_left_of_another_launcher_does_not_count(monkeypatch, environment, launched):
+    for name in (*process_groups.LAUNCHED, *process_groups.OF_TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (process_groups.rank(), process_groups.world_size()) == ((1, 2) if launched else (0, 1))
+    process_groups.forget_left_over()
+    assert {name: os.environ[name] for name in environment if name in os.environ} == (environment if launched else {})
 
 
 def test_the_checks_need_no_torch():
