@@ -1,8 +1,10 @@
 """A server that speaks HTTP as SGLang does, samples by the seed alone, and answers what it is told to."""
 
+import base64
 import hashlib
 import http.server
 import json
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,23 +25,33 @@ def json_answer(tree: object) -> bytes:
     return http_answer(json.dumps(tree).encode())
 
 
-def right_answer(body: dict, version: str) -> dict:
-    """Return what a server would sample: tokens and log-probs that follow from the seed, up to the limit."""
+def image_tokens(picture: str) -> int:
+    """Return how many tokens a resized picture makes, from the first bytes of its PNG."""
+    width, height = struct.unpack(">II", base64.b64decode(picture.partition(",")[2][:64])[16:24])
+    return width * height // 28**2
+
+
+def right_answer(body: dict, version: str, chosen: list[int] | None = None) -> dict:
+    """Return what a server would sample: tokens and log-probs that follow from the seed, up to the limit.
+
+    chosen: the tokens, in place of those.
+    """
     parameters = body["sampling_params"]
     digest = hashlib.sha256(f"{parameters['sampling_seed']} {body['extra_key']}".encode()).digest()
     limit = parameters["max_new_tokens"]
     ids = [100 + byte for byte in digest[1 : 1 + digest[0] % 9 + 1]]
-    ids = [*ids, END][:limit]
+    ids = [*(ids if chosen is None else chosen), END][:limit]
     entries = [[-token / 64, token, None] for token in ids]
     meta = {
         "id": body["rid"],
         "finish_reason": {"type": "stop", "matched": END} if ids[-1] == END else {"type": "length", "length": limit},
-        "prompt_tokens": len(body["input_ids"]),
+        "prompt_tokens": len(body["input_ids"])
+        + sum(image_tokens(picture) - 1 for picture in body.get("image_data", []) if picture.startswith("data:")),
         "completion_tokens": len(ids),
         "cached_tokens": 0,
         "weight_version": version,
         "output_token_logprobs": entries,
-        "input_token_logprobs": [[None, 5, None], [-1.5, 6, None]],
+        "input_token_logprobs": [[None, 5, None], [-len(version) - ord(version[0]) / 256, 6, None]],
         "e2e_latency": 0.1,
     }
     return {"text": "...", "output_ids": ids, "meta_info": meta}
@@ -54,10 +66,12 @@ class FalseServer:
         self.bodies: list[dict] = []
         """What was asked of /generate."""
         self.version = "v"
+        self.choose: Callable[[dict], list[int] | None] = lambda body: None
+        """The tokens that a request gets, but for the end of the turn; None: some that follow from its seed."""
 
     def answer(self, path: str, body: dict) -> bytes:
         if path == "/generate":
-            answer = right_answer(body, self.version)
+            answer = right_answer(body, self.version, self.choose(body))
             wrong = self.fault(len(self.bodies), answer)
             self.bodies.append(body)
             return json_answer(answer) if wrong is None else wrong
