@@ -9,7 +9,7 @@ from megatron_papo.pictures.store import Seen, StoredImage
 from megatron_papo.reading import shown
 from megatron_papo.run.records import Prompt
 
-BAD_ROWS_SHOWN = 10
+BAD_ROWS_SHOWN, SUSPICIOUS_SHOWN = 10, 5
 EXAMPLE = 60
 """Characters of an answer that is shown."""
 _LIKE_IMAGES = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "figure", "figures")
@@ -134,7 +134,7 @@ def too_suspicious(name: str, suspicious: Suspicious, kept: int, limit: float) -
 
 
 def _in_words(kind: str, rows: Sequence[tuple[str, str]], kept: int) -> str:
-    """Return how many rows are suspicious, and one of them."""
-    place, answer = rows[0]
-    example = f"{place}: {shown(repr(answer), EXAMPLE)}" if answer else place
-    return f"{len(rows)} of {kept} rows have {kind} (such as {example})"
+    """Return how many rows are suspicious, and some of them."""
+    examples = [f"{place}: {shown(repr(answer), EXAMPLE)}" if answer else place for place, answer in rows]
+    more = ", ..." if len(rows) > SUSPICIOUS_SHOWN else ""
+    return f"{len(rows)} of {kept} rows have {kind} ({', '.join(examples[:SUSPICIOUS_SHOWN])}{more})"

@@ -43,6 +43,7 @@ def _of_directory(directory: Path, split: str) -> list[Path]:
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
+    others = sorted(file for file in files if file.suffix.lower() in _CONVERTED)
     files = sorted(file for file in files if _is_table(file) and file.is_file())
     if not files:
         if any((directory / name).exists() for name in _SAVED_TO_DISK):
@@ -52,7 +53,8 @@ def _of_directory(directory: Path, split: str) -> list[Path]:
                 f" datasets.load_from_disk('{directory}').to_parquet('{directory}.parquet')\" (of a DatasetDict, one"
                 " split of it)"
             )
-        raise UserError(f"{directory}: no {' or '.join(SUFFIXES)} file in this directory: name another data source")
+        hint = converting(others[0]) if others else "name another data source"
+        raise UserError(f"{directory}: no {' or '.join(SUFFIXES)} file in this directory: {hint}")
     for file in files:
         with reading(file, "its name is not UTF-8: rename it"):
             str(file).encode()
@@ -79,13 +81,15 @@ def _of_split(files: list[Path], directory: Path, split: str) -> list[Path]:
 
 
 def _split_of(name: Path) -> str | None:
-    """Return the split that a file's name, or else that of the nearest folder, tells: train, validation or test."""
+    """Return the split that a file's name, or else that of the nearest folder, tells: train, validation, test, or what
+    stands before the numbers of name-00000-of-00009."""
     for part in (name.stem, *(parent.name for parent in name.parents)):
         words = re.split(r"[^a-z]+", part.lower())
         for split, aliases in SPLITS.items():
             if not set(words).isdisjoint(aliases):
                 return split
-    return None
+    shard = re.match(r"(.+)-\d+-of-\d+", name.stem)
+    return None if shard is None else shard[1]
 
 
 def _is_table(file: Path) -> bool:

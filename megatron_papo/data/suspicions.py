@@ -1,7 +1,7 @@
 """Answers that can be graded, but that a right response would hardly match, or an empty one would."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 Grade = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]
 """Says of pairs (response, answer) whether the response is right."""
@@ -26,17 +26,17 @@ _WITHOUT_BOX = ("", "I do not know.")
 _LONG_WORDS = 5
 
 
-def suspicious_answers(answers: Iterable[str], grade: Grade) -> dict[str, str]:
+def suspicious_answers(answers: Collection[str], grade: Grade) -> dict[str, str]:
     """Return the answers that look wrong, each with the kind of its first fault.
 
     Args:
-        answers: of a data set; each is looked at once.
+        answers: of a data set, each once.
         grade: the grader of responses.
     """
-    questionable = [answer for answer in dict.fromkeys(answers) if not _PLAIN.fullmatch(answer.strip())]
+    found = {answer: kind for answer in answers if (kind := _by_look(answer)) is not None}
+    questionable = [answer for answer in answers if not _PLAIN.fullmatch(answer.strip())]
     trials = [(kind, response, answer, right) for answer in questionable for kind, response, right in _trials(answer)]
     grades = grade([(response, answer) for _, response, answer, _ in trials]) if trials else []
-    found = {answer: kind for answer in questionable if (kind := _by_look(answer)) is not None}
     for (kind, _, answer, right), graded in zip(trials, grades, strict=True):
         if graded != right:
             found.setdefault(answer, kind)

@@ -14,6 +14,7 @@ def resolve_inside(root: Path, name: str, what: str = "image") -> Path:
         name: path from root on.
         what: to call it in messages.
     """
+    _refuse_content(name, what)
     with reading(f"{what} {shown(name)}", "correct its name or drop the row"):
         root = Path(root).resolve()
         path = (root / name).resolve()
@@ -22,7 +23,7 @@ def resolve_inside(root: Path, name: str, what: str = "image") -> Path:
                 f"{what} {shown(name)}: outside the data root {root}: move it inside or set data.image_root"
             )
         if not path.is_file():
-            raise UserError(f"{what} {shown(name)}: no such file in {root}: {_cure(name)}")
+            raise UserError(f"{what} {shown(name)}: no such file in {root}: put it there or drop the row")
         return path
 
 
@@ -37,10 +38,9 @@ BASE64_OF_PICTURES = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "SUkq", "
 """How PNG, JPEG, GIF, WebP, BMP and TIFF files begin in base64."""
 
 
-def _cure(name: str) -> str:
-    """Say what to do about a name that is no file."""
+def _refuse_content(name: str, what: str) -> None:
+    """Raise UserError where a row holds something else than a name."""
     if name.startswith("data:") or (name.startswith(BASE64_OF_PICTURES) and len(name) > 64):
-        return "it is a picture written as text: decode it, and give its bytes or a file"
+        raise UserError(f"{what} {shown(name)}: a picture written as text: decode it, and give its bytes or a file")
     if "://" in name:
-        return "a URL, and nothing is fetched: download it and give the file's path"
-    return "put it there or drop the row"
+        raise UserError(f"{what} {shown(name)}: a URL, and nothing is fetched: download it and give the file's path")

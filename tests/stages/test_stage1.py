@@ -13,6 +13,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from megatron_papo.config import PromptSource
+from megatron_papo.config_files import load_config
+from megatron_papo.data.fingerprint import source_fingerprint
 from megatron_papo.errors import UserError
 from megatron_papo.run.records import Prompt, read_jsonl
 from megatron_papo.run.stage_output import read_manifest
@@ -236,6 +239,19 @@ BAD_ROWS = {
     "map that is text": ({**GOOD, "saliency": ["text.png"]}, "saliency map text.png: cannot be read as a saliency map"),
     "map of a wrong type": ({**GOOD, "saliency": [None]}, "saliency[0]: expected a path"),
     "same id twice": ({**GOOD, "id": "set-1"}, "ids must be unique"),
+    "NaN as an answer": ({**GOOD, "answer": float("nan")}, "answer is nan, expected a text"),
+    "infinity as an answer": ({**GOOD, "answer": float("inf")}, "answer is inf, expected a text"),
+    "half a surrogate pair as an id": ({**GOOD, "id": "\ud800"}, "id is not valid Unicode"),
+    "a name with NUL": ({**GOOD, "images": ["a\0.png"]}, "image a\\x00.png: damaged"),
+    "a name of 300 characters": ({**GOOD, "images": ["x" * 300]}, "File name too long"),
+    "a loop of links": ({**GOOD, "images": ["loop.png"]}, "image loop.png: damaged"),
+    "half a surrogate pair in a name": ({**GOOD, "images": ["\ud800.png"]}, "image \\ud800.png: damaged"),
+    "control characters in a name": ({**GOOD, "images": ["\x1b[2J.png"]}, "image \\x1b[2J.png: no such file"),
+    "a URL": ({**GOOD, "images": ["https://example.org/a.png"]}, "a URL, and nothing is fetched"),
+    "base64": ({**GOOD, "images": ["iVBORw0KGgo" + "A" * 4000]}, "a picture written as text"),
+    "a data URI": ({**GOOD, "images": ["data:image/png;base64,AA"]}, "a picture written as text"),
+    "a conversation": ({"conversations": [], "images": ["good.png"]}, "rows of conversations are not read"),
+    "floating-point levels": ({**GOOD, "images": ["float.tif"]}, "image float.tif: pixels of mode F"),
 }
 
 
@@ -248,6 +264,8 @@ def test_bad_rows_are_named(case, stage, tmp_path):
     (folder / "cut.png").write_bytes(png(56, 56)[:900])
     (folder / "narrow.png").write_bytes(png(201, 1))
     (folder / "text.png").write_text("hello")
+    (folder / "loop.png").symlink_to("loop.png")
+    Image.new("F", (40, 40)).save(folder / "float.tif")
     Image.new("RGB", (40, 40)).save(folder / "figure.eps")
     np.save(folder / "map.npy", np.ones((4, 4)))
     np.save(folder / "deep.npy", np.ones((1, 4, 4)))
@@ -261,6 +279,223 @@ def test_bad_rows_are_named(case, stage, tmp_path):
     assert of_row.startswith(f"{folder / 'set.jsonl'}:2: ") and message in of_row and "\n" not in of_row
     assert of_set.startswith("data.train: 1 of 2 rows cannot be used: ") and not more
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+LINES = {
+    b'{"problem": "?", "answer": 1e999}': "answer is inf",
+    b"[" * 100_000: "nested too deeply",
+    b'{"problem": "caf\xe9", "answer": "1"}': "not valid Unicode (position 16)",
+    b'{"problem": "tr': "not JSON",
+}
+
+
+def test_all_bad_rows_in_one_report(stage, tmp_path):
+    """Ten are shown, all are counted; they may be left out, which the manifest and a file say. Empty lines, other line
+    ends and a byte order mark are no mistakes."""
+    good = json.dumps(GOOD).encode()
+    (tmp_path / "good.png").write_bytes(png(56, 56))
+    missing = [json.dumps({**GOOD, "images": [f"{number}.png"]}).encode() for number in range(8)]
+    lines = [b"\xef\xbb\xbf" + good, b"", *LINES, *missing, good]
+    (tmp_path / "set.jsonl").write_bytes(b"\r\n".join(lines) + b"\n\n")
+    with pytest.raises(UserError) as error:
+        stage(tmp_path / "set.jsonl")
+    *rows, summary = error.value.lines
+    assert [row.split(": ")[0] for row in rows] == [f"{tmp_path}/set.jsonl:{number}" for number in range(3, 13)]
+    assert all(problem in row for problem, row in zip(LINES.values(), rows))
+    assert "12 of 14 rows cannot be used (2 more are not shown)" in summary
+    with pytest.raises(UserError, match="--set data.skip_bad_rows=12"):
+        stage(tmp_path / "set.jsonl", "data.skip_bad_rows=11")
+    output = stage(tmp_path / "set.jsonl", "data.skip_bad_rows=12")
+    assert [prompt.id for prompt in read_jsonl(output / "prompts.jsonl", Prompt)] == ["set-1", "set-15"]
+    skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+    assert [(row["set"], row["place"]) for row in skipped] == [
+        ("train", f"{tmp_path}/set.jsonl:{number}") for number in range(3, 15)
+    ]
+    manifest = read_manifest(output)
+    assert manifest["counts"]["train"] == 2 and manifest["counts"]["train_skipped"] == 12
+    source = PromptSource(source=str(tmp_path / "set.jsonl"))
+    assert manifest["recipe"]["inputs"]["train"] == source_fingerprint(source, load_config(DEMO_CONFIG).data)
+    stage(tmp_path / "set.jsonl", "data.skip_bad_rows=20")  # done: the limit is no part of what was made
+
+
+ODD_ANSWERS = {
+    "The answer is A.": "more around them",
+    "#### 42": "more around them",
+    "<answer>B</answer>": "more around them",
+    "A. Paris": "more around them",
+    "A)": "more around them",
+    "It is the red one.": "are sentences",
+    "None": "stand for no value",
+    "nan": "stand for no value",
+    "\\frac{1}{2": "same text in a box does not match",
+}
+PLAIN_ANSWERS = ["A", "3", "-0.5", "yes", "\\frac{1}{2}", "(1, 2)", "x=3", "3.5 kg", "50%", "$\\sqrt{2}$"]
+
+
+def test_answers_that_look_wrong_are_counted_and_stop_above_a_share(stage, tmp_path, capsys):
+    answers = [*ODD_ANSWERS, *PLAIN_ANSWERS]
+    (tmp_path / "good.png").write_bytes(png(56, 56))
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps({**GOOD, "answer": answer}) + "\n" for answer in answers))
+    output = stage(tmp_path / "set.jsonl")
+    said = capsys.readouterr().out
+    for answer, kind in ODD_ANSWERS.items():
+        assert any(kind in line and repr(answer) in line for line in said.splitlines()), answer
+    assert not any(repr(answer) in said for answer in PLAIN_ANSWERS)
+    assert read_manifest(output)["counts"]["train_suspicious"] == len(ODD_ANSWERS)
+    with pytest.raises(UserError) as error:
+        stage(tmp_path / "set.jsonl", "data.max_suspicious_share=0.2", output="strict")
+    assert len(error.value.lines) == 1 and "5 of 19 rows have answers with more around them" in str(error.value)
+
+
+def test_odd_pictures_are_counted(stage, tmp_path, capsys):
+    """One colour, transparency, several frames; what transparency shows decides what is one colour."""
+    lines = np.zeros((56, 56, 4), dtype=np.uint8)
+    lines[20:30, :, 3] = 255
+    Image.fromarray(lines).save(tmp_path / "lines.png")
+    Image.new("RGB", (56, 56), "blue").save(tmp_path / "blue.png")
+    frames = [Image.open(io.BytesIO(png(56, 56, seed))) for seed in (1, 2)]
+    frames[0].save(tmp_path / "frames.gif", save_all=True, append_images=frames[1:])
+    names = ["lines.png", "blue.png", "frames.gif", "lines.png", "frames.gif"]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps({**GOOD, "images": [name]}) + "\n" for name in names))
+    counts = read_manifest(stage(tmp_path / "set.jsonl"))["counts"]
+    assert counts["train_suspicious"] == 1 and counts["images"] == 3
+    assert counts["train_pictures_transparent"] == counts["train_pictures_several_frames"] == 1
+    said = capsys.readouterr().out
+    assert "1 of 5 rows have pictures of one colour" in said and "set.jsonl:2" in said
+    with pytest.raises(UserError, match="3 of 5 rows have pictures of one colour"):
+        stage(tmp_path / "set.jsonl", "data.transparency=black", output="black")
+
+
+def test_a_set_without_pictures_is_refused(stage, tmp_path):
+    """Where something is computed from them, or another column looks as if it had them."""
+    text_only = "".join(json.dumps({"problem": f"{n}?", "answer": "1"}) + "\n" for n in range(3))
+    (tmp_path / "text.jsonl").write_text(text_only)
+    with pytest.raises(UserError, match="data.train: no row has a picture in column images; the columns are problem, "):
+        stage(tmp_path / "text.jsonl")
+    stage(tmp_path / "text.jsonl", *TEXT_ONLY)
+    (tmp_path / "good.png").write_bytes(png(56, 56))
+    row = {"problem": "<image>?", "answer": "1", "image": "good.png"}
+    (tmp_path / "set.jsonl").write_text(json.dumps(row) + "\n")
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "set.parquet")
+    for file in ("set.jsonl", "set.parquet"):
+        with pytest.raises(UserError, match="columns are problem, answer, image: set data.train.images_key=image"):
+            stage(tmp_path / file, *TEXT_ONLY, output="other")
+        made = stage(tmp_path / file, "data.train.images_key=image", output=f"{file}_made")
+        assert len(read_jsonl(made / "prompts.jsonl", Prompt)[0].images) == 1
+
+
+def test_a_set_may_have_columns_of_its_own(stage, tmp_path):
+    (tmp_path / "good.png").write_bytes(png(56, 56))
+    (tmp_path / "set.jsonl").write_text(json.dumps({"q": "<image>?", "a": "7", "pics": "good.png"}) + "\n")
+    own = "{{source: '{}', problem_key: q, answer_key: a, images_key: pics}}".format(tmp_path / "set.jsonl")
+    output = stage("unused", f"data.evaluation={own}", output="set", evaluation_set="evaluation")
+    assert [prompt.answer for prompt in read_jsonl(output / "prompts.jsonl", Prompt)] == ["7"]
+    with pytest.raises(UserError, match=r"no column problem \(there are: q, a, pics\): set data.problem_key"):
+        stage(tmp_path / "set.jsonl")
+
+
+def test_a_directory_is_read_by_split(stage, tmp_path):
+    """As files or folders are named; hidden ones are left out."""
+    folder = tmp_path / "set"
+    for name in ("data/train-00000-of-00001", "data/test-00000-of-00001", ".ipynb_checkpoints/train-checkpoint"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jsonl").write_text(json.dumps({"problem": name, "answer": "1"}) + "\n")
+    (folder / "data" / "._train.jsonl").write_bytes(b"\0\5\x16\7")
+    problems = {}
+    for split in ("train", "test"):
+        output = stage(folder, f"data.train.split={split}", *TEXT_ONLY, output=split)
+        problems[split] = [prompt.problem for prompt in read_jsonl(output / "prompts.jsonl", Prompt)]
+    assert problems == {split: [f"data/{split}-00000-of-00001"] for split in ("train", "test")}
+    with pytest.raises(UserError, match="no file of split validation, only of test, train"):
+        stage(folder, "data.train.split=validation")
+    (folder / "more.jsonl").write_text("")
+    with pytest.raises(UserError, match="more.jsonl belongs to no split, other files to test, train"):
+        stage(folder)
+
+
+def test_a_picture_too_long_once_resized(stage, tmp_path):
+    """40 x 7990 becomes 28 x 7980, which the server refuses; so may an evaluation's limits alone."""
+    (tmp_path / "long.png").write_bytes(png(40, 7990))
+    (tmp_path / "set.jsonl").write_text(json.dumps({**GOOD, "images": ["long.png"]}) + "\n")
+    limits = ["data.max_pixels=1000000", "data.max_prompt_tokens=999"]
+    message = "image of 40 x 7990 pixels, resized to 28 x 7980: sides differ by more than 200 times"
+    with pytest.raises(UserError, match=message):
+        stage(tmp_path / "set.jsonl", *limits)
+    stage(tmp_path / "set.jsonl", "data.max_prompt_tokens=999")  # control: smaller, it is less long
+    evaluation = [f"data.evaluation={{source: '{tmp_path / 'set.jsonl'}'}}", "data.max_prompt_tokens=999"]
+    with pytest.raises(UserError, match=message):
+        stage("unused", *evaluation, "evaluation.max_pixels=1000000", output="set", evaluation_set="evaluation")
+
+
+def edit_json(path, **changes):
+    tree = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def add_tokens(model):
+    """As a user does who forgets resize_token_embeddings."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_tokens([f"<new {number}>" for number in range(448 - tokenizer.get_vocab_size() + 1)])
+    tokenizer.save(str(model / "tokenizer.json"))
+
+
+MODELS = {
+    "no image processor": (lambda m: (m / "preprocessor_config.json").unlink(), "preprocessor_config.json: not there"),
+    "its own limit": (
+        lambda m: edit_json(m / "preprocessor_config.json", max_pixels=12544),
+        "preprocessor_config.json: the model takes pictures of at most 12544 pixels",
+    ),
+    "its own limit in other words": (
+        lambda m: edit_json(m / "preprocessor_config.json", max_pixels=None, size={"longest_edge": 12544}),
+        "preprocessor_config.json: the model takes pictures of at most 12544 pixels",
+    ),
+    "larger pictures": (
+        lambda m: edit_json(m / "preprocessor_config.json", min_pixels=12544),
+        "set.jsonl:1: resized to 56 x 84 pixels, and the server would resize it again",
+    ),
+    "other patches": (
+        lambda m: edit_json(m / "preprocessor_config.json", patch_size=16), "patch_size is 16, Qwen2.5-VL's is 14"
+    ),
+    "ids beyond the embedding": (add_tokens, "ids up to 448, its embedding 448 rows"),
+    "damaged tokenizer.json": (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json: damaged"),
+    "damaged tokenizer_config.json": (
+        lambda m: (m / "tokenizer_config.json").write_text("[" * 99999), "its tokenizer cannot be loaded"
+    ),
+    "damaged template": (lambda m: (m / "chat_template.jinja").write_text("{% for"), "chat template: damaged"),
+    "a template that fails": (lambda m: (m / "chat_template.jinja").write_text("{{ 1 / 0 }}"), "chat template: "),
+    "no vocabulary size": (lambda m: edit_json(m / "config.json", vocab_size=None), "config.json: vocab_size is None"),
+    "no config.json": (lambda m: (m / "config.json").unlink(), "config.json: cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models_that_would_fail_later(case, stage, tmp_path, tiny_hf):
+    damage, message = MODELS[case]
+    model = tmp_path / "model"
+    shutil.copytree(tiny_hf, model)
+    source = write_jsonl(tmp_path / "data" / "set.jsonl", ROWS[:1])
+    stage(source, f"model.path={model}", output="before")  # control
+    damage(model)
+    with pytest.raises(UserError) as error:
+        stage(source, f"model.path={model}")
+    assert message in error.value.lines[0] and all("\n" not in line for line in error.value.lines)
+    assert not (tmp_path / "out").exists()
+
+
+def test_code_of_a_checkpoint_is_not_run(stage, tmp_path, tiny_hf):
+    from transformers import AutoTokenizer
+
+    model, mark = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_hf, model)
+    (model / "theirs.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["theirs.Theirs", None]})
+    stage(write_jsonl(tmp_path / "data" / "set.jsonl", ROWS[:1]), f"model.path={model}")
+    assert not mark.exists()
+    with pytest.raises(AttributeError):  # control
+        AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    assert mark.exists()
 
 
 def npy(seed) -> bytes:
@@ -348,21 +583,36 @@ def test_semantic_masking_asks_for_maps_here(stage, tmp_path):
     assert with_maps[0] == with_maps[1] != fingerprint
 
 
+CONVERTED = "convert it: .venv/bin/python -c \"import datasets; datasets.load_dataset\\('{}', data_files='"
+
+
 def test_bad_files_are_named(stage, tmp_path):
     (tmp_path / "cut.jsonl").write_text(json.dumps({"problem": "?", "answer": "1"}) + '\n{"problem": "tr')
     whole = write_parquet(tmp_path / "whole.parquet", ROWS)
     (tmp_path / "cut.parquet").write_bytes(whole.read_bytes()[:-40])
     (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "data.json").write_text("[]")
+    (tmp_path / "data.jsonl.gz").write_bytes(b"")
+    (tmp_path / "array.jsonl").write_text(json.dumps([ROWS[2]], indent=1))
     (tmp_path / "empty").mkdir()
+    for folder, name in (("saved", "dataset_info.json"), ("other", "rows.csv")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
     for source, message in {
         "cut.jsonl": "cut.jsonl:2: not JSON",
         "cut.parquet": "cannot be read as parquet",
-        "data.csv": "expected .jsonl or .parquet",
+        "data.csv": "expected .jsonl or .parquet: " + CONVERTED.format("csv"),
+        "data.json": "expected .jsonl or .parquet: " + CONVERTED.format("json"),
+        "data.jsonl.gz": "expected .jsonl or .parquet: " + CONVERTED.format("json"),
+        "array.jsonl": "array.jsonl:1: .* not an object per line: " + CONVERTED.format("json"),
+        "saved": "made by save_to_disk.*load_from_disk",
+        "other": "no .jsonl or .parquet file in this directory: " + CONVERTED.format("csv"),
         "empty": "no .jsonl or .parquet file",
         "none.jsonl": "no such file or directory",
+        "https://example.org/set.jsonl": "no such file or directory",
     }.items():
         with pytest.raises(UserError, match=message):
-            stage(tmp_path / source)
+            stage(source if "://" in source else tmp_path / source)
 
 
 def test_bad_template_system_prompt_and_model(stage, tmp_path, tiny_hf):
