@@ -69,7 +69,10 @@ def test_tables_of_stages(pages):
         assert f"| {stage.title} | " in written and f" | {stage.writes} |" in written
     assert "| `data` (1), `hf` (1, 2, 6 or yours), `previous` (4) | `iterations/NNNN/rollouts` |" in written
     assert "| `data` and `evaluation/sets/SET` |" in written and "| `evaluation/iteration_NNNN/SET` |" in written
-    assert "- `stage2_sft`: seed, sft, model.{dtype, recompute}, data.{min_pixels, max_pixels}\n" in written
+    wrapped = (
+        "- `stage2_sft`: seed, sft, model.{dtype, recompute}, data.{min_pixels, max_pixels, resize,\n  transparency}\n"
+    )
+    assert wrapped in written
     assert "- `stage3_convert_to_megatron`: none: its input alone\n" in written
     assert publish(pages, "--check").returncode == 0
     page.write_text(written.replace("`rollouts` (4)", "`rollouts` (3)", 1))
