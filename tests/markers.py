@@ -20,6 +20,8 @@ MARKERS = {
         "rollout/test_dynamic_sampling.py",
         "run",
         "sglang/test_answers.py",
+        "sglang/test_cpu_launcher.py",
+        "sglang/test_environment.py",
         "sglang/test_sample_store.py",
         "stages/test_stage1.py",
         "test_documentation.py",

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from megatron_papo.config_files import load_config
+from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
-from megatron_papo.sglang.server import connect_or_start_all, status, stop_all
+from megatron_papo.sglang.server import connect_or_start_all, status, stop_all, urls_of
 
 
 def parse() -> argparse.Namespace:
@@ -30,6 +31,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    if urls_of(str(arguments.server)) is not None:
+        raise UserError(f"--server {arguments.server}: servers of a directory are started and stopped here")
     if arguments.action == "start":
         config = load_config(arguments.config, arguments.overrides)
         servers = connect_or_start_all(arguments.server, arguments.model, config.server, config.model.dtype)

@@ -3,7 +3,7 @@ line."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,7 +12,13 @@ from megatron_papo.reading import reading
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    """A line of a file; every number in it is finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+TokenId = Annotated[int, Field(ge=0)]
+LogProb = Annotated[float, Field(le=0)]
 
 
 class Prompt(Record):
@@ -65,9 +71,9 @@ class Rollout(Record):
     images: list[str]
     saliency: list[str] = []
     """As in Prompt.saliency."""
-    response_token_ids: list[int]
+    response_token_ids: list[TokenId]
     """As the server sampled them, the end-of-turn token included when it came."""
-    rollout_log_probs: list[float]
+    rollout_log_probs: list[LogProb]
     """The server's log-prob of each response token, at `temperature`, before top_p, over the tokens it may sample. Same
     length."""
     text: str
@@ -130,12 +136,17 @@ def _parse(line: bytes, record: type[RecordType], where: str) -> RecordType:
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> int:
-    """Writes one record per line; returns how many."""
+    """Writes one record per line; returns how many.
+
+    Raises UserError for a record that could not be read again, such as one with a number that is not finite.
+    """
     count = 0
     with open(path, "w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(record.model_dump_json() + "\n")
-            count += 1
+        for count, record in enumerate(records, 1):
+            line = record.model_dump_json()
+            with reading(f"{path}:{count}: not written", "run the stage again"):
+                type(record).model_validate_json(line)
+            stream.write(line + "\n")
     return count
 
 

@@ -48,6 +48,27 @@ def test_round_trip(tmp_path):
     assert read_jsonl(tmp_path / "g.jsonl", Rollout)[0].sampling_seed == 2**62
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rollout_log_probs", [float("nan")]),
+        ("rollout_log_probs", [float("-inf")]),
+        ("rollout_log_probs", [0.5]),
+        ("response_token_ids", [-1]),
+        ("temperature", float("inf")),
+        ("rewards", Rewards(overall=1.0, accuracy=1.0, format=1.0).model_copy(update={"overall": float("nan")})),
+    ],
+)
+def test_nothing_is_written_that_is_refused_when_it_is_read(tmp_path, field, value):
+    """Control: pydantic alone writes null."""
+    wrong = rollout(0, 1).model_copy(update={field: value})
+    with pytest.raises(UserError, match=rf"f.jsonl:2: not written: {field}"):
+        write_jsonl(tmp_path / "f.jsonl", [rollout(0, 0), wrong])
+    (tmp_path / "g.jsonl").write_text(wrong.model_dump_json() + "\n")
+    with pytest.raises(UserError, match=f"g.jsonl:1: not a Rollout record: {field}"):
+        read_jsonl(tmp_path / "g.jsonl", Rollout)
+
+
 def test_damage(tmp_path):
     file = tmp_path / "f.jsonl"
     write_jsonl(file, [prompt(0), prompt(1)])

@@ -32,6 +32,11 @@ def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypa
     assert again == server and record(server_dir)["pid"] == pid
     assert (server_dir / "server.json").stat().st_mode & 0o077 == 0  # it holds the key
     assert server.url.startswith("http://127.0.0.1:")
+    group = server_process.group_of(psutil.Process(pid))
+    listening = [one.laddr.ip for process in group for one in process.net_connections() if one.status == "LISTEN"]
+    assert set(listening) == {"127.0.0.1"} and len(listening) > 1  # the scheduler's, too
+    everybody = [(server_dir / "server.log").read_text(), *(f"{p.cmdline()} {p.environ()}" for p in group)]
+    assert not any(server.api_key in text for text in everybody) and "server_args=" in everybody[0]
     monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
     [found] = sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
     assert found == Server(server.url, server.api_key)
