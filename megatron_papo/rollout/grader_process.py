@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 from megatron_papo.errors import UserError
 from megatron_papo.reading import shown
@@ -64,9 +65,14 @@ class GraderProcess:
         return word
 
     def stop(self) -> None:
-        """End the process and, by the kernel's doing, its child."""
-        self._process.kill()
-        self._process.wait()
+        """End the process and its child: at the end of their input, or else by force."""
+        with suppress(OSError):
+            self._requests.close()
+        try:
+            self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _receive(self) -> str:
         watch = threading.Timer(PATIENCE_SECONDS, self._process.kill)

@@ -39,9 +39,9 @@ LARGEST_ARGUMENT = 5000
 """Of a function that computes with whole numbers, factorials above all."""
 LARGEST_EXPONENT = 20
 """Of what is no number: sympy may multiply it out."""
-GOLDEN_RATIO = 0.6180339887498949
-EVALUATION_DIGITS = 50
-SURELY = 1e-6
+DIGITS = 30
+"""That an expression is evaluated with."""
+NEAR, NEAR_WITH_DECIMALS = 1e-18, 1e-6
 """Relative to the largest term: far above what rounding makes of 0."""
 HELPERS = ("Integer", "Rational", "sqrt", "cbrt", "root")
 """Other names of sympy's that compute an expression from expressions."""
@@ -67,17 +67,22 @@ def parse_expression(text: str):
 
 
 def surely_not_zero(expression) -> bool:
-    """Return whether a sympy expression is far from 0 where its symbols are some positive numbers.
+    """Return whether a sympy expression is not 0 where its symbols are some positive numbers, and f(x) some function.
 
     Then no rule of sympy's makes it 0, which saves the search for one: milliseconds instead of seconds, or hours. False
-    where that cannot be told: near 0, at a pole, with functions that nobody defined.
+    where that cannot be told: near 0, or at a pole.
     """
+    from sympy import Float, Rational
+    from sympy.core.function import AppliedUndef
+
+    expression = expression.replace(AppliedUndef, lambda *arguments: Rational(1, 3) + Rational(2, 7) * sum(arguments))
     symbols = sorted(expression.free_symbols, key=str)
-    point = {symbol: 0.5 + (number + 1) * GOLDEN_RATIO % 1 for number, symbol in enumerate(symbols)}
+    point = {symbol: Rational(61 + 37 * number, 97) for number, symbol in enumerate(symbols)}
     terms = expression.args if expression.is_Add else (expression,)
-    sizes = [abs(complex(term.evalf(subs=point, maxn=EVALUATION_DIGITS))) for term in terms]
-    value = abs(complex(expression.evalf(subs=point, maxn=EVALUATION_DIGITS)))
-    return isfinite(value) and value > SURELY * max(1.0, *sizes)
+    sizes = [abs(complex(term.evalf(subs=point))) for term in terms]
+    value = abs(complex(expression.evalf(DIGITS, subs=point, maxn=2 * DIGITS)))
+    near = NEAR_WITH_DECIMALS if expression.has(Float) else NEAR
+    return isfinite(value) and value > near * max(1.0, *sizes)
 
 
 @lru_cache(maxsize=1)

@@ -27,7 +27,7 @@ from tests.helpers import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "rewards.json"
 # Too near to the answer to be told apart by its value, and a quarter of an hour for sympy: a continued fraction.
-HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**2+3*y+" * 9 + "y" + ")" * 9 + ")/10**9}"
+HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**2+3*y+" * 9 + "y" + ")" * 9 + ")/10**30}"
 HANGS_ON = "\\frac{x}{2}"
 
 

@@ -4,13 +4,15 @@
 
 Ordinary: fractions, roots, polynomials and letters against answers of the same kinds, half of them right. Hostile:
 towers of powers, factorials, decimals of a billion digits, deep nesting, long texts, continued fractions, sums of
-roots, and what is so near to the answer that only algebra tells them apart; no two the same. The rewards of the
-ordinary ones must be the same among them: exit status 1 if not. The last line is one JSON object.
+roots, and what is within a billionth of the answer; no two the same. The rewards of the
+ordinary ones must be the same among them: exit status 1 if not. Where other processes want the same cores, seconds of
+the processors say more than seconds. The last line is one JSON object.
 """
 
 import argparse
 import json
 import random
+import resource
 import sys
 import time
 
@@ -37,6 +39,7 @@ HOSTILE = (
     lambda n: f"((x+{n})**9+y)**9/(x-y)**9",
     lambda n: "+".join(f"1/(x+{k}*y)" for k in range(n + 1, n + 30)),
     lambda n: "x/2+(" + f"1/(x+{n}*y+" * 9 + "1" + ")" * 9 + ")/10**9",
+    lambda n: f"1/(f(x)*x+{n}+" * 9 + "1" + ")" * 9,
     lambda n: f"sqrt(x+{n}*" * 9 + "1" + ")" * 9,
 )
 ANSWER = "\\frac{x}{2}"
@@ -58,13 +61,19 @@ def hostile(number: int) -> Pair:
     return f"<think>{number}</think>\\boxed{{{HOSTILE[kind](turn)}}}", ANSWER
 
 
-def graded(pairs: list[Pair], config: RewardConfig) -> tuple[float, list[Rewards]]:
-    """Return the seconds that grading took, the start of its processes included, and the rewards."""
-    begun = time.monotonic()
+def graded(pairs: list[Pair], config: RewardConfig) -> tuple[float, float, list[Rewards]]:
+    """Return the seconds that grading took, those of the processors that grade, the start of the processes included,
+    and the rewards."""
+    begun, before = time.monotonic(), _processor_seconds()
     with Grader(config) as grader:
         under_way = [grader.submit(response, answer, False) for response, answer in pairs]
         rewards = [grader.result(submitted) for submitted in under_way]
-    return time.monotonic() - begun, rewards
+    return time.monotonic() - begun, _processor_seconds() - before, rewards
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -79,18 +88,20 @@ def main() -> None:
     places = draw.sample(range(args.responses), args.hostile)
     for number, place in enumerate(places):
         mixed[place] = hostile(number)
-    alone_seconds, alone = graded(normal, config)
-    among_seconds, among = graded(mixed, config)
+    alone_seconds, alone_work, alone = graded(normal, config)
+    among_seconds, among_work, among = graded(mixed, config)
     left = set(range(args.responses)) - set(places)
     same = all(alone[place] == among[place] for place in left)
     late = sum(among[place].timed_out for place in places)
-    print(f"{args.responses} ordinary: {alone_seconds:.1f} s, {args.responses / alone_seconds:.0f} a second")
+    print(f"{args.responses} ordinary: {alone_seconds:.1f} s, {alone_work:.1f} s of the processors")
     print(
-        f"{args.hostile} of them hostile: {among_seconds:.1f} s, {among_seconds / alone_seconds:.1f} times;"
-        f" {late} stopped after {config.time_limit_seconds:g} s, the others refused or graded"
+        f"{args.hostile} of them hostile: {among_seconds:.1f} s, {among_work:.1f} s of the processors"
+        f" ({among_work / alone_work:.1f} times); {late} stopped after {config.time_limit_seconds:g} s, the others"
+        " refused or graded"
     )
-    numbers = {"seconds_alone": alone_seconds, "seconds_among": among_seconds, "late": late, "same": same}
-    print(json.dumps(numbers))
+    seconds = {"seconds_alone": alone_seconds, "seconds_among": among_seconds}
+    work = {"processor_seconds_alone": alone_work, "processor_seconds_among": among_work}
+    print(json.dumps(seconds | work | {"late": late, "same": same}))
     sys.exit(0 if same else 1)
 
 
