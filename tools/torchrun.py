@@ -15,7 +15,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
-from megatron_papo.distributed.process_groups import LAUNCHED, LOOPBACK, OF_TORCHRUN
+from megatron_papo.distributed.process_groups import LAUNCHED, LAUNCHER_PID, LOOPBACK, OF_TORCHRUN
 
 NOISY = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 """They repeat on several lines which process they end because another one has ended."""
@@ -32,6 +32,7 @@ def with_separator(arguments: Sequence[str]) -> list[str]:
 def make_environment(standalone: bool) -> None:
     """Leave in the environment what the processes are to get: for one machine, nothing of another launcher."""
     os.environ.pop("PYTHONPATH", None)
+    os.environ[LAUNCHER_PID] = str(os.getpid())
     if standalone:
         for name in list(os.environ):
             if name in LAUNCHED + OF_TORCHRUN or name.startswith(("TORCHELASTIC_", "PET_")):

@@ -26,6 +26,9 @@ OF_TORCHRUN = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """Processes of one machine find each other over loopback, unless the environment says otherwise."""
 
+LAUNCHER_PID = "PAPO_LAUNCHER_PID"
+"""Where tools.torchrun says which process it is."""
+
 _has_joined = False  # a process group: see leave()
 
 
@@ -107,6 +110,8 @@ def die_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.environ.get(LAUNCHER_PID) not in (None, str(os.getppid())):
+            os._exit(1)  # it was killed before this process could say so
 
 
 def _check_world_size(parallel: ParallelConfig) -> None:

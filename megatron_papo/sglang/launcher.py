@@ -26,8 +26,13 @@ class Key(str):
 
 
 def read_key() -> Key:
-    """Return the first line of stdin, and leave nothing there for others."""
+    """Return the first line of stdin, and leave nothing there for others.
+
+    Whoever starts a server tells it its key once the server is on record: without one, nobody will ever ask for it.
+    """
     key = Key(sys.stdin.readline().strip())
+    if not key:
+        sys.exit("no key on stdin: the process that wanted a server has ended")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -44,7 +49,7 @@ def serve(arguments: Sequence[str]) -> None:
     load_plugins()
     try:
         server_args = prepare_server_args(list(arguments))
-        server_args.api_key = read_key() or None
+        server_args.api_key = read_key()
         run_server(server_args)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)

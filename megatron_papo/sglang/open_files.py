@@ -14,15 +14,16 @@ def room_for(connections: int) -> int:
     """Return how many connections a stage can have open at once: `connections`, or fewer where the system allows no
     more.
 
-    The limit of the process, which servers inherit that it starts, is raised as far as it may be. Raises UserError
+    The limit of the process is raised to what it needs, as far as it may be. Raises UserError
     where there is no room for a single connection.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard == resource.RLIM_INFINITY:
-        return connections
-    room = hard - psutil.Process().num_fds() - RESERVED
+    others = psutil.Process().num_fds() + RESERVED
+    wanted = others + connections
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    room = allowed - others
     if room < 1:
         raise UserError(f"this process may open {hard} files, which leaves none for a server: raise it (ulimit -n)")
     if room < connections:

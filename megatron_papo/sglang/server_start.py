@@ -94,7 +94,8 @@ def _start_once(launch: Launch) -> OwnedServer:
     command += config.extra_arguments
     with reading(launch.directory, "choose another --server, or make room"):
         temporary = temporary_directory(launch.directory)
-        process = _run_detached(command, launch.directory, temporary, api_key)
+        started = _run_detached(command, launch.directory, temporary)
+        process = psutil.Process(started.pid)
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     record = ServerRecord(
         url=f"http://{host}:{port}",
@@ -108,17 +109,18 @@ def _start_once(launch: Launch) -> OwnedServer:
         temporary=str(temporary),
     )
     write_record(launch.directory, record)
+    _tell_key(started, api_key)  # one that is not on record ends without it
     return wait_until_ready(launch, process, record)
 
 
-def _run_detached(command: list[str], directory: Path, temporary: Path, api_key: str) -> psutil.Process:
-    """Run a command in a session and an environment of its own, with the key on its stdin; what it prints goes to
+def _run_detached(command: list[str], directory: Path, temporary: Path) -> subprocess.Popen[bytes]:
+    """Run a command in a session and an environment of its own, with a pipe as its stdin; what it prints goes to
     server.log, readable by the owner only."""
     log_file = directory / "server.log"
     if log_file.exists():
         log_file.replace(directory / "server.log.previous")
     with os.fdopen(os.open(log_file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as log:
-        popen = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=log,
@@ -127,10 +129,12 @@ def _run_detached(command: list[str], directory: Path, temporary: Path, api_key:
             env=server_environment(os.environ, temporary, command),
             start_new_session=True,
         )
-    assert popen.stdin is not None
-    with suppress(BrokenPipeError), popen.stdin:  # it has ended already, which is noticed at once
-        popen.stdin.write(f"{api_key}\n".encode())
-    return psutil.Process(popen.pid)
+
+
+def _tell_key(started: subprocess.Popen[bytes], api_key: str) -> None:
+    assert started.stdin is not None
+    with suppress(BrokenPipeError), started.stdin:  # it has ended already, which is noticed at once
+        started.stdin.write(f"{api_key}\n".encode())
 
 
 def wait_until_ready(launch: Launch, process: psutil.Process, record: ServerRecord) -> OwnedServer:

@@ -107,6 +107,13 @@ def test_what_is_left_of_another_launcher_does_not_count(monkeypatch, environmen
     assert {name: os.environ[name] for name in environment if name in os.environ} == (environment if launched else {})
 
 
+@pytest.mark.parametrize("launcher, status", [(os.getpid(), 0), (os.getpid() + 1, 1)])
+def test_a_process_whose_launcher_has_ended_already_ends(launcher, status):
+    program = "from megatron_papo.distributed import process_groups as groups; groups.die_with_launcher()"
+    launched = {**ALL_OF_THEM, "TORCHELASTIC_RUN_ID": "r", process_groups.LAUNCHER_PID: str(launcher)}
+    assert subprocess.run([sys.executable, "-c", program], env={**os.environ, **launched}).returncode == status
+
+
 def test_the_checks_need_no_torch():
     modules = "megatron_papo.distributed.process_groups, megatron_papo.model.hf_config"
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"

@@ -103,7 +103,7 @@ def test_the_limit_of_open_files_is_raised():
         "import resource; from megatron_papo.sglang.open_files import room_for;"
         "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard));"
-        "print(room_for(90), resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard)"
+        "print(room_for(90), resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 90 + 64)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "90 True\n", done.stderr
