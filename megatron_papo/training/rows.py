@@ -91,6 +91,12 @@ def _check(rollout: Rollout, prompt: list[int], hf: HFConfig, place: str) -> Non
         raise UserError(
             f"{place}: {len(rollout.response_token_ids)} response tokens but {len(rollout.rollout_log_probs)} log-probs"
         )
+    largest = max(rollout.response_token_ids, default=-1)
+    if not 0 <= largest < hf.text.vocab_size:
+        raise UserError(
+            f"{place}: a response of {len(rollout.response_token_ids)} tokens, the largest {largest}, where the"
+            f" vocabulary has {hf.text.vocab_size}: make the file again"
+        )
     if hf.image_token_id in rollout.response_token_ids or hf.video_token_id in rollout.response_token_ids:
         raise UserError(
             f"{place}: the response holds an image or video token, which no model input can match: make the file again"

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_papo.config_files import load_config
+from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
 from megatron_papo.run.records import Rewards, Rollout, write_jsonl
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
@@ -307,6 +308,19 @@ def dense_mask(batch, part) -> torch.Tensor:
 def rows_of(config, hf, work):
     rollouts = make_rollouts(hf)
     return make_rows(rollouts, [1.0] * len(rollouts), work, config, hf, work)
+
+
+@pytest.mark.parametrize("ids", [[], [448], [10**9]])
+def test_a_response_that_no_model_input_can_match_is_refused(work, hf, ids):
+    """Control: the last word of the vocabulary is none."""
+    config, rollouts = config_of(next(iter(CASES))), make_rollouts(hf)[:1]
+    for found, refused in (([447], False), (ids, True)):
+        wrong = rollouts[0].model_copy(update={"response_token_ids": found, "rollout_log_probs": [-1.0 for _ in found]})
+        if refused:
+            with pytest.raises(UserError, match="rollouts.jsonl:1: a response of .* the vocabulary has 448"):
+                make_rows([wrong], [1.0], work, config, hf, work / "rollouts.jsonl")
+        else:
+            assert len(make_rows([wrong], [1.0], work, config, hf, work / "rollouts.jsonl")) == 1
 
 
 @pytest.mark.parametrize("name", PASSES)
