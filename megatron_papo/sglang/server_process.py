@@ -20,13 +20,18 @@ def identity_of(pid: int) -> str | None:
     """Return what tells a process from another one with the same number; None if it is not there.
 
     That is the boot of the machine, and the ticks from it to the start of the process: setting the clock moves neither.
+    Where the system does not say so, it is the time of its start.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {fields[19]}"  # starttime, the 22nd field; the second one, in brackets, may hold blanks
     except OSError:
+        pass
+    try:
+        return f"started {psutil.Process(pid).create_time():.2f}"
+    except psutil.NoSuchProcess:
         return None
-    return f"{boot} {fields[19]}"  # starttime, the 22nd field; the second one, in brackets, may hold blanks
 
 
 def process_of(record: ServerRecord | None) -> psutil.Process | None:
