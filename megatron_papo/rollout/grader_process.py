@@ -18,6 +18,7 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
 """All that a grading process is given: the same order of sympy's terms, hence the same grade, in each."""
 LIBRARY_PATH = "LD_LIBRARY_PATH"
 """Given too where it is set: without it some machines' Python does not start."""
+START_SECONDS = 300.0
 PATIENCE_SECONDS = 120.0
 """For a process that does not compute: it was stopped, or the machine is. Computing has its own, shorter limit."""
 
@@ -30,6 +31,21 @@ class GraderProcess:
     """A process that grades one answer after another. Raises UserError if it does not start."""
 
     def __init__(self, time_limit_seconds: float):
+        word = self._start(time_limit_seconds)
+        if word != READY:  # somebody else may have ended it
+            self.stop()
+            word = self._start(time_limit_seconds)
+        if word != READY:
+            self.stop()
+            assert self._process.stderr
+            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise UserError(
+                f"reward: a grading process does not start ({shown(said[0]) if said else 'it says nothing'}): run"
+                " bash tools/setup_environment.sh again"
+            )
+
+    def _start(self, time_limit_seconds: float) -> str:
+        """Start the process and return its first word."""
         library_path = {name: value for name, value in os.environ.items() if name == LIBRARY_PATH}
         paths = [os.path.abspath(path) for path in sys.path]
         self._process = subprocess.Popen(
@@ -39,18 +55,12 @@ class GraderProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert self._process.stdin and self._process.stdout and self._process.stderr
+        assert self._process.stdin and self._process.stdout
         self._requests, self._replies = self._process.stdin, self._process.stdout
-        word, _, lacking = self._receive().partition(" ")
+        word, _, lacking = self._receive(START_SECONDS).partition(" ")
         self.lacking = lacking.split()
         """The layers of the sandbox that this machine does not have: see sandbox.confine."""
-        if word != READY:
-            self.stop()
-            said = self._process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise UserError(
-                f"reward: a grading process does not start ({shown(said[0]) if said else 'it says nothing'}): run"
-                " bash tools/setup_environment.sh again"
-            )
+        return word
 
     def ask(self, content: str, answer: str) -> str:
         """Return RIGHT, WRONG or LATE. Raises GraderDied."""
@@ -59,7 +69,7 @@ class GraderProcess:
             self._requests.flush()
         except OSError:
             raise GraderDied
-        word = self._receive()
+        word = self._receive(PATIENCE_SECONDS)
         if word not in (RIGHT, WRONG, LATE):
             raise GraderDied
         return word
@@ -74,8 +84,8 @@ class GraderProcess:
             self._process.kill()
             self._process.wait()
 
-    def _receive(self) -> str:
-        watch = threading.Timer(PATIENCE_SECONDS, self._process.kill)
+    def _receive(self, seconds: float) -> str:
+        watch = threading.Timer(seconds, self._process.kill)
         watch.start()
         try:
             return os.read(self._replies.fileno(), 256).decode(errors="replace").strip()
