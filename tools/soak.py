@@ -305,7 +305,7 @@ class Disturbed:
         if target == "server":
             record = read_record(self.run / "server")
             return [process for process in alive if record is not None and process.pid == record.pid]
-        words = {"rank": "--run", "grader": "spawn_main"}.get(target, "")
+        words = {"rank": "--run", "grader": "rollout.grading"}.get(target, "")
         chosen = [process for process in alive if words in shown(process)]
         if target == "rank":
             parents = {process.pid for process in alive if "tools.torchrun" in shown(process)}
