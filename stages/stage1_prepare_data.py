@@ -28,6 +28,7 @@ from megatron_papo.config import Config, PromptSource, RewardConfig
 from megatron_papo.data.chat import TOKENIZER_FILES, require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
 from megatron_papo.errors import UserError
+from megatron_papo.reading import shown
 from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import counted, progress_bar
 from megatron_papo.run.stage_output import Input, StageOutput, file_hash
@@ -188,7 +189,7 @@ def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptM
             stream.writelines(json.dumps({"set": name, **vars(row)}) + "\n" for row in report.bad)
     out.counts |= report.counts(name, suspicious)
     for line in report.in_words(suspicious, data.max_prompt_tokens):
-        print(f"stage 1: {name}: {line}", flush=True)
+        print(shown(f"stage 1: {name}: {line}", limit=0), flush=True)
     if name == "train" and report.kept < config.rollout.rollout_batch_size:
         times = math.ceil(config.rollout.rollout_batch_size / report.kept)
         print(

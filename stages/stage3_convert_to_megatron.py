@@ -12,6 +12,7 @@ Writes: torch_dist files, hf/ (configuration, tokenizer, processor: what stage 6
 from functools import partial
 
 from megatron_papo.checkpoint.conversion_output import to_megatron
+from megatron_papo.data.chat import require_ids_in_vocabulary
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
 from megatron_papo.run.command_line import StageParser, run
 
@@ -20,8 +21,11 @@ def main() -> None:
     _, tasks = StageParser("stage3_convert_to_megatron", __doc__ or "").parse()
     for task in tasks:
         parallel = task.config.parallel
-        # The layout is checked before minutes of conversion, not by stage 5 after them.
-        to_megatron(task.require("hf"), task.output, {}, check=partial(check_parallel_sizes, parallel=parallel))
+        hf = task.require("hf")
+        # Checked before minutes of conversion, not by stage 5 after them: tokens without a row, and the layout.
+        if (hf / "tokenizer.json").is_file():
+            require_ids_in_vocabulary(hf)
+        to_megatron(hf, task.output, {}, check=partial(check_parallel_sizes, parallel=parallel))
 
 
 if __name__ == "__main__":

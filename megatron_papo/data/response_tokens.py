@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_papo.data.chat import forbidden_tokens
+from megatron_papo.data.chat import forbidden_tokens, vocabulary_size
 from megatron_papo.reading import read_json, reading
 
 CURE = "copy the model again"
@@ -38,8 +38,8 @@ def response_tokens(hf_dir: Path, vocabulary: dict[str, int]) -> ResponseTokens:
     """
     forbidden = forbidden_tokens(hf_dir, vocabulary)
     config = read_json(hf_dir / "config.json", CURE)
+    size = vocabulary_size(hf_dir)
     with reading(hf_dir / "config.json", CURE):
-        size = int(config.get("text_config", config).get("vocab_size") or config["vocab_size"])
         ends = set(_ids(config)) | set(_ids(config.get("text_config", {})))
     generation, tokenizer = hf_dir / "generation_config.json", hf_dir / "tokenizer_config.json"
     if generation.exists():

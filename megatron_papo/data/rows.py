@@ -110,6 +110,8 @@ def _tables(source: PromptSource, config: DataConfig, columns: Columns) -> Itera
     files = data_files(source)
     base = Path(source.source)
     root = Path(config.image_root) if config.image_root else None
+    if root is not None and not root.is_dir():
+        raise UserError(f"data.image_root: {root}: no such directory: correct it")
     for file in files:
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
         yield _Table(str(file), stem, root or file.parent, _rows_of(file, columns))

@@ -24,7 +24,7 @@ ALPHA_MODES = ("LA", "PA", "RGBA")
 GREY_BITS = {"1": 1, "L;2": 2, "L;4": 4}
 """Depth of a PNG's grey levels by Pillow's name of its raw mode, where Pillow spreads them over 0..255."""
 _NPY_MAGIC = b"\x93NUMPY"
-_WHITE_IS_ZERO, _YCBCR, _UNCOMPRESSED = 0, 6, 1
+_WHITE_IS_ZERO, _YCBCR, _UNCOMPRESSED, _IN_PLANES = 0, 6, 1, 2
 """Values of TIFF tags."""
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # what is refused is twice as large
 
@@ -142,11 +142,14 @@ def _open(content: bytes, shown: str, kind: str) -> _Stored:
             and tuple(tags.get(TiffImagePlugin.YCBCRSUBSAMPLING, (2, 2))) != (1, 1)
         ):
             raise UserError(f"{shown}: an uncompressed TIFF with fewer colours than pixels: save it as PNG")
+        bits = int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+        if tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == _IN_PLANES and bits != 8:
+            raise UserError(f"{shown}: a TIFF with planes of {bits} bits, which Pillow misreads: save it as PNG")
         return _Stored(
             ImageOps.exif_transpose(image),
             str(image.format),
             raw_mode,
-            bits=int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]),
+            bits=bits,
             white_is_zero=photometric == _WHITE_IS_ZERO,
             has_several_frames=getattr(image, "is_animated", False),
         )

@@ -40,21 +40,28 @@ def png(kind: int, bits: int, samples: list[list[int]], width: int, palette=b"",
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def tiff(bits: int, photometric: int, samples: list[list[int]], width: int, channels=1, more=()) -> bytes:
-    """Little-endian, uncompressed, one strip. more: further tags, (number, value), as 16-bit integers or a tuple."""
-    data = b"".join(packed(samples, bits, "<"))
+def tiff(bits: int, photometric: int, samples: list[list[int]], width: int, channels=1, more=(), order="<") -> bytes:
+    """Uncompressed, one strip. more: further tags, (number, value), as 16-bit integers or a tuple."""
+    data = b"".join(packed(samples, bits, order))
     tags = [(256, width), (257, len(samples)), (259, 1), (262, photometric), (277, channels), (278, len(samples))]
     tags += [(258, bits if channels == 1 else (bits,) * channels), *more]
     entries, extra, start = [], b"", 8 + 2 + 12 * (len(tags) + 2) + 4
     for number, value in tags:
         values = value if isinstance(value, tuple) else (value,)
-        content = struct.pack(f"<{len(values)}H", *values)
+        content = struct.pack(f"{order}{len(values)}H", *values)
         if len(content) > 4:
-            content, extra = struct.pack("<I", start + len(extra)), extra + content
-        entries.append(struct.pack("<HHI", number, 3, len(values)) + content.ljust(4, b"\0"))
+            content, extra = struct.pack(f"{order}I", start + len(extra)), extra + content
+        entries.append(struct.pack(f"{order}HHI", number, 3, len(values)) + content.ljust(4, b"\0"))
     for number, value in ((273, start + len(extra)), (279, len(data))):
-        entries.append(struct.pack("<HHII", number, 4, 1, value))
-    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(sorted(entries)) + bytes(4) + extra + data
+        entries.append(struct.pack(f"{order}HHII", number, 4, 1, value))
+    return (
+        (b"II*\0" if order == "<" else b"MM\0*")
+        + struct.pack(f"{order}IH", 8, len(entries))
+        + b"".join(sorted(entries))
+        + bytes(4)
+        + extra
+        + data
+    )
 
 
 def saved(pixels, mode: str, form: str, **options) -> bytes:
@@ -81,6 +88,7 @@ OPAQUE = {
     "2-bit palette PNG": (png(PALETTE, 2, [[2, 0, 1]], 3, bytes(WHITE + RED + BLUE)), np.array([[BLUE, WHITE, RED]])),
     "opaque RGBA PNG": (png(RGBA, 8, [[1, 2, 3, 255]], 1), np.array([[(1, 2, 3)]])),
     "16-bit TIFF": (tiff(16, 1, DEEP, 3), AS_GREY),
+    "16-bit TIFF of the other byte order": (tiff(16, 1, DEEP, 3, order=">"), AS_GREY),
     "16-bit TIFF, white is 0": (tiff(16, 0, DEEP, 3), 255 - AS_GREY),
     "12-bit TIFF": (tiff(12, 1, [[0, 4095, 2048, 1]], 4), grey([0, 255, 128, 0])),
     "1-bit TIFF, white is 0": (tiff(1, 0, [[0, 1, 0]], 3), grey([255, 0, 255])),
@@ -121,6 +129,7 @@ TRANSPARENT = {
     "16-bit grey": (png(GREY, 16, [[257, 514]], 2, transparent=b"\1\1"), [255, 2], [1, 2]),
     "RGB": (png(RGB, 8, [[*RED, *BLUE]], 2, transparent=b"\0\xff\0\0\0\0"), [WHITE, BLUE], [RED, BLUE]),
     "TIFF with alpha": (tiff(8, 2, [[*RED, 255, *RED, 0]], 2, 4, [(338, 2)]), [RED, WHITE], [RED] * 2),
+    "TIFF with alpha multiplied in": (tiff(8, 2, [[128, 0, 0, 128] * 2], 2, 4, [(338, 1)]), [HALF_RED], [RED]),
     "grey TIFF with alpha": (tiff(8, 1, [[0, 255, 0, 0]], 2, 2, [(338, 2)]), [0, 255], [0, 0]),
     "WebP": (saved(np.full((8, 8, 4), (*RED, 0)), "RGBA", "WEBP", lossless=True, exact=True), [WHITE], [RED]),
     "GIF": (saved(np.array([[9, 7]]), "L", "GIF", transparency=9), [255, 7], [9, 7]),
@@ -217,6 +226,7 @@ REFUSED = {
     "floating-point TIFF": in_mode("F", 0.5),
     "signed 16-bit TIFF": tiff(16, 1, DEEP, 3, more=[(339, 2)]),
     "32-bit TIFF": in_mode("I", 70000),
+    "TIFF with planes of 16 bits": tiff(16, 2, [[0, 1, 2]], 1, 3, [(284, 2)]),
     "subsampled YCbCr TIFF": tiff(8, 6, [[76, 85, 255, 128, 128, 128]], 2, 3),
     "16-bit colours, one transparent": png(RGB, 16, [[0, 0, 0, 1, 1, 1]], 2, transparent=bytes(6)),
     "cut PNG": saved(np.random.default_rng(0).integers(0, 255, (64, 64, 3)), "RGB", "PNG")[:900],

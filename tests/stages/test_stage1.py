@@ -19,7 +19,7 @@ from megatron_papo.data.fingerprint import source_fingerprint
 from megatron_papo.errors import UserError
 from megatron_papo.run.records import Prompt, read_jsonl
 from megatron_papo.run.stage_output import read_manifest
-from stages import stage1_prepare_data
+from stages import stage1_prepare_data, stage3_convert_to_megatron
 from tests.helpers import DEMO_CONFIG, run_module, settings
 
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -318,6 +318,15 @@ def test_all_bad_rows_in_one_report(stage, tmp_path):
     stage(tmp_path / "set.jsonl", "data.skip_bad_rows=20")  # done: the limit is no part of what was made
 
 
+def test_damaged_text_inside_parquet_is_a_bad_row(stage, tmp_path):
+    offsets, text = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\6\0\0\0"), pyarrow.py_buffer(b"okcaf\xe9")
+    table = pyarrow.table({"problem": pyarrow.StringArray.from_buffers(2, offsets, text), "answer": ["1", "2"]})
+    parquet.write_table(table, tmp_path / "set.parquet")
+    with pytest.raises(UserError) as error:
+        stage(tmp_path / "set.parquet", *TEXT_ONLY)
+    assert error.value.lines[0] == f"{tmp_path}/set.parquet:2: not UTF-8 text (byte 3): correct or drop the row"
+
+
 ODD_ANSWERS = {
     "The answer is A.": "more around them",
     "#### 42": "more around them",
@@ -392,6 +401,8 @@ def test_a_set_may_have_columns_of_its_own(stage, tmp_path):
     assert [prompt.answer for prompt in read_jsonl(output / "prompts.jsonl", Prompt)] == ["7"]
     with pytest.raises(UserError, match=r"no column problem \(there are: q, a, pics\): set data.problem_key"):
         stage(tmp_path / "set.jsonl")
+    with pytest.raises(UserError, match="data.image_root: .*nowhere: no such directory"):
+        stage(tmp_path / "set.jsonl", f"data.image_root={tmp_path / 'nowhere'}")
 
 
 def test_a_directory_is_read_by_split(stage, tmp_path):
@@ -468,6 +479,17 @@ MODELS = {
     "no vocabulary size": (lambda m: edit_json(m / "config.json", vocab_size=None), "config.json: vocab_size is None"),
     "no config.json": (lambda m: (m / "config.json").unlink(), "config.json: cannot be read"),
 }  # fmt: skip
+
+
+def test_stage_3_checks_the_ids_too(tmp_path, tiny_hf, monkeypatch):
+    model, output = tmp_path / "model", tmp_path / "mcore"
+    shutil.copytree(tiny_hf, model)
+    add_tokens(model)
+    command = ["stage3", "--config", str(DEMO_CONFIG), "--hf", str(model), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match="ids up to 448, its embedding 448 rows"):
+        stage3_convert_to_megatron.main()
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("case", MODELS)

@@ -132,7 +132,9 @@ def demo_rollouts(config: Config, directory: Path) -> "list[Rollout]":
 
     size = config.rollout.group_size
     groups = config.training.micro_batch_size // size
-    chat = ChatFormat(directory / "model", config.data.prompt_template, config.data.system_prompt)
+    chat = ChatFormat(
+        directory / "model", config.data.prompt_template, config.data.system_prompt, config.data.strip_problem
+    )
     maker = PromptMaker(config.data, chat, ImageStore(directory))
     prompts = list(
         maker.prompts(synthetic_rows(config.data.synthetic, config.seed, "benchmark", groups, with_target=True))
