@@ -23,7 +23,7 @@ NOISY_MODULES = (
 )
 """They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give up;
 PIL of odd tags in pictures."""
-NOISY_LOGGERS = ("megatron.core.dist_checkpointing.serialization", "DeepSpeed", "torch.distributed.elastic")
+NOISY_LOGGERS = ("megatron.core.dist_checkpointing.serialization", "DeepSpeed", "torch.distributed.elastic", "PIL")
 """The first takes metrics and hf/ beside the weights for a broken checkpoint, and says so at each save."""
 
 

@@ -251,6 +251,25 @@ def test_what_has_no_certain_look_is_refused(name):
     assert "0x" not in str(error.value), "no address of an object"
 
 
+def test_damaged_files_are_refused_on_one_line():
+    """Whatever a decoder raises: bytes changed, left out and put in."""
+    random = np.random.default_rng(0)
+    whole = [content for content, *_ in (*OPAQUE.values(), *TRANSPARENT.values())] + [animation("GIF")]
+    refused = 0
+    for number in range(300):
+        content = bytearray(whole[number % len(whole)])
+        for _ in range(random.integers(1, 8)):
+            place, length = random.integers(len(content)), random.integers(3)
+            content[place : place + length] = random.bytes(random.integers(3))
+        for decoded in (decode_image, decode_saliency):
+            try:
+                decoded(bytes(content), "image of row 7")
+            except UserError as error:
+                refused += 1
+                assert str(error).startswith("image of row 7: ") and "\n" not in str(error)
+    assert 150 < refused < 599, "some are refused, some are not"
+
+
 def test_saliency_runs_the_same_way():
     """Whatever the picture's depth and sign; orders of magnitude stay."""
     for content, expected in (
