@@ -134,7 +134,7 @@ def test_over_sampling_keeps_the_first_complete_groups_and_counts_the_rest(rollo
         "stages.stage4_rollout", *common, "--iteration", 2, "--output", tmp_path / "x",
         overrides=["rollout.over_sampling=0.5", "rollout.dynamic_sampling={}"],
     )  # fmt: skip
-    refused(both, tmp_path / "x", "over_sampling and dynamic_sampling do not go together")
+    refused(both, tmp_path / "x", "over_sampling and dynamic_sampling", "do not go together")
 
 
 def test_replicas_given_by_their_urls_give_the_same_bytes(server, rollouts, common, tmp_path):
