@@ -45,7 +45,10 @@ def batch_counts(batch: Batch, prompts_drawn: int, traffic: Traffic, seconds: fl
         part = summary([response for group in groups for response in group.graded])
         counts |= {f"{name}_{suffix}": value for name, value in part.items()}
     tokens = sum(len(response.sample.token_ids) for group in batch.sampled for response in group.graded)
-    counts |= {"response_tokens_sampled": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    counts |= {
+        "response_tokens_sampled": tokens,
+        "tokens_per_second": round((tokens - traffic.stored_tokens) / seconds, 1),
+    }
     return counts | {f"requests_{name}": value for name, value in vars(traffic).items()}
 
 
@@ -64,6 +67,8 @@ def in_words(counts: Counts) -> str:
 def _troubles(counts: Counts) -> str:
     cancelled = counts["requests_cancelled_running"] + counts["requests_cancelled_waiting"]
     words = ""
+    if counts["requests_stored"]:
+        words += f"; {counts['requests_stored']} samples of an attempt before"
     if cancelled:
         words += f"; {counts['prompts_cancelled']} prompts not finished, {cancelled} requests cancelled"
     if counts["requests_servers_lost"]:

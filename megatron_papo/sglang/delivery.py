@@ -34,6 +34,7 @@ class Traffic:
 
     stored: int = 0
     """Samples that an attempt before this one had kept: nothing was sent for them."""
+    stored_tokens: int = 0
     resent: int = 0
     """Attempts beyond the first."""
     servers_lost: int = 0
@@ -156,6 +157,7 @@ class Delivery:
         kept = None if store is None else store.find(key, batch.sampling, batch.weight_version)
         if kept is not None:
             self.traffic.stored += 1
+            self.traffic.stored_tokens += len(kept.token_ids)
             return None if self._stopped.is_set() else kept
         self.running += 1
         sample = await self._generate(index, body)
