@@ -13,19 +13,21 @@ from functools import partial
 
 from megatron_papo.checkpoint.conversion_output import to_megatron
 from megatron_papo.data.chat import require_ids_in_vocabulary
+from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
-from megatron_papo.run.command_line import StageParser, run
+from megatron_papo.run.command_line import StageParser, Task, run
 
 
 def main() -> None:
     _, tasks = StageParser("stage3_convert_to_megatron", __doc__ or "").parse()
     for task in tasks:
-        parallel = task.config.parallel
-        hf = task.require("hf")
-        # Checked before minutes of conversion, not by stage 5 after them: tokens without a row, and the layout.
-        if (hf / "tokenizer.json").is_file():
-            require_ids_in_vocabulary(hf)
-        to_megatron(hf, task.output, {}, check=partial(check_parallel_sizes, parallel=parallel))
+        to_megatron(task.require("hf"), task.output, {}, partial(check, task))
+
+
+def check(task: Task, hf: HFConfig) -> None:
+    """Refuse before minutes of conversion what stage 5 would refuse after them."""
+    check_parallel_sizes(hf, task.config.parallel)
+    require_ids_in_vocabulary(task.path("hf"))
 
 
 if __name__ == "__main__":

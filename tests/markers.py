@@ -28,6 +28,7 @@ MARKERS = {
         "test_markers.py",
         "test_nothing_evaluated.py",
         "test_reading.py",
+        "tools/test_start_checks.py",
         "training/test_learning_rate.py",
     ],
     "server": [

@@ -1,6 +1,6 @@
 """Run a file of known objectives through this project's own, and compare loss, metrics and gradient.
 
-    python -m tools.check_objective tests/golden/papo_loss.json
+    .venv/bin/python -m tools.check_objective tests/golden/papo_loss.json
 
 FILE is a JSON list of cases in the format of tests/golden/papo_loss.json, which came from the authors' own actor
 update: logits [B, T, V], responses, response_mask, advantages, cached log-probs, coefficients, `over` (what differs

@@ -1,7 +1,7 @@
 """Does an SGLang server give a token the log-prob that Megatron gives it? Asked of one checkpoint in both formats, with
 pictures.
 
-    python -m tools.check_parity --hf DIR --megatron DIR [--server DIR|URL] [--prompts FILE] [--config FILE]
+    .venv/bin/python -m tools.check_parity --hf DIR --megatron DIR [--server DIR|URL] [--prompts FILE] [--config FILE]
     [--controls]
 
 The server samples responses; Megatron computes the log-probs of the same tokens over the same allowed tokens, at the

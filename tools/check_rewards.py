@@ -1,6 +1,6 @@
 """Grade a file of known rewards and compare.
 
-    python -m tools.check_rewards tests/golden/rewards.json
+    .venv/bin/python -m tools.check_rewards tests/golden/rewards.json
 
 FILE is a JSON list of {"response", "answer", "overall", "format", "accuracy"}. Prints a line per difference and one of
 summary; exit status 1 if anything differs, 0 if nothing does.

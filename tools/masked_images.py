@@ -1,7 +1,7 @@
 """The pictures of rollouts as training sees them, original and masked, drawn again from rollouts.jsonl.
 
-    python -m tools.masked_images --run runs/demo --iteration 1 --line 1 --line 9 --output /tmp/masked
-    python -m tools.masked_images --config FILE [--set KEY=VALUE] --data DIR --rollouts DIR --output DIR
+    .venv/bin/python -m tools.masked_images --run runs/demo --iteration 1 --line 1 --line 9 --output /tmp/masked
+    .venv/bin/python -m tools.masked_images --config FILE [--set KEY=VALUE] --data DIR --rollouts DIR --output DIR
 
 Nothing is stored of a masked picture but its seed, which is in the rollout; how it is masked is in the configuration of
 the run that trained on it. Writes lineNNNNNN_imageM_original.png and lineNNNNNN_imageM_masked.png (after the resize, as
@@ -66,12 +66,12 @@ def source_of(arguments: argparse.Namespace) -> Source:
     """Return what the command line names. Raises UserError, naming the stage to run, if it is not there."""
     if arguments.run is None:
         source = Source(load_config(arguments.config, arguments.overrides), arguments.data, arguments.rollouts)
-        stage1, stage4 = "python -m stages.stage1_prepare_data", "python -m stages.stage4_rollout"
+        stage1, stage4 = ".venv/bin/python -m stages.stage1_prepare_data", ".venv/bin/python -m stages.stage4_rollout"
     else:
         named = open_run(arguments.run, arguments.overrides)
         source = Source(named.config, named.data, named.rollouts(arguments.iteration))
-        stage1 = f"python -m stages.stage1_prepare_data --run {arguments.run}"
-        stage4 = f"python -m stages.stage4_rollout --run {arguments.run} --iteration {arguments.iteration}"
+        stage1 = f".venv/bin/python -m stages.stage1_prepare_data --run {arguments.run}"
+        stage4 = f".venv/bin/python -m stages.stage4_rollout --run {arguments.run} --iteration {arguments.iteration}"
     require_input(source.data, ("stage1_prepare_data",), stage1)
     require_input(source.rollouts, ("stage4_rollout",), stage4)
     return source

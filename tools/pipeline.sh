@@ -3,10 +3,16 @@
 # Sourced, with RUN, TODO, DRY_RUN and PATHS set by tools.start_run.
 
 lock_run() { # one run_all.sh at a time: the lock goes when this shell and what it started are gone
-  mkdir -p "$RUN"
-  exec 8>>"$RUN/.lock"
-  flock -n 8 || { echo "error: $RUN: in use by $(<"$RUN/.lock"): wait for it, or choose another --name" >&2; exit 2; }
-  echo "process $$ on $(hostname) since $(date '+%F %T')" >"$RUN/.lock"
+  mkdir -p "$RUN" || exit 2
+  exec 8>>"$RUN/.lock" || exit 2
+  local status=0
+  flock -n 8 || status=$?
+  case $status in
+    0) echo "process $$ on $(hostname) since $(date '+%F %T')" >"$RUN/.lock" ;;
+    1) echo "error: $RUN: in use by $(<"$RUN/.lock"): wait for it, or choose another --name" >&2; exit 2 ;;
+    *) echo "error: $RUN: the file system $(stat -f -c %T "$RUN") has no locks: mount it with them (Lustre: -o flock; NFS: its lock service)" >&2
+       exit 2 ;;
+  esac
 }
 
 CHILDREN=()
@@ -22,7 +28,7 @@ start() { # KEY COMMAND..., in the background, with its output in the log
   printf -v shown '%q ' "$@"
   if ((DRY_RUN)); then echo "$shown"; return; fi
   echo "== $shown"
-  echo "$(date '+%F %T') run: == $shown" >>"$RUN/log.txt"
+  echo "$(date '+%F %T') run: == $shown" >>"$RUN/log.txt" || true # the log describes, no more
   "$@" > >(python3 tools/log_lines.py "$RUN/log.txt" "stage $key") 2>&1 &
   CHILDREN+=($!)
 }

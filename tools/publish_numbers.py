@@ -1,8 +1,8 @@
 """Write the measured numbers and the tables of the stages into README.md and docs/.
 
-    python -m tools.publish_numbers                              fill every marked block
-    python -m tools.publish_numbers --check                      change nothing; exit status 1 if a page is out of date
-    python -m tools.publish_numbers --take demo_seed1=runs/demo  first take a run's numbers into docs/numbers/NAME.json
+    .venv/bin/python -m tools.publish_numbers  fill every marked block
+    .venv/bin/python -m tools.publish_numbers --check  exit status 1 if a page is out of date
+    .venv/bin/python -m tools.publish_numbers --take demo_seed1=runs/demo  first a run's numbers into docs/numbers
 
 A page marks what is written into it by `<!-- numbers: NAME -->` and `<!-- end -->`. NAME is a table of TABLES below, or
 one value, `FILE.KEY FORMAT`, e.g. `demo_seed1.accuracy_papo percent`. So a number that stands on two pages has
@@ -22,6 +22,7 @@ from typing import Any
 
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
+from megatron_papo.reading import read_json, reading
 from megatron_papo.run.command_line import run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, Stage, Turn
@@ -242,15 +243,7 @@ def block_text(name: str, numbers: Numbers, page: Path) -> str:
 
 def read_numbers(directory: Path) -> Numbers:
     """Return the content of docs/numbers/. Raises UserError where a file is no JSON object."""
-    numbers = {}
-    for path in sorted(directory.glob("*.json")):
-        try:
-            numbers[path.stem] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}")
-        if not isinstance(numbers[path.stem], dict):
-            raise UserError(f"{path}: expected a JSON object")
-    return numbers
+    return {path.stem: read_json(path, "take the numbers again") for path in sorted(directory.glob("*.json"))}
 
 
 def numbers_of_run(directory: Path) -> dict[str, Any]:
@@ -260,13 +253,15 @@ def numbers_of_run(directory: Path) -> dict[str, Any]:
     file = directory / "summary.json"
     if not file.is_file():
         raise UserError(f"{file}: not there: the run has not ended; bash run_all.sh --name {directory.name} goes on")
-    summary = json.loads(file.read_text())
+    again = f"remove it and start the run again: bash run_all.sh --name {directory.name}"
+    summary = read_json(file, again)
     summary.pop("paths", None)
-    stages = sorted((directory / "iterations").glob("*/megatron"))
-    rows = [read_metrics(stage / "metrics.jsonl") for stage in stages]
-    training = [{name: mean(step[name] for step in steps) for name in TRAINING} for steps in rows]
-    decisions = [json.loads(line) for stage in stages for line in (stage / "guard.jsonl").read_text().splitlines()]
-    alarms = {"alarms": len(decisions), "alarm_steps": [decision["step"] for decision in decisions]}
+    with reading(directory, again):
+        stages = sorted((directory / "iterations").glob("*/megatron"))
+        rows = [read_metrics(stage / "metrics.jsonl") for stage in stages]
+        training = [{name: mean(step[name] for step in steps) for name in TRAINING} for steps in rows]
+        decisions = [json.loads(line) for stage in stages for line in (stage / "guard.jsonl").read_text().splitlines()]
+        alarms = {"alarms": len(decisions), "alarm_steps": [decision["step"] for decision in decisions]}
     return summary | {"training": training} | alarms
 
 
@@ -300,8 +295,9 @@ def main() -> None:
             changed.append(page)
             if not arguments.check:
                 page.write_text(text)
+    words = "out of date: run .venv/bin/python -m tools.publish_numbers" if arguments.check else "written"
     for page in changed:
-        print(f"{page}: {'out of date: run python -m tools.publish_numbers' if arguments.check else 'written'}")
+        print(f"{page}: {words}")
     sys.exit(1 if arguments.check and changed else 0)
 
 

@@ -72,7 +72,8 @@ make_environment() {  # VENV, requirements files and pip options
 exec 9>.setup.lock  # two commands started together install once
 flock 9
 make_environment .venv -r requirements.txt -r requirements-test.txt -r requirements-dev.txt
-if [[ ! .venv/bin/papo-convert -nt pyproject.toml ]]; then
+INSTALLED=(.venv/lib/python3*/site-packages/megatron_papo-*.dist-info/direct_url.json) # says which checkout it is
+if [[ ! .venv/bin/papo-convert -nt pyproject.toml ]] || ! grep -qsF "\"file://$(pwd -P)\"" "${INSTALLED[@]}"; then
   .venv/bin/pip install -q --no-deps --no-build-isolation --disable-pip-version-check -e .
 fi
 if [[ $WITH_SGLANG == 1 ]]; then

@@ -1,8 +1,8 @@
 """Start, find and stop the SGLang servers of a run by hand; the stages do the same by themselves.
 
-    python -m tools.sglang_server start  --server DIR --config FILE --model HF_DIR [--set SECTION.KEY=VALUE]
-    python -m tools.sglang_server status --server DIR      exit status 0 if all are healthy, 1 if not
-    python -m tools.sglang_server stop   --server DIR
+    .venv/bin/python -m tools.sglang_server start  --server DIR --config FILE --model HF_DIR [--set SECTION.KEY=VALUE]
+    .venv/bin/python -m tools.sglang_server status --server DIR      exit status 0 if all are healthy, 1 if not
+    .venv/bin/python -m tools.sglang_server stop   --server DIR
 
 DIR holds server.json and server.log, for example runs/demo/server; FILE gives the section server and model.dtype.
 """

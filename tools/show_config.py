@@ -1,10 +1,10 @@
 """Prints a configuration as a run gets it: every key with its value, where the value comes from, and what it means.
 
-    python -m tools.show_config --config configs/papo_d_7b.yaml
-    python -m tools.show_config --config configs/papo_d_7b.yaml --differences       what it changes of published.yaml
-    python -m tools.show_config --config configs/demo.yaml --set seed=2 --only optimizer
-    python -m tools.show_config --run runs/demo                                     what the run goes by
-    python -m tools.show_config --living                                            what may change while a run lives
+    .venv/bin/python -m tools.show_config --config configs/papo_d_7b.yaml
+    .venv/bin/python -m tools.show_config --config configs/papo_d_7b.yaml --differences  what it changes
+    .venv/bin/python -m tools.show_config --config configs/demo.yaml --set seed=2 --only optimizer
+    .venv/bin/python -m tools.show_config --run runs/demo  what the run goes by
+    .venv/bin/python -m tools.show_config --living  what may change while a run lives
 
 Each key stands on a line of its own, `key: value   (source, kind)`, with its meaning below. The source is the file that
 sets the key, `--set`, or `default`. The kind is `frozen` (another value needs a run of another name) or `living` (may

@@ -5,7 +5,7 @@
 Without --write it checks the arguments and prints the run's directory as a shell assignment, no more. With --write the
 run's config.yaml is written or brought up to date (run/run_config.py says what may change), and the assignments are
 printed that the loop of run_all.sh needs. With --dry-run nothing is written, and PATHS says what each command reads and
-makes. Mistakes in the configuration are found here, before anything runs.
+makes. What can be known before anything runs is said here, all of it at once (tools/start_checks.py).
 """
 
 import argparse
@@ -17,19 +17,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_papo.config_notes import bytes_on_disk, notes
+from megatron_papo.config import Change
+from megatron_papo.config_notes import notes
 from megatron_papo.errors import UserError
-from megatron_papo.model.hf_config import read_hf_config
-from megatron_papo.model.parallel_sizes import check_parallel_sizes
+from megatron_papo.reading import shown
 from megatron_papo.run.command_line import launcher, run
 from megatron_papo.run.run_config import CONFIG, settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, paths
 from megatron_papo.run.state import State, states
+from tools.start_checks import checkpoint_bytes, problems_of_machine, problems_of_places, problems_of_run
 
 NUMBERS = range(1, 8)
-BYTES_PER_PARAMETER = 2
-"""Of the weights of a published model."""
 DEFAULT_CONFIG = Path("configs/demo.yaml")
 
 
@@ -137,38 +136,50 @@ def assignments(args: argparse.Namespace, directory: RunDirectory, rows: Sequenc
 
 def what_it_reads_and_makes(directory: RunDirectory, rows: Sequence[State]) -> dict[str, str]:
     """Return, by key, the lines that --dry-run shows under a command."""
-    shown: dict[str, str] = {}
+    lines_of: dict[str, str] = {}
     for row in rows:
         inputs = paths(row.stage, directory, row.turn)
         lines = "".join(f"    reads {name:<10} {path}\n" for name, path in inputs.items()) + f"    makes {row.output}\n"
-        shown[key_of(row)] = shown.get(key_of(row), "") + lines
-    return shown
+        lines_of[key_of(row)] = lines_of.get(key_of(row), "") + lines
+    return lines_of
 
 
 def disk_note(directory: RunDirectory) -> str | None:
     """Return how much disk the checkpoints of a run will take at most; None for a small or unknown model."""
-    model = directory.config.model.path
-    weights = 0 if model is None else sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
-    needed = bytes_on_disk(directory.config, weights // BYTES_PER_PARAMETER)
-    if needed < 1e9:
+    needed = checkpoint_bytes(directory)
+    if not needed:
         return None
     free = shutil.disk_usage(directory.root if directory.root.is_dir() else Path.cwd()).free
-    words = f"checkpoints and exports take at most {needed / 1e9:,.0f} GB at once, {free / 1e9:,.0f} GB are free"
-    return words + (": lower keep_checkpoints or keep_exports, or free space" if needed > free else "")
+    return f"checkpoints and exports take at most {needed / 1e9:,.0f} GB at once, {free / 1e9:,.0f} GB are free"
+
+
+def refuse_problems(directory: RunDirectory, differences: Sequence[Change], todo: Sequence[str], is_dry: bool) -> None:
+    """Raise UserError with everything that is known to go wrong, a line each. Of a dry run, what this machine lacks is
+    only said: another one may have it."""
+    problems = problems_of_run(directory, todo) + problems_of_places(directory, differences)
+    of_machine = problems_of_machine(directory, todo, own_launcher="TRAIN_LAUNCHER" in os.environ)
+    if is_dry:
+        for line in of_machine:
+            print(f"note: not here: {shown(line, limit=0)}", file=sys.stderr)
+    else:
+        problems += [line for line in of_machine if line not in problems]
+    if problems:
+        raise UserError(*problems)
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return
     args = parse()
     root = Path("runs") / args.name
     directory, differences = settle_run(root, DEFAULT_CONFIG, args.config, args.overrides, args.caller)
     if not args.write:
         print(f"RUN={shlex.quote(str(root))} DRY_RUN={int(args.dry_run)}")
         return
-    model = directory.config.model.path
-    if model is not None and Path(model).is_dir():
-        check_parallel_sizes(read_hf_config(Path(model)), directory.config.parallel)
     rows = states(directory)
     values = assignments(args, directory, rows)
+    refuse_problems(directory, differences, values["TODO"].split(), args.dry_run)
     if not args.dry_run:
         if not (root / CONFIG).exists():
             print(f"{root}: new run, by {args.config or DEFAULT_CONFIG}", file=sys.stderr)
@@ -180,8 +191,8 @@ def main() -> None:
             print(f"note: {note}", file=sys.stderr)
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items()))
     if args.dry_run:
-        shown = what_it_reads_and_makes(directory, rows)
-        print("declare -gA PATHS=(" + " ".join(f"[{key}]={shlex.quote(text)}" for key, text in shown.items()) + ")")
+        texts = what_it_reads_and_makes(directory, rows)
+        print("declare -gA PATHS=(" + " ".join(f"[{key}]={shlex.quote(text)}" for key, text in texts.items()) + ")")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from megatron_papo.reading import shown
 from megatron_papo.run.command_line import run
 from megatron_papo.run.run_config import open_run
 from megatron_papo.run.state import State, states
@@ -61,12 +63,14 @@ def show(rows: Sequence[State]) -> None:
         table.add_column(column, justify="right" if column in ("size", "seconds") else "left")
     colors = {"done": "green", "stale": "red", "running": "yellow", "missing": "dim"}
     for row in rows:
-        words = f"[{colors[row.word]}]{row.word}[/]" + (f" ({row.reason})" if row.reason else "")
+        words = Text(row.word, colors[row.word]).append(f" ({shown(row.reason)})" if row.reason else "", "default")
         size = f"{row.bytes / 1e6:,.1f} MB" if row.bytes else ""
         seconds = f"{row.seconds:,.0f}" if row.seconds else ""
         turn = str(row.turn).replace("--", "").replace("evaluation-set", "set")
-        table.add_row(row.stage.name, turn, words, size, seconds, str(row.output))
-    Console(width=160).print(table)
+        table.add_row(row.stage.name, turn, words, size, seconds, Text(shown(row.output, limit=0)))
+    console = Console()
+    # Whoever reads it through a pipe wants every path whole.
+    (console if console.is_terminal else Console(width=10_000)).print(table)
 
 
 if __name__ == "__main__":

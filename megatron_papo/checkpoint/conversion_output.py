@@ -56,6 +56,8 @@ def to_megatron(
     """
     _ask_for_huge_pages()
     _require_directory(source, "give --hf the directory of a Qwen2.5-VL checkpoint")
+    if (source / "metadata.json").is_file() and not (source / "config.json").is_file():
+        raise UserError(f"{source}: is a Megatron checkpoint already: give --hf a Hugging Face one, or use to-hf")
     manifest = read_manifest(source)
     fingerprint = manifest.fingerprint if manifest else model_fingerprint(source) if output.exists() else _LATER
     made_from = {"hf": Input(source, fingerprint, verify=False)}
@@ -91,6 +93,8 @@ def to_hf(source: Path, output: Path, options: Options, started: float | None = 
     """
     _ask_for_huge_pages()
     _require_directory(source, "give --megatron the directory of a Megatron checkpoint")
+    if (source / "config.json").is_file() and not (source / "metadata.json").is_file():
+        raise UserError(f"{source}: is a Hugging Face checkpoint: give --megatron a Megatron one, or use to-megatron")
     manifest = read_manifest(source)
     fingerprint = manifest.fingerprint if manifest else _of_megatron(source) if output.exists() else _LATER
     made_from = {"megatron": Input(source, fingerprint, verify=False)}

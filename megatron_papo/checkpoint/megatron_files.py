@@ -4,7 +4,6 @@ What one TP x PP x DP layout saved, any other loads; what stage 3 converted load
 hf/, the small files of the Hugging Face checkpoint, so that exporting needs nothing else.
 """
 
-import logging
 import shutil
 from pathlib import Path
 from typing import TypeVar, cast
@@ -30,6 +29,7 @@ from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of, make_reproducible
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
+from megatron_papo.run import console
 from megatron_papo.run.stage_output import file_hash
 
 _Value = TypeVar("_Value")
@@ -60,11 +60,6 @@ def copy_hf_files(source: Path, target: Path) -> None:
             f"{source / HF_FILES}: missing: convert the Hugging Face checkpoint with stages.stage3_convert_to_megatron"
         )
     shutil.copytree(source / HF_FILES, target / HF_FILES)
-
-
-def quiet_loggers() -> None:
-    """Silence megatron-core's warning at each save that metrics and hf/, which lie beside the weights, are strange."""
-    logging.getLogger("megatron.core.dist_checkpointing.serialization").setLevel(logging.ERROR)
 
 
 def save(
@@ -98,7 +93,7 @@ def save(
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
-    quiet_loggers()
+    console.quiet()
     dist_checkpointing.save(tree, str(directory), sharded_strategy=_PlainSave("torch_dist", 1))
     if torch.distributed.get_rank() == 0:
         make_reproducible(directory)

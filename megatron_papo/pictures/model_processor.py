@@ -54,7 +54,9 @@ class ModelProcessor:
         if largest > self.max_pixels:
             raise UserError(
                 f"{self.file}: the model takes pictures of at most {self.max_pixels} pixels, data.max_pixels or"
-                f" evaluation.max_pixels allows {largest}: set both to {self.max_pixels} at most, or raise the model's"
+                f" evaluation.max_pixels allows {largest}:"
+                f" --set data.max_pixels={self.max_pixels} --set evaluation.max_pixels={self.max_pixels}, or raise the"
+                " model's"
             )
 
     def require_unchanged(self, width: int, height: int) -> None:

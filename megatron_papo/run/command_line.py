@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import shlex
 import sys
 import tempfile
@@ -121,7 +122,7 @@ class StageParser:
     def __init__(self, name: str, description: str):
         self.stage = STAGES[name]
         self.parser = argparse.ArgumentParser(
-            prog=f"python -m stages.{name}", description=description + RUN_FORM,
+            prog=f".venv/bin/python -m stages.{name}", description=description + RUN_FORM,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         add = self.parser.add_argument
@@ -266,6 +267,9 @@ def run(main: Callable[[], None]) -> None:
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 141
     except Exception as error:
         if (why := refusal(error)) is None:
             raise

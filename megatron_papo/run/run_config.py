@@ -11,7 +11,9 @@ from pathlib import Path
 from megatron_papo.config import Change, Config, changes
 from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
 from megatron_papo.errors import UserError
-from megatron_papo.run.room import replace_file
+from megatron_papo.reading import read_text, reading, shown
+from megatron_papo.run.describing import describes
+from megatron_papo.run.room import cannot_write, replace_file
 from megatron_papo.run.run_directory import RunDirectory
 
 CONFIG = "config.yaml"
@@ -39,6 +41,12 @@ def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
     return RunDirectory(root, config)
 
 
+def _refuse_what_is_no_directory(root: Path) -> None:
+    with reading(root, "choose another --name"):
+        if (root.exists() or root.is_symlink()) and not root.is_dir():
+            raise UserError(f"{root}: is no directory: choose another --name, or move it away")
+
+
 def settle_run(
     root: Path, default: Path, given: Path | None, overrides: Sequence[str], caller: Path
 ) -> tuple[RunDirectory, list[Change]]:
@@ -53,6 +61,7 @@ def settle_run(
         overrides: `section.key=value`.
         caller: Directory that relative paths in the configuration start from.
     """
+    _refuse_what_is_no_directory(root)
     if not (root / CONFIG).exists():
         _refuse_older_layout(root)
         return RunDirectory(root, with_absolute_paths(load_config(given or default, list(overrides)), caller)), []
@@ -69,24 +78,31 @@ def settle_run(
 
 def write_run(run: RunDirectory, differences: Sequence[Change], command: str) -> None:
     """Write the configuration of a run that starts, or what changed in it; the log says so."""
-    run.root.mkdir(parents=True, exist_ok=True)
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(run.root, error.strerror or str(error))
     is_new = not (run.root / CONFIG).exists()
     if not is_new and not differences:
         return
     heading = (
-        f"# The configuration of this run, every key. Started with: {command}\n"
+        f"# The configuration of this run, every key. Started with: {shown(command, limit=0)}\n"
         "# Keys that may change while a run lives are changed with --set: .venv/bin/python -m tools.show_config"
         " --living says which.\n"
     )
     if not is_new:
-        heading = "".join(line for line in (run.root / CONFIG).read_text().splitlines(True)[:2] if line.startswith("#"))
+        text = read_text(run.root / CONFIG, "restore it from .config.yaml beside it")
+        heading = "".join(line for line in text.splitlines(True)[:2] if line.startswith("#"))
     text = heading + dump_config(run.config)
     for name in (RECORD, CONFIG):  # without config.yaml there is no run yet
         replace_file(run.root / name, text)
-    with open(run.log, "a") as log:
+    with describes(run.log), open(run.log, "a", encoding="utf-8", errors="backslashreplace") as log:
         if is_new:
-            log.write(f"{now()} run: started with: {command}\n")
-        log.writelines(f"{now()} run: {change.key}: {change.old} -> {change.new}\n" for change in differences)
+            log.write(f"{now()} run: started with: {shown(command, limit=0)}\n")
+        log.writelines(
+            f"{now()} run: {change.key}: {shown(change.old, limit=0)} -> {shown(change.new, limit=0)}\n"
+            for change in differences
+        )
 
 
 def now() -> str:
@@ -95,6 +111,7 @@ def now() -> str:
 
 
 def _existing(root: Path) -> Path:
+    _refuse_what_is_no_directory(root)
     if not (root / CONFIG).is_file():
         _refuse_older_layout(root)
         raise UserError(

@@ -175,7 +175,7 @@ class StageOutput:
             arguments: Anything else that decides the result (an iteration number).
             started: time.time() from which the manifest's seconds count; None: the start of this process.
         """
-        self.stage, self.output = stage, Path(output)
+        self.stage, self.output = stage, _named(Path(output))
         self.partial = partial_of(self.output)
         self.counts: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
@@ -322,6 +322,13 @@ def _shown_if_many(items: list[Item], title: str) -> Iterator[Item]:
 
 def _places(inputs: Mapping[str, Input]) -> dict[str, str]:
     return {name: str(made_from.path) for name, made_from in inputs.items() if made_from.path}
+
+
+def _named(output: Path) -> Path:
+    """Return an output's path. Raises UserError for one that no directory can be made at beside others."""
+    if output.name in ("", ".."):
+        raise UserError(f"--output {output}: name a directory to make, e.g. {output / 'checkpoint'}")
+    return output
 
 
 def partial_of(output: Path) -> Path:

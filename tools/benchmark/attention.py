@@ -1,7 +1,7 @@
 """Our attention of a group against the public package prefix-grouper and against one row per response, on the same q, k
 and v.
 
-    python -m tools.benchmark.attention [--group-sizes 5 8] [--prompt-tokens 1000] [--response-tokens 250]
+    .venv/bin/python -m tools.benchmark.attention [--group-sizes 5 8] [--prompt-tokens 1000] [--response-tokens 250]
 
 One attention layer, forward and backward, for one prompt and its responses (Prefix Grouper, arXiv 2506.05433):
 

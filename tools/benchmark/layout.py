@@ -1,7 +1,7 @@
 """Time and memory of a PAPO training step in the group layout against the plain one, on the same rollouts, and their
 gradients.
 
-    python -m tools.benchmark.layout --group-size 5 --prompt-tokens 1000 --response-tokens 250 --tp 1 --pp 1
+    .venv/bin/python -m tools.benchmark.layout --group-size 5 --prompt-tokens 1000 --response-tokens 250 --tp 1 --pp 1
 
 One optimizer step as the published runs take it: sweeps without gradient over the rollouts (reference, old policy,
 masked images), then forward and backward of the objective with a cached masked branch. Prompts are nine tenths image,

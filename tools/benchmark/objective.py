@@ -1,6 +1,6 @@
 """What the PAPO objective costs: its share of a training step, and its peak memory against the size of the logits.
 
-    python -m tools.benchmark.objective [--quick] [--threads N] [--tokens N] [--repeat N]
+    .venv/bin/python -m tools.benchmark.objective [--quick] [--threads N] [--tokens N] [--repeat N]
 
 The objective is everything after the logits: token_statistics and papo_loss, from the logits to their gradient. Two
 objectives:

@@ -2,8 +2,8 @@
 
 The two take turns.
 
-    python -m tools.benchmark.rollout [--server URL|DIR] [--hf DIR] [--prompts 32] [--group-size 8] [--tokens 64]
-    [--concurrency 32] [--rounds 4]
+    .venv/bin/python -m tools.benchmark.rollout [--server URL|DIR] [--hf DIR] [--prompts 32] [--group-size 8]
+    [--tokens 64] [--concurrency 32] [--rounds 4]
 
 Both send the same samples of the same seeds; the server's prefix cache is emptied before each pass, and the tokens that
 come back must be the same. The bare loop has its request bodies ready as bytes, and `concurrency` threads that post

@@ -1,7 +1,7 @@
 """Time of the vision tower with its weights sharded over the tensor-parallel ranks against its pictures spread over
 them.
 
-    python -m tools.benchmark.vision --tp 2 --pictures 1 2 4 8
+    .venv/bin/python -m tools.benchmark.vision --tp 2 --pictures 1 2 4 8
 
 Forward and backward of one micro-batch of pictures of one size, both towers (parallel.vision_tower) in turns in one
 run, one checkpoint. The tower is a narrow one with the published proportions (heads of 80, MLP 2.67 times the width,

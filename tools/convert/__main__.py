@@ -1,10 +1,10 @@
 """Convert, compare and describe checkpoints by hand, with the functions of stages 3 and 6 and without a configuration.
 
-    python -m tools.convert to-megatron --hf DIR --output DIR [--dtype D]
-    python -m tools.convert to-hf --megatron DIR --output DIR [--dtype D] [--shard-size 5GB]
-    python -m tools.convert verify A B [--logits]
-    python -m tools.convert inspect DIR
-    python -m tools.convert benchmark --geometry {tiny,3b,7b,32b,72b} [--directory D]
+    .venv/bin/python -m tools.convert to-megatron --hf DIR --output DIR [--dtype D]
+    .venv/bin/python -m tools.convert to-hf --megatron DIR --output DIR [--dtype D] [--shard-size 5GB]
+    .venv/bin/python -m tools.convert verify A B [--logits]
+    .venv/bin/python -m tools.convert inspect DIR
+    .venv/bin/python -m tools.convert benchmark --geometry {tiny,3b,7b,32b,72b} [--directory D]
 
 to-megatron and to-hf leave what stage 3 and stage 6 leave (manifest and proof included). verify compares two
 checkpoints of either kind tensor by tensor, bit for bit, and exits with 1 if they differ. inspect prints one JSON
@@ -28,7 +28,9 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def parse() -> argparse.Namespace:
     """Return the command line, parsed."""
     parser = argparse.ArgumentParser(
-        prog="python -m tools.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=".venv/bin/python -m tools.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, source, text in (("to-megatron", "hf", "Hugging Face"), ("to-hf", "megatron", "Megatron")):

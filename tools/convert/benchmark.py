@@ -37,13 +37,14 @@ SPARE = 1 << 30
 
 def benchmark(geometry: str, directory: Path | None) -> dict:
     """Return what was measured, as plain data. Leaves nothing behind. Raises UserError where the disk is too small."""
+    if directory is not None and not directory.is_dir():
+        raise UserError(f"--directory {directory}: no such directory: make it, or give another")
     try:
         with tempfile.TemporaryDirectory(prefix="convert_benchmark_", dir=directory) as root:
             return _measure(geometry, Path(root))
     except OSError as error:
-        raise UserError(
-            f"{directory or tempfile.gettempdir()}: {error.strerror}: give --directory a place with enough room"
-        )
+        place = directory or tempfile.gettempdir()
+        raise UserError(f"{place}: {error.strerror or error}: give --directory a place to write, with enough room")
 
 
 def _measure(geometry: str, root: Path) -> dict:

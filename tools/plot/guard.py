@@ -1,7 +1,7 @@
 """Plot what the hacking guard saw, and did, in one or several runs: one colour per run, a dotted line per decision.
 
-    python -m tools.plot.guard --run runs/demo
-    python -m tools.plot.guard --run "no guard=runs/gamma02" --run "guard=runs/gamma02_guarded" --output guard.png
+    .venv/bin/python -m tools.plot.guard --run runs/demo
+    .venv/bin/python -m tools.plot.guard --run "no guard=runs/gamma02" --run guard=runs/guarded --output guard.png
 
 Each RUN is a run directory of run_all.sh, or `label=directory`. Accuracy of the rollouts (what the policy of each
 iteration got right), KL_prcp and its variance over tokens, the clip-high fraction, both entropies and the gamma in use,

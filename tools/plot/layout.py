@@ -1,7 +1,7 @@
 """How much the group layout saves as groups, prompts and responses grow: measured, and what the token counts allow.
 
-    python -m tools.plot.layout --output docs/performance.png
-    python -m tools.plot.layout --from docs/performance.json --output docs/performance.png   # draws again, no measuring
+    .venv/bin/python -m tools.plot.layout --output docs/performance.png
+    .venv/bin/python -m tools.plot.layout --from docs/performance.json --output docs/performance.png  # draws again
 
 Runs tools.benchmark.layout (a whole training step in both layouts, in turns, best of --repeat, CPU seconds; the
 gradients must agree) at a base point, and with one of group size, prompt length and response length changed at a time;

@@ -1,6 +1,6 @@
 """How far SGLang's log-probs were from Megatron's in each iteration of a run, as a picture.
 
-    python -m tools.plot.parity --run runs/NAME [--output FILE.png]
+    .venv/bin/python -m tools.plot.parity --run runs/NAME [--output FILE.png]
 
 Reads the first line of iterations/*/megatron/metrics.jsonl: the comparison before the iteration's first optimizer step.
 A line that rises over the iterations says that the rollouts come less and less from the policy that is trained
