@@ -27,12 +27,11 @@ from megatron_papo.run.outside import remembered_fingerprint
 from megatron_papo.run.room import require_room
 from megatron_papo.run.run_config import PLACES
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.sglang.server_start import free_port, launcher, sglang_python
+from megatron_papo.sglang.open_files import RESERVED
+from megatron_papo.sglang.server_start import problems as server_problems
 
 BYTES_PER_PARAMETER = 2
 """Of the weights of a published model."""
-DESCRIPTORS_BESIDE_REQUESTS = 64
-"""Open files of a stage that samples, beside one connection per request."""
 MOST_OF_A_GPU = 0.5
 """A server that takes this share of a GPU leaves no room to train there."""
 PIXELS_PER_TOKEN = (PATCH * MERGE) ** 2
@@ -131,7 +130,7 @@ def problems_of_machine(run: RunDirectory, todo: Sequence[str], own_launcher: bo
     if "1" in stages:
         checks.append(lambda: require_sources(config))
     if stages & {"4", "7"}:
-        checks += [lambda: require_server(config), lambda: require_descriptors(config)]
+        checks.append(lambda: require_server(run))
     if "5" in stages:
         checks.append(lambda: require_disk(run))
         if not own_launcher:
@@ -205,25 +204,26 @@ def require_sources(config: Config) -> None:
         raise UserError(*lines)
 
 
-def require_server(config: Config) -> None:
-    """Raise UserError where no server can be started so on this machine."""
-    server = config.server
-    lines = found_by([lambda: launcher(sglang_python(server), server, 0)])
-    for replica in range(server.replicas if server.port else 0):
-        lines += found_by([partial(free_port, server.host, server.port + replica)])
+def require_server(run: RunDirectory) -> None:
+    """Raise UserError where no server can be started so on this machine; a port that one of the run's own has is
+    free."""
+    server = run.config.server
+    if any(run.server.rglob("server.json")):
+        server = server.model_copy(update={"port": 0})
+    lines = server_problems(server)
     if lines:
         raise UserError(*lines)
 
 
-def require_descriptors(config: Config) -> None:
-    """Raise UserError where fewer files may be open than requests are to be under way."""
+def descriptors_note(config: Config) -> str | None:
+    """Return what to say where fewer files may be open than requests are to be under way; None where there is room."""
     wanted, (_, highest) = config.rollout.concurrency, resource.getrlimit(resource.RLIMIT_NOFILE)
-    if highest != resource.RLIM_INFINITY and wanted + DESCRIPTORS_BESIDE_REQUESTS > highest:
-        most = max(1, highest - DESCRIPTORS_BESIDE_REQUESTS)
-        raise UserError(
-            f"rollout.concurrency {wanted} needs more open files than the {highest} that are allowed here (ulimit -Hn):"
-            f" --set rollout.concurrency={most}, or raise the limit"
-        )
+    if highest == resource.RLIM_INFINITY or wanted + RESERVED <= highest:
+        return None
+    return (
+        f"rollout.concurrency {wanted} needs more open files than the {highest} that are allowed here (ulimit -Hn):"
+        f" fewer requests will be under way: --set rollout.concurrency={max(1, highest - RESERVED)}, or raise the limit"
+    )
 
 
 def require_disk(run: RunDirectory) -> None:

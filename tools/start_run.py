@@ -26,7 +26,13 @@ from megatron_papo.run.run_config import CONFIG, settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, paths
 from megatron_papo.run.state import State, states
-from tools.start_checks import checkpoint_bytes, problems_of_machine, problems_of_places, problems_of_run
+from tools.start_checks import (
+    checkpoint_bytes,
+    descriptors_note,
+    problems_of_machine,
+    problems_of_places,
+    problems_of_run,
+)
 
 NUMBERS = range(1, 8)
 DEFAULT_CONFIG = Path("configs/demo.yaml")
@@ -153,6 +159,14 @@ def disk_note(directory: RunDirectory) -> str | None:
     return f"checkpoints and exports take at most {needed / 1e9:,.0f} GB at once, {free / 1e9:,.0f} GB are free"
 
 
+def notes_of_start(directory: RunDirectory, todo: Sequence[str]) -> list[str]:
+    """Return what a person should be told before the work begins."""
+    stages = {key[0] for key in todo}
+    found = [*notes(directory.config), disk_note(directory)] if "5" in stages else []
+    found += [descriptors_note(directory.config)] if stages & {"4", "7"} else []
+    return [note for note in found if note is not None]
+
+
 def refuse_problems(directory: RunDirectory, differences: Sequence[Change], todo: Sequence[str], is_dry: bool) -> None:
     """Raise UserError with everything that is known to go wrong, a line each. Of a dry run, what this machine lacks is
     only said: another one may have it."""
@@ -186,8 +200,7 @@ def main() -> None:
         write_run(directory, differences, os.environ.get("RUN_ALL", "bash run_all.sh"))
         for change in differences:
             print(f"{root}: {change.key}: {change.old} -> {change.new}", file=sys.stderr)
-        trains = any(key[0] == "5" for key in values["TODO"].split())
-        for note in filter(None, [*notes(directory.config), disk_note(directory)] if trains else []):
+        for note in notes_of_start(directory, values["TODO"].split()):
             print(f"note: {note}", file=sys.stderr)
     print("\n".join(f"{name}={shlex.quote(value)}" for name, value in values.items()))
     if args.dry_run:

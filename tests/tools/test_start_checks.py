@@ -13,7 +13,7 @@ from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.synthetic.tiny_model import make_tiny_model
 from tests.helpers import DEMO_CONFIG, ROOT
 from tools import start_checks
-from tools.start_checks import problems_of_machine, problems_of_places, problems_of_run
+from tools.start_checks import descriptors_note, problems_of_machine, problems_of_places, problems_of_run
 
 ALL = ["1", "2", "3", "7:0", "4:1", "5:1", "6:1", "7:1"]
 
@@ -74,7 +74,7 @@ def test_files_that_a_later_stage_will_want(run_with, model, tmp_path, name, mes
 def test_tokens_beyond_the_vocabulary(run_with, model, tmp_path):
     grown = shutil.copytree(model, tmp_path / "grown")
     tree = json.loads((grown / "tokenizer.json").read_text())
-    tree["added_tokens"].append(tree["added_tokens"][-1] | {"id": 100_000, "content": "<|mine|>"})
+    tree["model"]["vocab"]["mine"] = 100_000
     (grown / "tokenizer.json").write_text(json.dumps(tree))
     assert any("its tokenizer has ids up to" in line for line in problems_of_run(run_with(model=grown), ALL))
 
@@ -82,15 +82,20 @@ def test_tokens_beyond_the_vocabulary(run_with, model, tmp_path):
 def test_what_this_machine_lacks(run_with, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert problems_of_machine(run_with(), ALL, own_launcher=False) == []  # control
-    overrides = ["rollout.concurrency=5000", "server.tensor_parallel_size=2", "data.train.source=/nowhere.jsonl"]
-    monkeypatch.setattr(start_checks.resource, "getrlimit", lambda what: (1024, 4096))
+    overrides = ["server.python=/no/python", "server.tensor_parallel_size=2", "data.train.source=/nowhere.jsonl"]
     found = "\n".join(problems_of_machine(run_with(*overrides, model="/nowhere"), ALL, own_launcher=False))
-    assert "--set rollout.concurrency=4032" in found
+    assert "/no/python: no such Python for SGLang" in found
     assert "server.tensor_parallel_size: a server on a CPU is one process" in found
     assert "data.train.source: /nowhere.jsonl: no such file" in found
     assert "/nowhere: no such directory" in found
     of_training = problems_of_machine(run_with(*overrides), ["5:2"], own_launcher=False)
     assert of_training == []  # nothing of what stage 5 needs
+
+
+def test_fewer_files_than_requests_are_a_note(run_with, monkeypatch):
+    monkeypatch.setattr(start_checks.resource, "getrlimit", lambda what: (1024, 4096))
+    assert descriptors_note(run_with("rollout.concurrency=4032").config) is None
+    assert "--set rollout.concurrency=4032" in descriptors_note(run_with("rollout.concurrency=5000").config)
 
 
 @pytest.mark.parametrize(
