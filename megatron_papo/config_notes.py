@@ -32,8 +32,7 @@ def bytes_on_disk(config: Config, parameters: int) -> int:
         config: Its cadence, dtype and sft section are read.
         parameters: Number of the model's parameters.
     """
-    weights = 2 if config.model.dtype == "bfloat16" else 4
-    checkpoint = weights + (12 if config.model.dtype == "bfloat16" else 8)
+    weights, checkpoint = 2 if config.model.dtype == "bfloat16" else 4, bytes_of_checkpoint(config, 1)
     kept = config.keep_checkpoints
     if kept is not None:
         kept = max(kept, config.hacking_guard.rollback_iterations + 1) + config.keep_best + 1
@@ -42,6 +41,11 @@ def bytes_on_disk(config: Config, parameters: int) -> int:
     return parameters * (
         _at_most(kept, config.iterations) * checkpoint + (_at_most(exports, config.iterations) + start) * weights
     )
+
+
+def bytes_of_checkpoint(config: Config, parameters: int) -> int:
+    """Return the bytes of one checkpoint with optimizer, see bytes_on_disk."""
+    return parameters * (14 if config.model.dtype == "bfloat16" else 12)
 
 
 def _at_most(kept: int | None, iterations: int) -> int:

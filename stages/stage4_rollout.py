@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_papo.checkpoint.model_files import model_fingerprint
+from megatron_papo.checkpoint.model_files import model_fingerprint, require_one_model
 from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import StageParser, Task, add_server_option, run, server_of
@@ -94,6 +94,7 @@ def iterate(task: Task, server: str, trusted: tuple[str, ...] = (), started: flo
         samples_of(task.output).unlink(missing_ok=True)
         return False
     require_proof_if_converted(task.path("hf"))
+    require_one_model(task.path("hf"))
     with out:
         roll_out(task, server, first_position, inputs["hf"].fingerprint, out)
     samples_of(task.output).unlink(missing_ok=True)

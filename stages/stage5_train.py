@@ -21,6 +21,7 @@ checkpoint_every is above 1, the checkpoints in between hold weights alone, unti
 from there repeats the iterations since the last whole one, from their rollouts.
 """
 
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from megatron_papo.checkpoint.keep import WEIGHTS_ALONE, holds_weights_alone, tidy
 from megatron_papo.checkpoint.proof import require_proof
 from megatron_papo.config import Config
+from megatron_papo.config_notes import bytes_of_checkpoint
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, HFConfig, read_hf_config
@@ -40,6 +42,7 @@ from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import progress_bar
 from megatron_papo.run.follow import Follower
 from megatron_papo.run.records import Rollout
+from megatron_papo.run.room import require_room
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import StageOutput, verify_files
 from megatron_papo.training.guard import Guard
@@ -122,9 +125,20 @@ def prepare(task: Task, trusted: tuple[str, ...] = (), started: float | None = N
     inputs = task.inputs()
     inputs |= {name: replace(inputs[name], verify=False) for name in trusted if name in inputs}
     out = task.stage_output(inputs, started)
-    if process_groups.is_main_rank() and "reference" in task.paths and not out.done:
-        require_proof(task.path("reference"))
+    if process_groups.is_main_rank() and not out.done:
+        if "reference" in task.paths:
+            require_proof(task.path("reference"))
+        require_room_to_save(task)
     return out
+
+
+def require_room_to_save(task: Task) -> None:
+    """Raise UserError where the checkpoint will not fit that the iteration ends with: before it trains, not after."""
+    from megatron_papo.checkpoint.name_map import pieces
+
+    model = pieces(read_hf_config(task.path("megatron") / HF_FILES))
+    parameters = sum(math.prod(piece.megatron_shape) for piece in model)
+    require_room(task.output, bytes_of_checkpoint(task.config, parameters), "weights and optimizer of this iteration")
 
 
 def check_model(checkpoint: Path, config: Config) -> HFConfig:

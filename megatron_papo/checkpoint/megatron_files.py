@@ -29,6 +29,7 @@ from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of, make_reproducible
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
+from megatron_papo.reading import reading
 from megatron_papo.run import console
 from megatron_papo.run.stage_output import file_hash
 
@@ -135,7 +136,7 @@ def load_weights(checkpoint: Path | TorchDistCheckpoint, model: torch.nn.Module)
     stored = _opened(checkpoint)
     require_proof_if_converted(stored.directory)
     _check_against(stored, model)
-    tree = dist_checkpointing.load({"model": _model_state(model)}, str(stored.directory))
+    tree = _load({"model": _model_state(model)}, stored)
     result = _unwrap(model).load_state_dict(tree["model"], strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     if missing or result.unexpected_keys:
@@ -161,9 +162,19 @@ def load_optimizer(
         raise UserError(f"{stored.directory}: holds no optimizer state: give a checkpoint that stage 5 wrote")
     model_state = _model_state(model)
     tree = {"optimizer": optimizer_state.sharded_state(optimizer, model_state, is_loading=True)}
-    loaded = dist_checkpointing.load(tree, str(stored.directory))
+    loaded = _load(tree, stored)
     optimizer_state.load(optimizer, loaded["optimizer"])
     return loaded.get("state", {})
+
+
+def _load(tree: dict, stored: TorchDistCheckpoint) -> dict:
+    """Return what megatron-core loads. Raises UserError where the checkpoint does not hold what the tree asks for."""
+    stored.require_plain()
+    with reading(stored.directory, "restore the checkpoint or make it again"):
+        try:
+            return dist_checkpointing.load(tree, str(stored.directory))
+        except CheckpointException as error:
+            raise cause_of(error, stored.directory)
 
 
 def _opened(checkpoint: Path | TorchDistCheckpoint) -> TorchDistCheckpoint:

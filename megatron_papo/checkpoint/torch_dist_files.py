@@ -38,7 +38,9 @@ from megatron_papo.checkpoint.hashed_files import (
 )
 from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.errors import UserError
-from megatron_papo.run.stage_output import require_weights
+from megatron_papo.reading import read_json, reading, shown
+from megatron_papo.run.manifest import require_weights
+from megatron_papo.run.room import refusal
 
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -61,13 +63,9 @@ class TorchDistCheckpoint:
         self.metadata = _read_metadata(self.directory / ".metadata")
         self.tensors: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
-        try:
+        with reading(self.directory / ".metadata", _AGAIN):
             self._read_table()
             _check_sizes(self.directory, self.metadata)
-        except (AttributeError, TypeError, KeyError, ValueError, IndexError, RuntimeError) as error:
-            raise UserError(
-                f"{self.directory / '.metadata'}: damaged ({' '.join(repr(error).split())[:120]}): {_AGAIN}"
-            )
 
     def _read_table(self) -> None:
         places = {
@@ -86,6 +84,14 @@ class TorchDistCheckpoint:
                     ]
                     if not all(inside):
                         raise ValueError(f"a part of {key} lies outside of it")
+
+    def require_plain(self) -> None:
+        """Raise UserError where something else than a tensor is stored: megatron-core would unpickle it."""
+        others = sorted(str(key) for key in self.metadata.state_dict_metadata.keys() - self.tensors.keys())
+        if others:
+            raise UserError(
+                f"{self.directory}: {shown(others[0])} is no tensor but an object, which can run code: {_AGAIN}"
+            )
 
     def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
         """Return (offsets, sizes, file) of the parts in which a tensor was saved."""
@@ -301,6 +307,9 @@ class TorchDistWriter:
 def cause_of(error: CheckpointException, directory: Path) -> BaseException:
     """Return what really went wrong on some rank; a UserError where the file system refused (a full disk)."""
     cause: BaseException = next((failure for failure, _ in error.failures.values()), error)
+    why = refusal(cause)
+    if why is not None:
+        return cannot_write(directory, OSError(0, why))
     return UserError(f"{directory}: cannot write: {cause.strerror}") if isinstance(cause, OSError) else cause
 
 
@@ -316,21 +325,14 @@ def make_reproducible(directory: Path) -> None:
 def _read_common(directory: Path) -> dict:
     """Return the plain data beside the tensors, after a check that this is a torch_dist checkpoint."""
     path = directory / "metadata.json"
-    try:
-        backend = json.loads(path.read_text()).get("sharded_backend")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): give a Megatron checkpoint made by stage 3 or stage 5")
+    backend = read_json(path, "give a Megatron checkpoint made by stage 3 or stage 5").get("sharded_backend")
     if backend != "torch_dist":
         raise UserError(f"{path}: sharded_backend is {backend!r}, only torch_dist is supported")
     for name in (".metadata", "common.pt"):
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: missing from the checkpoint: {_AGAIN}")
-    try:
+    with reading(directory / "common.pt", f"damaged, or holding more than plain data: {_AGAIN}"):
         return dict(torch.load(directory / "common.pt", weights_only=True, map_location="cpu"))
-    except Exception as error:  # torch.load raises almost anything on a damaged file
-        raise UserError(
-            f"{directory / 'common.pt'}: damaged or holding more than plain data ({type(error).__name__}): {_AGAIN}"
-        )
 
 
 _PLAIN = {
@@ -360,14 +362,12 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _read_metadata(path: Path) -> dcp_metadata.Metadata:
-    try:
+    with reading(path, f"damaged or foreign: {_AGAIN}"):
         with open(path, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, dcp_metadata.Metadata):
             raise pickle.UnpicklingError(f"holds a {type(metadata).__name__}")
         return metadata
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f"{path}: damaged or foreign ({' '.join(str(error).split())[:120]}): {_AGAIN}")
 
 
 def _check_sizes(directory: Path, metadata: dcp_metadata.Metadata) -> None:

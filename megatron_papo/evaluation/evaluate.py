@@ -3,7 +3,7 @@
 import json
 import time
 
-from megatron_papo.checkpoint.model_files import model_fingerprint
+from megatron_papo.checkpoint.model_files import model_fingerprint, require_one_model
 from megatron_papo.checkpoint.proof import require_proof_if_converted
 from megatron_papo.data.response_tokens import response_tokens
 from megatron_papo.evaluation.predictions import evaluation_metrics, evaluation_requests, prediction, with_length
@@ -41,6 +41,7 @@ def evaluate(task: Task, server: str, started: float | None = None) -> None:
         out.announce_done()
         return
     require_proof_if_converted(task.path("hf"))
+    require_one_model(task.path("hf"))
     with out:
         answer(task, server, inputs["hf"].fingerprint, out)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_papo.config import Config, changes
+from megatron_papo.config import Config, changes, value_of
 from megatron_papo.config_files import dump_config, load_config, resolve_config
 from megatron_papo.errors import UserError
 from tests.helpers import DEMO_CONFIG, ROOT
@@ -222,3 +222,55 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
         ROOT / "configs" / "papo_g_3b.yaml", ["model.path=~/models/3b", "data.train.source=~/rows.jsonl"]
     )
     assert (config.model.path, config.data.train.source) == ("/home/somebody/models/3b", "/home/somebody/rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("off", "off"), ("Answer: {problem}", "Answer: {problem}"), ("{problem} # 1", "{problem} # 1"),
+     ("{problem}", "{problem}"), ('"{problem}\\n"', "{problem}\n"), ("'{problem}'", "{problem}")],
+)  # fmt: skip
+def test_text_is_taken_as_it_stands(tmp_path, text, value):
+    key = "hacking_guard.action" if value == "off" else "data.prompt_template"
+    assert value_of(load_config(DEMO_CONFIG, [f"{key}={text}"]), key) == value
+
+
+@pytest.mark.parametrize("word", ["off", "on", "yes", "no", "1", "1.5", "2024-01-01", "010", "1:30", "0x1f"])
+def test_words_that_yaml_has_another_meaning_for_are_text_where_text_is_wanted(tmp_path, word):
+    assert load_config(DEMO_CONFIG, [f"data.answer_key={word}"]).data.answer_key == word
+    assert load_config(DEMO_CONFIG, [f"server.extra_arguments=[a, {word}]"]).server.extra_arguments == ["a", word]
+    (tmp_path / "base.yaml").write_text(DEMO_CONFIG.read_text())
+    (tmp_path / "top.yaml").write_text(f"extends: [base.yaml]\ndata: {{answer_key: {word}}}")
+    assert load_config(tmp_path / "top.yaml").data.answer_key == word
+
+
+def test_null_where_a_key_may_be_null():
+    assert load_config(DEMO_CONFIG, ["data.system_prompt=null", "data.image_root="]).data.system_prompt is None
+    assert load_config(DEMO_CONFIG, ["data.answer_key=null"]).data.answer_key == "null"  # text, where it may not
+
+
+def test_whole_numbers():
+    assert load_config(DEMO_CONFIG, ["seed=1e3"]).seed == 1000 == load_config(DEMO_CONFIG, ["seed=1_000"]).seed
+    for text in ("010", "1:30", "1.5", "1e400", "off"):
+        refused(DEMO_CONFIG, f"seed={text}")
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=!!int x", "seed=" + "[" * 1200, "seed=!!python/object:os.system", "seed==", "seed=*a", "seed=\x00",
+     "\udcff=1", "a" * 100_000 + "=1", "seed=" + "9" * 5000, "=", "seed.x=1", "iterations=100000000", "seed={a: 1}"],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_overrides_that_are_none_are_one_line(override):
+    assert len(refused(DEMO_CONFIG, override)) < 1000
+
+
+def test_a_small_file_that_holds_a_large_one(tmp_path):
+    bomb = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}}}\n" for n in range(1, 60))
+    (tmp_path / "top.yaml").write_text(bomb)
+    assert "*a0 stands for another value: write that out" in refused(tmp_path / "top.yaml")
+
+
+def test_contradictions_are_said_at_once_each_with_a_set():
+    with pytest.raises(UserError) as said:
+        load_config(DEMO_CONFIG, ["sft=null", "training.global_batch_size=7", "keep_best=1", "checkpoint_every=2"])
+    assert len(said.value.lines) == 4 and all(" --set " in line for line in said.value.lines)

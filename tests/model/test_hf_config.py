@@ -149,3 +149,63 @@ def test_missing_keys_and_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(UserError, match="not JSON"):
         read_hf_config(tmp_path)
+
+
+TEXT_NUMBERS = ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "intermediate_size"]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 1 << 70, "16", True, None, [], {}], ids=repr)
+@pytest.mark.parametrize("key", TEXT_NUMBERS)
+def test_impossible_sizes_are_refused(tmp_path, key, value):
+    with pytest.raises(UserError, match="config.json: ") as said:
+        read_hf_config(write(tmp_path, {**OFFICIAL_3B, key: value}))
+    assert len(said.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({**OFFICIAL_3B, "rope_theta": float("nan")}),
+        json.dumps({**OFFICIAL_3B, "rms_norm_eps": float("inf")}),
+        json.dumps({**OFFICIAL_3B, "rms_norm_eps": -1.0}),
+        json.dumps({**OFFICIAL_3B, "rope_theta": 0}),
+        json.dumps(OFFICIAL_3B).replace("1000000.0", "1e999"),
+        json.dumps({**OFFICIAL_3B, "rope_scaling": [1]}),
+        json.dumps({**OFFICIAL_3B, "rope_scaling": {"mrope_section": [16, 24, "24"]}}),
+        json.dumps({**OFFICIAL_3B, "vision_config": []}),
+        json.dumps({**OFFICIAL_3B, "vision_config": {**OFFICIAL_3B["vision_config"], "depth": -32}}),
+        json.dumps({**OFFICIAL_3B, "vision_config": {**OFFICIAL_3B["vision_config"], "fullatt_block_indexes": [99]}}),
+        json.dumps({**OFFICIAL_3B, "text_config": 3}),
+        json.dumps({**OFFICIAL_3B, "image_token_id": 151936}),
+        json.dumps({**OFFICIAL_3B, "eos_token_id": "151645"}),
+        json.dumps({**OFFICIAL_3B, "tie_word_embeddings": "yes"}),
+        json.dumps({**OFFICIAL_3B, "quantization_config": {"quant_method": "awq"}}),
+        json.dumps({**OFFICIAL_3B, "configuration_files": ["config.4.57.0.json"]}),
+        "[" * 100_000,
+        "\xff",
+    ],
+)
+def test_impossible_configurations_are_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="config.json: ") as said:
+        read_hf_config(tmp_path)
+    assert len(said.value.lines) == 1 and len(str(said.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "key", ["vision_start_token_id", "vision_end_token_id", "max_position_embeddings", "eos_token_id", "torch_dtype"]
+)
+def test_keys_that_nothing_computes_with_may_be_missing(tmp_path, key):
+    without = {name: value for name, value in OFFICIAL_3B.items() if name != key}
+    assert read_hf_config(write(tmp_path, without)).text.hidden_size == 2048
+
+
+@pytest.mark.parametrize("move", [("image_token_id", "video_token_id"), ("vocab_size",), ("rope_theta",)])
+def test_a_fact_may_stand_in_the_section_or_above(tmp_path, move):
+    expected = read_hf_config(write(tmp_path, OFFICIAL_3B))
+    below = {key: OFFICIAL_3B[key] for key in move}
+    tree = {key: value for key, value in OFFICIAL_3B.items() if key not in move} | {"text_config": below}
+    assert read_hf_config(write(tmp_path, tree)) == expected
+    new = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [16, 24, 24]}}
+    tree = {key: value for key, value in OFFICIAL_3B.items() if not key.startswith("rope")} | {"text_config": new}
+    assert read_hf_config(write(tmp_path, tree)) == expected
