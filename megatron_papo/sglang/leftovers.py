@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 SHARED_MEMORY = Path("/dev/shm")
 LONGEST_SOCKET = 100
 """Characters of the path of a Unix socket, of which the system allows 107."""
@@ -49,11 +47,11 @@ def _holds_sockets(directory: Path) -> bool:
     return True
 
 
-def shared_memory_of(processes: Iterable[psutil.Process]) -> list[str]:
+def shared_memory_of(pids: Iterable[int]) -> list[str]:
     """Return the files in /dev/shm that processes have mapped, or have put their number in the name of."""
-    processes = list(processes)
-    mapped = {inode for process in processes for inode in _mapped(process.pid)}
-    numbers = [f"_{process.pid}_" for process in processes]
+    pids = list(pids)
+    mapped = {inode for pid in pids for inode in _mapped(pid)}
+    numbers = [f"_{pid}_" for pid in pids]
     found = []
     with suppress(OSError):
         for entry in os.scandir(SHARED_MEMORY):

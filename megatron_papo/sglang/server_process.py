@@ -82,13 +82,19 @@ def kill(server_dir: Path) -> None:
 def _end(record: ServerRecord, process: psutil.Process | None, signals: list[signal.Signals]) -> None:
     """Send one signal after the other to a process group, until all of its processes have ended; then clear away."""
     alive = orphans_of(record) if process is None else group_of(process)
-    left = set(record.shared_memory) | set(shared_memory_of(alive))
+    pids = [one.pid for one in alive] + ([] if psutil.pid_exists(record.pid) else [record.pid])
+    left = set(record.shared_memory) | set(shared_memory_of(pids))
     for which in signals:
         if not alive:
             break
         _signal_group(record.pid, which)
         _, alive = psutil.wait_procs(alive, timeout=STOP_SECONDS)
     clear(record.temporary, left)
+
+
+def pids_of(process: psutil.Process) -> list[int]:
+    """Return the numbers of group_of."""
+    return [one.pid for one in group_of(process)]
 
 
 def group_of(process: psutil.Process) -> list[psutil.Process]:

@@ -26,7 +26,7 @@ from megatron_papo.reading import reading, shown
 from megatron_papo.sglang.leftovers import shared_memory_of, temporary_directory
 from megatron_papo.sglang.server_environment import server_environment
 from megatron_papo.sglang.server_health import problem_of
-from megatron_papo.sglang.server_process import group_of, identity_of, is_running, kill, stop
+from megatron_papo.sglang.server_process import identity_of, is_running, kill, pids_of, stop
 from megatron_papo.sglang.server_record import OwnedServer, ServerRecord, last_words, log_tail, write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -149,7 +149,7 @@ def wait_until_ready(launch: Launch, process: psutil.Process, record: ServerReco
             if not is_running(process):
                 print(*log_tail(directory), sep="\n", flush=True)
                 raise UserError(f"the SGLang server died while starting: {last_words(directory)}")
-            made = shared_memory_of(group_of(process))
+            made = shared_memory_of(pids_of(process))
             if made != record.shared_memory:
                 record = record.but(shared_memory=made)
                 write_record(directory, record)
@@ -173,7 +173,7 @@ def wait_until_ready(launch: Launch, process: psutil.Process, record: ServerReco
     except BaseException:
         stop(directory)
         raise
-    write_record(directory, record.but(ready=True, shared_memory=shared_memory_of(group_of(process))))
+    write_record(directory, record.but(ready=True, shared_memory=shared_memory_of(pids_of(process))))
     seconds = time.monotonic() - started
     print(f"{launch.name} ready at {server.url} after {seconds:.0f} s, log: {directory}/server.log", flush=True)
     return server
