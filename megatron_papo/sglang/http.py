@@ -43,7 +43,7 @@ class Refused(Exception):
     """HTTP 4xx: the server understood the call and will not do it; another try would be as wrong."""
 
     def __init__(self, status: int, text: str):
-        super().__init__(f"HTTP {status}: {text}")
+        super().__init__(text)
         self.status = status
 
 
@@ -112,10 +112,11 @@ async def _content(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
 def _require_success(status: int, content: bytes) -> None:
     if status == 200:
         return
-    text = shown(content[:1000].decode(errors="replace"), limit=300)
+    words = shown(content[:1000].decode(errors="replace"), limit=300)
+    text = f"HTTP {status}: {words}" if words else f"HTTP {status}"
     if 400 <= status < 500 and status not in PASSING:
         raise Refused(status, text)
-    raise Fault(f"HTTP {status}: {text}")
+    raise Fault(text)
 
 
 def anything(content: bytes) -> None:
