@@ -11,6 +11,7 @@ MARKERS = {
     "quick": [
         "checkpoint/test_layouts.py",
         "config",
+        "data/test_response_tokens.py",
         "distributed/test_balance.py",
         "evaluation",
         "objective",

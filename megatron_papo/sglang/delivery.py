@@ -155,10 +155,10 @@ class Delivery:
         batch, request, store = self.batch, self.batch.requests[index], self.batch.store
         key = "" if store is None else store.key(request, body)
         kept = None if store is None else store.find(key, batch.sampling, batch.weight_version)
-        if kept is not None:
+        if kept is not None and not self._stopped.is_set():
             self.traffic.stored += 1
             self.traffic.stored_tokens += len(kept.token_ids)
-            return None if self._stopped.is_set() else kept
+            return kept
         self.running += 1
         sample = await self._generate(index, body)
         self.running -= 1

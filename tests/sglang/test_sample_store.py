@@ -62,6 +62,21 @@ def test_more_samples_ask_for_the_others_only(tmp_path):
         assert six[:4] == four and stored == 4 and seeds(behind) == [4, 5]
 
 
+def test_enough_is_enough_of_what_is_kept_too(tmp_path):
+    """As with rollout.over_sampling: what is kept counts first, and every request is accounted for."""
+    with false_server() as (server, behind):
+        undisturbed, _ = sample(server, tmp_path / "s", requests())
+        seeds(behind)
+        seen, client = [], SglangClient([server], 3, 5.0)
+        with SampleStore(tmp_path / "s", "float32") as store:
+            found = client.sample(
+                requests(20), SAMPLING, "v", lambda *one: seen.append(one), lambda: len(seen) >= 5, store
+            )
+        finished, traffic = [one for one in found if one is not None], client.traffic
+        assert finished == undisturbed[: len(finished)] and len(finished) == len(seen) == traffic.stored >= 5
+        assert traffic.stored + traffic.cancelled_running + traffic.cancelled_waiting == 20 and seeds(behind) == []
+
+
 def test_another_request_is_another_sample(tmp_path):
     """Each of these would be sampled otherwise, and is asked for again; the first is there still."""
     path = tmp_path / "s"
