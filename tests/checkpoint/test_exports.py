@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 
-from megatron_papo.checkpoint import config_json, conversion_output
+from megatron_papo.checkpoint import config_json, conversion_output, model_card
 from megatron_papo.checkpoint.convert import HFCheckpoint, hf_to_megatron
 from megatron_papo.checkpoint.inspect import describe
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.run.manifest import read_manifest
 from tests.workers import random_model
 
 FROM_4_57 = {  # written by transformers 4.57.6 for the sizes of tests.workers.random_model, tied
@@ -201,6 +202,44 @@ def test_the_card_of_a_trained_model_says_how_it_was_trained(trained, tmp_path):
     ):
         assert part in text
     assert (tmp_path / "out" / "README_base_model.md").read_text() == CARD
+
+
+CARDS = {
+    "Latin-1": ("---\nlicense: other\nauthor: caf\xe9\n---\n".encode("latin-1"), {"license": "other"}),
+    "an impossible date": (b"---\nlicense: other\ndate: 2024-13-45\n---\n", {"license": "other"}),
+    "Norwegian": (b"---\nlanguage: no\n---\n", {"language": "no"}),
+    "aliases": (b"---\na: &a [x]\nlanguage: *a\n---\n", {"language": ["x"]}),
+    "an object": (b"---\nbase_model: !!python/object:os.system {a: 1}\n---\n", {}),
+    "huge": (b"---\nlicense: other\n---\n" + b"x" * 10_000_000, {"license": "other"}),
+    "nothing": (b"", {}),
+}
+
+
+@pytest.mark.parametrize("card, carried", CARDS.values(), ids=CARDS)
+def test_what_is_carried_over_from_the_base_models_card(tmp_path, card, carried):
+    (tmp_path / "README.md").write_bytes(card)
+    assert model_card._front_matter(tmp_path / "README.md") == carried
+
+
+@pytest.mark.parametrize(
+    "damage", [b"tags: " + b"[" * 5000 + b"\n---\n", b"license: other\n"], ids=["nested", "no end"]
+)
+def test_a_damaged_card_of_the_base_model_ends_no_export(trained, tmp_path, damage, capfd):
+    """It describes: the export is made, with a card that says less."""
+    shutil.copytree(trained, tmp_path / "trained")
+    (tmp_path / "trained" / "hf" / "README.md").write_bytes(b"---\n" + damage)
+    conversion_output.to_hf(tmp_path / "trained", tmp_path / "out", {})
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "12 optimizer steps" in text and "license" not in yaml.safe_load(text.split("---")[1])
+    assert (tmp_path / "out" / "README_base_model.md").read_bytes() == b"---\n" + damage
+    assert "README.md: license and language of the base model: left out: " in capfd.readouterr().err
+
+
+def test_a_card_that_cannot_be_made_leaves_the_export(trained, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(model_card, "model_card", lambda *_: 1 / 0)
+    conversion_output.to_hf(trained, tmp_path / "out", {})
+    assert (tmp_path / "out" / "README.md").read_text() == CARD and read_manifest(tmp_path / "out") is not None
+    assert "how the model was trained: left out" in capfd.readouterr().err
 
 
 def test_inspect(converted, trained):
