@@ -15,6 +15,7 @@ MARKERS = {
         "distributed/test_balance.py",
         "evaluation",
         "objective",
+        "pictures/test_decode.py",
         "pictures/test_masking.py",
         "pictures/test_preprocess.py",
         "rollout/test_data_order.py",

@@ -19,8 +19,12 @@ _WRAPPINGS = (
     re.compile(r".*\banswer\b\s*(?:is|[:=])\s*:?\s*(?P<bare>.+?)\.?", re.DOTALL | re.IGNORECASE),
     re.compile(r".*####\s*(?P<bare>.+)", re.DOTALL),
     re.compile(r"<(\w+)>(?P<bare>.*)</\1>", re.DOTALL),
-    re.compile(r"\(?(?P<bare>[A-Z])\s*[.):\uff1a].*", re.DOTALL),
+    re.compile(r"(\*\*|['\"])(?P<bare>.+)\1", re.DOTALL),
+    re.compile(r"\[\s*(['\"])(?P<bare>.*)\1\s*\]", re.DOTALL),
+    re.compile(r"(?:option|choice)\s*:?\s*\(?(?P<bare>[A-Z])\b.*", re.DOTALL | re.IGNORECASE),
+    re.compile(r"\(?(?P<bare>[A-Z])\s*[.):\uff1a\uff0e\u3001].*", re.DOTALL),
 )
+"""What data sets put around the answer proper."""
 _NO_VALUES = ("nan", "none", "null", "n/a", "inf", "-inf", "[]", "{}")
 _WITHOUT_BOX = ("", "I do not know.")
 _LONG_WORDS = 5

@@ -333,12 +333,16 @@ ODD_ANSWERS = {
     "<answer>B</answer>": "more around them",
     "A. Paris": "more around them",
     "A)": "more around them",
+    "**B**": "more around them",
+    "['B']": "more around them",
+    "Option C": "more around them",
+    "B\u3001red": "more around them",
     "It is the red one.": "are sentences",
     "None": "stand for no value",
     "nan": "stand for no value",
     "\\frac{1}{2": "same text in a box does not match",
 }
-PLAIN_ANSWERS = ["A", "3", "-0.5", "yes", "\\frac{1}{2}", "(1, 2)", "x=3", "3.5 kg", "50%", "$\\sqrt{2}$"]
+PLAIN_ANSWERS = ["A", "3", "-0.5", "yes", "\\frac{1}{2}", "(1, 2)", "x=3", "3.5 kg", "50%", "[1, 2]", "$\\sqrt{2}$"]
 
 
 def test_answers_that_look_wrong_are_counted_and_stop_above_a_share(stage, tmp_path, capsys):
@@ -347,13 +351,15 @@ def test_answers_that_look_wrong_are_counted_and_stop_above_a_share(stage, tmp_p
     (tmp_path / "set.jsonl").write_text("".join(json.dumps({**GOOD, "answer": answer}) + "\n" for answer in answers))
     output = stage(tmp_path / "set.jsonl")
     said = capsys.readouterr().out
-    for answer, kind in ODD_ANSWERS.items():
-        assert any(kind in line and repr(answer) in line for line in said.splitlines()), answer
+    shown = [answer for answer in ODD_ANSWERS if repr(answer) in said]
+    for answer in shown:
+        assert any(ODD_ANSWERS[answer] in line and repr(answer) in line for line in said.splitlines()), answer
+    assert len(shown) == len(ODD_ANSWERS) - 4, "at most five of a kind"
     assert not any(repr(answer) in said for answer in PLAIN_ANSWERS)
     assert read_manifest(output).counts["train_suspicious"] == len(ODD_ANSWERS)
     with pytest.raises(UserError) as error:
         stage(tmp_path / "set.jsonl", "data.max_suspicious_share=0.2", output="strict")
-    assert len(error.value.lines) == 1 and "5 of 19 rows have answers with more around them" in str(error.value)
+    assert len(error.value.lines) == 1 and "9 of 24 rows have answers with more around them" in str(error.value)
 
 
 def test_odd_pictures_are_counted(stage, tmp_path, capsys):
