@@ -93,7 +93,7 @@ def test_every_key_can_be_seen_to_change(demo, key):
 @pytest.mark.parametrize(
     "overrides, complaint",
     [
-        (["keep_best=1"], "keep_best 1 needs evaluate_every"),
+        (["keep_best=1", "evaluate_every=null"], "keep_best 1 needs evaluate_every"),
         (["keep_best=-1"], "keep_best: Input should be greater than or equal to 0"),
         (["keep_best=true"], "keep_best: Input should be a valid integer"),
         (["checkpoint_every=0"], "checkpoint_every: Input should be greater than 0"),
