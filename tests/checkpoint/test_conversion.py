@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_papo.checkpoint import convert, torch_dist_files
 from megatron_papo.checkpoint.convert import (
@@ -275,6 +276,17 @@ def test_damaged_megatron_checkpoints_are_refused(damaged_megatron, capsys):
     shutil.rmtree(damaged_megatron / "hf")
     with pytest.raises(UserError, match="config.json"):
         MegatronCheckpoint(damaged_megatron)
+
+
+def test_an_object_among_the_tensors_is_refused_before_it_is_unpickled(damaged_megatron):
+    """megatron-core loads such entries, an optimizer's for example, with pickle."""
+    TorchDistCheckpoint(damaged_megatron).require_plain()  # control
+    path = damaged_megatron / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["optimizer.state\n\x1b[2J"] = BytesStorageMetadata()
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"optimizer.state\\n\\x1b\[2J is no tensor but an object"):
+        TorchDistCheckpoint(damaged_megatron).require_plain()
 
 
 def test_a_bit_flipped_inside_a_megatron_checkpoint_is_noticed(hf, damaged_megatron, tmp_path):

@@ -1,14 +1,20 @@
 """Records that somebody damaged or forged are one line."""
 
 import json
+import re
 
 import pytest
 
 from megatron_papo.checkpoint.proof import require_proof
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.manifest import read_manifest, require_weights
 from megatron_papo.run.outside import MEMORY, remembered_fingerprint
-from megatron_papo.run.stage_output import verify_files
+from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stage_output import nested, verify_files
+from megatron_papo.run.stages import STAGES, Turn
+from megatron_papo.run.state import require_current
+from tests.helpers import DEMO_CONFIG
 
 GOOD = {"stage": "stage1_prepare_data", "fingerprint": "f" * 64, "files": {"a": {"bytes": 1, "sha256": "0" * 64}}}
 NONE = ["", "[]", "1", "null", "{}", '"text"', "[" * 100_000, "\x00", "{" + '"a":{' * 3000, "\xff\xfe"]
@@ -71,3 +77,31 @@ def test_a_renamed_run_is_made_again_by_its_present_name(tmp_path):
     with pytest.raises(UserError) as said:
         verify_files(data)
     assert f"stages.stage1_prepare_data --run '{data.parent}' --iteration 1" in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "override, reason",
+    [
+        ("data.evaluation.source=/nowhere.parquet", "data.evaluation.source is /nowhere.parquet, was /a.jsonl"),
+        ("data.prompt_template={problem}!", "config.data.prompt_template"),
+    ],
+)
+def test_data_that_changed_is_noticed_where_stage_1_is_not_asked_for(tmp_path, override, reason):
+    """As `--stages 7` does: what the set was made from is compared with the configuration, and the key is named."""
+    model = ["model.path=/model", "data.evaluation.source=/a.jsonl"]
+    turn = Turn(evaluation_set="evaluation")
+    old = RunDirectory(tmp_path, load_config(DEMO_CONFIG, model))
+    stage = STAGES["stage1_prepare_data"]
+    recipe = {
+        "stage": stage.name,
+        "config": nested(stage.values(old.config, turn)),
+        "arguments": stage.arguments(turn),
+        "inputs": {},
+    }
+    place = old.evaluation_data("evaluation")
+    place.mkdir(parents=True)
+    inputs = {"evaluation": "/a.jsonl", "hf": "/model", "tokenizer": "/model"}
+    (place / "manifest.json").write_text(json.dumps(GOOD | {"recipe": recipe, "inputs": inputs}))
+    require_current(old, place)  # control
+    with pytest.raises(UserError, match=re.escape(reason)):
+        require_current(RunDirectory(tmp_path, load_config(DEMO_CONFIG, [*model, override])), place)

@@ -173,3 +173,13 @@ def test_dry_run_touches_nothing_and_a_second_start_leaves(name, tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("kind", ["file", "dead link"])
+def test_a_name_that_is_taken_by_something_else(tmp_path, kind):
+    root = tmp_path / "r"
+    root.write_text("mine") if kind == "file" else root.symlink_to(tmp_path / "nowhere")
+    for use in (lambda: start(root), lambda: open_run(root)):
+        with pytest.raises(UserError, match="r: is no directory: choose another --name"):
+            use()
+    assert root.is_symlink() or root.read_text() == "mine"
