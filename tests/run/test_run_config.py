@@ -81,7 +81,7 @@ def test_a_configuration_file_given_again_may_not_change_what_is_frozen(tmp_path
 
 
 def test_an_edit_by_hand_is_refused_with_the_key(tmp_path):
-    start(tmp_path / "r")
+    start(tmp_path / "r", "optimizer.learning_rate=0.0007", "iterations=6")
     file = tmp_path / "r" / CONFIG
     text = file.read_text()
     file.write_text(text.replace("learning_rate: 0.0007", "learning_rate: 0.0008"))
