@@ -153,7 +153,7 @@ def test_another_evaluation_set_touches_nothing_of_the_training(small_run, tmp_p
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--config", "none.yaml"], "none.yaml: cannot read the configuration"),
+        (["--config", "none.yaml"], "none.yaml: cannot be read"),
         (["--set", "optimizer.learning_rte=1"], "did you mean learning_rate?"),
         (["--stages", "9"], "error: --stages 9: expected numbers from 1 to 7"),
         (["--stages", "1-1000000000"], "error: --stages 1-1000000000: expected numbers from 1 to 7"),
