@@ -314,10 +314,8 @@ class Side:
         requests = [
             Request(prompt, seed, partial(pictures, prompt), prompt.id) for seed, (prompt, _) in enumerate(jobs)
         ]
-        settings = self.config.rollout
-        sampling = Sampling(
-            settings.temperature, top_p, -1, min(RESPONSE_TOKENS, settings.max_response_tokens), self.tokens
-        )
+        rollout, tokens = self.config.rollout, min(RESPONSE_TOKENS, self.config.rollout.max_response_tokens)
+        sampling = Sampling(rollout.temperature, top_p, -1, tokens, self.tokens)
         samples = [sample for sample in self.client.sample(requests, sampling, self.version) if sample is not None]
         return [self._record(prompt, number, sample) for (prompt, number), sample in zip(jobs, samples, strict=True)]
 

@@ -168,14 +168,15 @@ def bits_of(run: Path) -> dict[str, str]:
 
     Raises UserError where an output is missing.
     """
-    directory, hashes = open_run(run), {}
+    directory = open_run(run)
+    hashes: dict[str, str] = {}
     for stage, turn in all_turns(directory):
         output = stage.output(directory, turn)
         manifest = read_manifest(output)
         if manifest is None:
             raise UserError(f"{output}: not there: the run is not finished: bash run_all.sh --name {run.name}")
         place = output.relative_to(directory.root).as_posix()
-        files = {f"{place}/{name}": entry["sha256"] for name, entry in manifest["files"].items()}
+        files = {f"{place}/{name}": entry.sha256 for name, entry in manifest.files.items()}
         hashes |= {file: sha for file, sha in files.items() if file.endswith(BITS) and not file.endswith(TIMED)}
     return hashes
 
