@@ -23,6 +23,7 @@ import os
 import runpy
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -223,7 +224,9 @@ def log_softmax(logits: Tensor, dim: int, half_to_float: bool = False) -> Tensor
 
 def _install_log_softmax() -> None:
     library = torch.library.Library("aten", "IMPL")
-    library.impl("_log_softmax", log_softmax, "CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced, in ten lines
+        library.impl("_log_softmax", log_softmax, "CPU")
     _libraries.append(library)
 
 
