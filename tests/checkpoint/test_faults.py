@@ -136,7 +136,7 @@ def test_too_little_room_is_said_before_anything_is_written(checkpoints, tmp_pat
     checkpoint = HFCheckpoint(checkpoints[0])
     conversion_output._require_space(tmp_path / "out", checkpoint, None)
     checkpoint.tensors["huge"] = TensorInfo(torch.float32, (1 << 50,))
-    with pytest.raises(UserError, match="out: needs 4503599.* GB, .* GB free"):
+    with pytest.raises(UserError, match="out: needs 4,503,599.* GB, .* GB free"):
         conversion_output._require_space(tmp_path / "out", checkpoint, None)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_papo.run.stage_output import read_manifest
-from tests.helpers import ROOT, settings
+from tests.helpers import ROOT, run_module, settings
 
 
 def run_all(name, *arguments):
@@ -63,7 +63,8 @@ def test_moved_and_changed(name, data, tiny_hf, tmp_path):
     shutil.move(tmp_path / "moved", tmp_path / "changed")
     other = settings(f"data.train.source={tmp_path}/changed/rows.jsonl")
     refused = run_all(name, "--stages", "1", *other)
-    assert refused.returncode != 0 and "made from something else (differs in inputs.train)" in refused.stdout
-    later = run_all(name, "--stages", "5")  # stage 1 is not asked for: whoever reads the data notices
-    assert later.returncode != 0
-    assert "runs/" + name + "/data: made from something else (data.train.source is" in later.stdout
+    assert refused.returncode == 2 and "holds something else than" in refused.stderr
+    assert f"{tmp_path}/moved" in (run / "config.yaml").read_text()  # nor does the run take the place over
+    shutil.move(tmp_path / "changed", tmp_path / "moved")
+    changed = run_module("stages.stage1_prepare_data", "--run", run)  # another picture in the same place
+    assert changed.returncode == 2 and "made from something else (differs in inputs.train)" in changed.stderr

@@ -289,6 +289,10 @@ def test_order_is_a_permutation_per_epoch():
 
 
 SHORT = settings("sft.steps=12", "sft.global_batch_size=32", "sft.micro_batch_size=8", "sft.warmup_steps=4")
+FIRST_OF_TWO = {
+    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+}  # fmt: skip
+"""As a launcher sets it."""
 
 
 def stage2_arguments(data, output, *overrides):
@@ -346,9 +350,7 @@ def test_the_loss_falls_and_is_logged(finished, demo_data):
 
 def test_done_is_skipped_quickly(finished, demo_data):
     started = time.monotonic()
-    result = run_module(
-        "stages.stage2_sft", *stage2_arguments(demo_data, finished[0], *SHORT), env={"WORLD_SIZE": "2", "RANK": "0"}
-    )
+    result = run_module("stages.stage2_sft", *stage2_arguments(demo_data, finished[0], *SHORT), env=FIRST_OF_TWO)
     assert result.returncode == 0 and "nothing to do" in result.stdout
     assert time.monotonic() - started < 8, "torch and deepspeed are not imported for that"
 
@@ -366,7 +368,7 @@ def test_single_process_without_a_launcher_and_a_diverging_run(demo_data, tmp_pa
 @pytest.mark.parametrize(
     "overrides, env, message",
     [
-        (["sft.processes=1"], {"WORLD_SIZE": "2"}, "2 processes were started, sft.processes is 1"),
+        (["sft.processes=1"], FIRST_OF_TWO, "2 processes were started, sft.processes is 1"),
         ([], {}, "1 processes were started, sft.processes is 2: start with torchrun --nproc-per-node 2"),
         (["sft=null", "data.sft=null"], {}, "sft is null"),
     ],

@@ -14,7 +14,7 @@ from megatron_papo.run.command_line import run
 def main() -> None:
     with collectives.first_process_speaks():
         if str(process_groups.rank()) in sys.argv[1:]:
-            raise UserError("rollouts.jsonl: cannot be read\nis the disk mounted here?")
+            raise UserError("rollouts.jsonl: cannot be read", "is the disk mounted here?")
     time.sleep(60)  # a rank that passed waits for the others
 
 
