@@ -117,7 +117,7 @@ def require_saliency_of_prompts(task: Task, output: Path) -> None:
             try:
                 require_saliency(task.config.masked_image, prompt.images, prompt.saliency)
             except UserError as error:
-                raise UserError(f"{file}:{number}: prompt {prompt.id}: {error}")
+                raise UserError(f"{file}:{number}: prompt {shown(prompt.id)}: {error}")
 
 
 def prepare(task: Task, out: StageOutput) -> None:
@@ -175,13 +175,9 @@ def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptM
         *report.no_pictures(name, Columns.of(source, data, with_target), shows_masked(config, name)),
         *too_suspicious(name, suspicious, report.kept, data.max_suspicious_share),
     ]
+    problems = problems or report.no_rows(name, source.source)
     if problems:
         raise UserError(*problems)
-    if not report.kept:
-        raise UserError(
-            f"data.{name}: no row left ({report.overlong} overlong, {len(report.bad)} left out): raise"
-            " data.max_prompt_tokens or add data"
-        )
     if maker.source_hash is not None:
         out.complete_input(name, maker.source_hash.hexdigest())
     if report.bad:

@@ -12,6 +12,7 @@ MARKERS = {
         "checkpoint/test_layouts.py",
         "config",
         "data/test_response_tokens.py",
+        "data/test_rows.py",
         "distributed/test_balance.py",
         "evaluation",
         "objective",

@@ -12,6 +12,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.pictures.model_processor import ModelProcessor
 from megatron_papo.pictures.preprocess import FACTOR, PictureSettings, model_size
 from megatron_papo.pictures.store import ImageStore, StoredImage
+from megatron_papo.reading import shown
 from megatron_papo.run.records import Prompt
 
 
@@ -65,7 +66,7 @@ class PromptMaker:
         self.report.columns |= dict.fromkeys(row.columns)
         self.report.rows_with_pictures += bool(row.images)
         if row.id in self._seen:
-            raise UserError(f"id {row.id} is also that of {self._seen[row.id]}: ids must be unique")
+            raise UserError(f"id {shown(row.id)} is also that of {self._seen[row.id]}: ids must be unique")
         self._seen[row.id] = row.place
         token_ids = self.chat.encode_prompt(row.problem, len(row.images))
         self._check_saliency(row)

@@ -58,12 +58,34 @@ class SetReport:
         count = len(self.bad)
         if count <= allowed:
             return []
-        lines = [f"{row.place}: {row.problem}" for row in self.bad[:BAD_ROWS_SHOWN]]
+        lines = self.first_bad_rows()
         more = f" ({count - len(lines)} more are not shown)" if count > len(lines) else ""
         return [
             *lines,
             f"data.{name}: {count} of {self.rows} rows cannot be used{more}: correct or drop them, or have up to so"
             f" many left out with --set data.skip_bad_rows={count}",
+        ]
+
+    def first_bad_rows(self) -> list[str]:
+        """Return what is wrong with the first rows that cannot be used, a line each."""
+        return [f"{row.place}: {row.problem}" for row in self.bad[:BAD_ROWS_SHOWN]]
+
+    def no_rows(self, name: str, source: str) -> list[str]:
+        """Return why a set has no prompt; nothing where it has one.
+
+        Args:
+            name: of the set.
+            source: where its rows are from.
+        """
+        if self.kept:
+            return []
+        if not self.rows:
+            return [f"data.{name}: {shown(source)}: no row in it: name another data source or add rows"]
+        cures = (["raise data.max_prompt_tokens"] if self.overlong else []) + (["correct the rows"] if self.bad else [])
+        return [
+            *self.first_bad_rows(),
+            f"data.{name}: no row left of {shown(source)} ({self.overlong} overlong, {len(self.bad)} left out):"
+            f" {', '.join(cures)} or add others",
         ]
 
     def no_pictures(self, name: str, columns: Columns, uses_pictures: bool) -> list[str]:
@@ -75,7 +97,7 @@ class SetReport:
             uses_pictures: whether something is computed from the pictures of this set.
         """
         others = [column for column in self.columns if column.lower() in _LIKE_IMAGES and column != columns.images]
-        if self.rows_with_pictures or not self.rows or not (others or uses_pictures):
+        if self.rows_with_pictures or not self.columns or not (others or uses_pictures):
             return []
         seen = ", ".join(map(shown, self.columns))
         cure = f"set data.{name}.images_key={shown((others or ['COLUMN'])[0])}"

@@ -10,9 +10,12 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from megatron_papo.config import DataConfig, PromptSource
 from megatron_papo.data.sources import converting, data_files, is_jsonl
@@ -21,9 +24,21 @@ from megatron_papo.reading import in_short, reading, shown
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow
 
 _PARQUET_BATCH = 32
 """Rows held in memory at once: each may carry megabytes of pictures."""
+_HEAD = 1 << 16
+"""Bytes of a file that tell whether it is text at all."""
+_NO_TEXT = {
+    b"\x1f\x8b": ("packed by gzip", "unpack it with gunzip"),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", "unpack it with unzstd"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
+    b"PAR1": ("a parquet file", "rename it to .parquet"),
+    b"\xff\xfe": ("text of UTF-16", "convert it with iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("text of UTF-16", "convert it with iconv -f UTF-16 -t UTF-8"),
+}
+"""How other kinds of files begin -> what they are, and what to do."""
 _CONVERSATIONS = ("conversations", "messages", "conversation")
 
 
@@ -127,6 +142,7 @@ def _rows_of(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]
 
 def _jsonl(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield the rows of a file of JSON objects, one per line; empty lines are no rows."""
+    _require_text(file)
     with reading(file, "correct its permissions or copy it again"):
         # What is not UTF-8 becomes lone surrogates, which are looked for line by line.
         stream = open(file, encoding="utf-8-sig", errors="surrogateescape")
@@ -141,15 +157,47 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
                 yield number, _row_of_line(text, place)
 
 
+def _require_text(file: Path) -> None:
+    """Raise UserError where a file as a whole is no text of UTF-8, so that none of its lines need be read."""
+    with reading(file, "correct its permissions or copy it again"), open(file, "rb") as stream:
+        head = stream.read(_HEAD)
+    for start, (kind, cure) in _NO_TEXT.items():
+        if head.startswith(start):
+            raise UserError(f"{file}: {kind}, not of JSON objects: {cure}")
+    lines = [line for line in head.splitlines() if line.strip()]
+    rows = [line for line in lines if line.startswith(b"{") and line.endswith(b"}") and _is_text(line)]
+    if lines and not rows and not _is_text(lines[0]):
+        raise UserError(f"{file}: not text of UTF-8: convert it with iconv -f ENCODING -t UTF-8, or copy it again")
+
+
+def _is_text(line: bytes) -> bool:
+    """Say whether a line is text of UTF-8; its end may be cut off."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return b"\0" not in line
+
+
 def _row_of_line(text: str, place: str) -> dict | BadRow:
     try:
         _require_unicode(text, "the line")
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_object)
     except UserError as error:
         return BadRow(place, str(error))
     except (ValueError, RecursionError) as error:
         return BadRow(place, f"{in_short(error)}: the file is truncated or damaged")
     return row if isinstance(row, dict) else BadRow(place, "expected a JSON object with the columns of a row")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object of JSON. Raises UserError where a key is there twice: either value may be the one meant."""
+    entries: dict[str, object] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise UserError(f"{shown(key)} is there twice: correct or drop the row")
+        entries[key] = value
+    return entries
 
 
 def _parquet(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]]:
@@ -159,7 +207,12 @@ def _parquet(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]
     cure = "it cannot be read as parquet: the file is truncated or damaged: copy it again"
     with reading(file, cure):
         table = parquet.ParquetFile(file)
-        names = table.schema_arrow.names
+        schema = table.schema_arrow
+    names, numbers = schema.names, _short_floats(schema)
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{file}: two columns are called {shown(twice[0])}: rename or drop one")
+    with reading(file, cure):
         used = [name for name in (*vars(columns).values(), "id") if name in names]
         batches = table.iter_batches(batch_size=_PARQUET_BATCH, columns=used)
     number = 0
@@ -171,9 +224,26 @@ def _parquet(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]
         for index in range(batch.num_rows):
             number += 1
             try:
-                yield number, dict.fromkeys(names) | batch.slice(index, 1).to_pylist()[0]
+                row = batch.slice(index, 1).to_pylist()[0]
+                yield number, dict.fromkeys(names) | _with_shortest(row, numbers)
             except ValueError as error:  # text that is not UTF-8, dates out of range
                 yield number, BadRow(f"{file}:{number}", f"{in_short(error)}: correct or drop the row")
+
+
+def _short_floats(schema: "pyarrow.Schema") -> dict[str, str]:
+    """Return the columns of floating-point numbers of fewer than 64 bits, and what numpy calls their type."""
+    names = {"halffloat": "float16", "float": "float32"}
+    return {field.name: names[str(field.type)] for field in schema if str(field.type) in names}
+
+
+def _with_shortest(row: dict, types: dict[str, str]) -> dict:
+    """Return a row whose numbers of these columns have no more digits than their types tell apart: 0.1 as float32 is
+    0.1, and not 0.10000000149011612. Whole numbers stay what they are."""
+    given = {name: row[name] for name in types if row.get(name) is not None}
+    return row | {
+        name: float(value) if float(value).is_integer() else float(str(np.dtype(types[name]).type(value)))
+        for name, value in given.items()
+    }
 
 
 def hugging_face_fingerprint(source: PromptSource) -> str:
@@ -192,10 +262,11 @@ def _hugging_face(source: PromptSource) -> "datasets.Dataset":
 
 
 def _of_hub(table: "datasets.Dataset", name: str) -> Iterator[tuple[int, dict]]:
+    numbers = _short_floats(table.features.arrow_schema)
     for number in range(len(table)):
         with reading(f"{name}:{number + 1}", "download the data set again"):
             row = table[number]
-        yield number + 1, row
+        yield number + 1, _with_shortest(row, numbers)
 
 
 def undecoded(table: "datasets.Dataset", *picture_keys: str) -> "datasets.Dataset":
@@ -220,9 +291,9 @@ def _parse(row: dict, table: _Table, number: int, columns: Columns) -> SourceRow
             problem=_text(row, columns.problem, "problem_key"),
             answer=_text(row, columns.answer, "answer_key"),
             target=None if columns.target is None else _text(row, columns.target, "target_key"),
-            images=_pictures(row.get(columns.images), columns.images) or [],
+            images=_pictures(row, columns.images) or [],
             image_root=table.image_root,
-            saliency=_pictures(row.get(columns.saliency), columns.saliency),
+            saliency=_pictures(row, columns.saliency),
             columns=tuple(row),
         )
     except UserError as error:
@@ -237,6 +308,7 @@ def _identity(row: dict, table: _Table, number: int) -> str:
 
 
 def _text(row: dict, column: str, key: str) -> str:
+    _require_outermost(row, column)
     if column not in row:
         seen = ", ".join(shown(name) for name in row)
         if set(row) & set(_CONVERSATIONS):
@@ -248,6 +320,8 @@ def _text(row: dict, column: str, key: str) -> str:
     value = row[column]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = value if isinstance(value, float) and not math.isfinite(value) else str(value)
+    if isinstance(value, Decimal):
+        value = f"{value:f}"
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{column} is {shown(repr(value))}, expected a text: correct or drop the row")
     _require_unicode(value, column)
@@ -262,8 +336,20 @@ def _require_unicode(text: str, what: str) -> None:
         raise UserError(f"{what} is not valid Unicode (position {error.start}): correct or drop the row")
 
 
-def _pictures(value: object, column: str) -> list[bytes | str] | None:
+def _require_outermost(row: dict, column: str) -> None:
+    """Raise UserError where the name of a column means one inside another."""
+    outer, _, inner = column.partition(".")
+    if inner and column not in row and outer in row:
+        raise UserError(
+            f"no column {column}: columns inside columns are not read: make {shown(inner)} of {shown(outer)} a column"
+            " of its own"
+        )
+
+
+def _pictures(row: dict, column: str) -> list[bytes | str] | None:
     """Return the pictures of a column, a list of them or a single one; None where there is nothing at all."""
+    _require_outermost(row, column)
+    value = row.get(column)
     if value is None:
         return None
     items = value if isinstance(value, list) else [value]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_papo.config import PromptSource
 from megatron_papo.errors import UserError
-from megatron_papo.reading import reading, shown
+from megatron_papo.reading import in_short, reading, shown
 
 SUFFIXES = (".jsonl", ".parquet")
 SPLITS = {
@@ -39,12 +39,9 @@ def data_files(source: PromptSource) -> list[Path]:
 
 
 def _of_directory(directory: Path, split: str) -> list[Path]:
-    files = []
-    for folder, folders, names in os.walk(directory):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
-    others = sorted(file for file in files if file.suffix.lower() in _CONVERTED)
-    files = sorted(file for file in files if _is_table(file) and file.is_file())
+    files = _all_files(directory)
+    others = [file for file in files if file.suffix.lower() in _CONVERTED]
+    files = [file for file in files if _is_table(file)]
     if not files:
         if any((directory / name).exists() for name in _SAVED_TO_DISK):
             raise UserError(
@@ -61,9 +58,39 @@ def _of_directory(directory: Path, split: str) -> list[Path]:
     return _of_split(files, directory, split)
 
 
+def _all_files(directory: Path) -> list[Path]:
+    """Return all files below a directory, sorted, links followed, each folder once. Raises UserError for what may hold
+    rows and is not read: a link to nothing, a closed folder, and a second name of a folder with data files."""
+    files, again, seen = [], [], {directory.resolve()}
+    for folder, folders, names in os.walk(directory, followlinks=True, onerror=_refuse_folder):
+        below = [Path(folder, name) for name in sorted(folders) if not name.startswith(".")]
+        folders.clear()
+        for path in below:
+            if path.resolve() in seen:
+                again.append(path)
+            else:
+                seen.add(path.resolve())
+                folders.append(path.name)
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    for file in files:
+        if file.is_symlink() and not file.exists() and (_is_table(file) or not file.suffix):
+            raise UserError(f"{file}: a link to nothing: copy the data again, links followed, or remove it")
+        if _is_table(file) and not file.is_file():
+            raise UserError(f"{file}: not a file: copy the data again, or remove it")
+    homes = {file.parent.resolve() for file in files if _is_table(file)} if again else set()
+    for path in again:
+        if any(home.is_relative_to(path.resolve()) for home in homes):
+            raise UserError(f"{path}: its data files are read under another name too: remove the link to this folder")
+    return sorted(files)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{shown(error.filename)}: {in_short(error)}: correct its permissions, or name another data source")
+
+
 def _of_split(files: list[Path], directory: Path, split: str) -> list[Path]:
     """Return the files of a split; all of them where no name tells one."""
-    splits = {file: _split_of(file.relative_to(directory)) for file in files}
+    splits = {file: _split_of(file, directory) for file in files}
     named = sorted({name for name in splits.values() if name is not None})
     if not named:
         return files
@@ -76,18 +103,27 @@ def _of_split(files: list[Path], directory: Path, split: str) -> list[Path]:
     wanted = next((name for name, words in SPLITS.items() if split.lower() in words), split)
     chosen = [file for file, name in splits.items() if name == wanted]
     if not chosen:
-        raise UserError(f"{directory}: no file of split {split}, only of {', '.join(named)}: set split to one of them")
+        raise UserError(
+            f"{directory}: no file of split {split}, only of {', '.join(named)} (as {files[0].relative_to(directory)}"
+            " is called): set split to one of them, or name the file itself as the data source"
+        )
     return chosen
 
 
-def _split_of(name: Path) -> str | None:
+def _split_of(file: Path, directory: Path) -> str | None:
     """Return the split that a file's name, or else that of the nearest folder, tells: train, validation, test, or what
-    stands before the numbers of name-00000-of-00009."""
+    stands before the numbers of name-00000-of-00009. Raises UserError where a name tells two of them."""
+    name = file.relative_to(directory)
     for part in (name.stem, *(parent.name for parent in name.parents)):
         words = re.split(r"[^a-z]+", part.lower())
-        for split, aliases in SPLITS.items():
-            if not set(words).isdisjoint(aliases):
-                return split
+        told = [split for split, aliases in SPLITS.items() if not set(words).isdisjoint(aliases)]
+        if len(told) > 1:
+            raise UserError(
+                f"{file}: {shown(part)} tells two splits, {' and '.join(told)}: rename it by the one that it is, or"
+                " name a single file as the data source"
+            )
+        if told:
+            return told[0]
     shard = re.match(r"(.+)-\d+-of-\d+", name.stem)
     return None if shard is None else shard[1]
 

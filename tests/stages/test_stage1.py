@@ -318,6 +318,29 @@ def test_all_bad_rows_in_one_report(stage, tmp_path):
     stage(tmp_path / "set.jsonl", "data.skip_bad_rows=20")  # done: the limit is no part of what was made
 
 
+def test_nothing_left_says_why(stage, tmp_path):
+    """Also where as many bad rows are allowed; a set of no column is not said to have no pictures."""
+    file = tmp_path / "set.jsonl"
+    file.write_text("")
+    with pytest.raises(UserError, match=f"^data.train: {file}: no row in it: name another data source or add rows$"):
+        stage(file)
+    file.write_text("3\n" * 12)
+    with pytest.raises(UserError) as error:
+        stage(file, "data.skip_bad_rows=20")
+    *rows, summary = error.value.lines
+    assert rows == [f"{file}:{n}: expected a JSON object with the columns of a row" for n in range(1, 11)]
+    left = f"data.train: no row left of {file} (0 overlong, 12 left out): correct the rows or add others"
+    assert summary == left
+    with pytest.raises(UserError) as error:
+        stage(file)
+    assert "12 of 12 rows cannot be used" in error.value.lines[-1]
+    rows = [{"id": "\x1b[2J" * 999, "problem": "?", "answer": "1"}] * 2
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="set.jsonl:2: id .*ids must be unique") as error:
+        stage(file, *TEXT_ONLY)
+    assert len(error.value.lines[0]) < 900 and "\x1b" not in str(error.value)
+
+
 def test_damaged_text_inside_parquet_is_a_bad_row(stage, tmp_path):
     offsets, text = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0\6\0\0\0"), pyarrow.py_buffer(b"okcaf\xe9")
     table = pyarrow.table({"problem": pyarrow.StringArray.from_buffers(2, offsets, text), "answer": ["1", "2"]})
