@@ -66,6 +66,14 @@ def set_up(tree, *arguments, **environment):
     return done.returncode, done.stdout + done.stderr, calls
 
 
+def installed_from(tree, checkout):
+    """Leave what pip leaves of an editable install."""
+    (tree / ".venv" / "bin" / "papo-convert").write_text("")
+    record = tree / ".venv/lib/python3.11/site-packages/megatron_papo-0.2.0.dist-info/direct_url.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(f'{{"dir_info": {{"editable": true}}, "url": "file://{checkout}"}}')
+
+
 def test_another_python3_is_passed_over(tree):
     add_python(tree, "python3", "3.13")
     add_python(tree, "python3.12", "3.12")
@@ -81,8 +89,11 @@ def test_python3_itself_and_nothing_to_do_the_second_time(tree, version):
     add_python(tree, "python3", version)
     status, said, calls = set_up(tree, "--without-sglang")
     assert status == 0 and f"with python3, Python {version}" in said and ".venv-sglang" not in calls
-    (tree / ".venv" / "bin" / "papo-convert").write_text("")
+    installed_from(tree, tree)
     assert set_up(tree, "--without-sglang") == (0, "", "")
+    installed_from(tree, tree.parent)  # the environment is another checkout's
+    assert set_up(tree, "--without-sglang")[2].endswith("-e .\n")
+    installed_from(tree, tree)
     (tree / "requirements-dev.txt").write_text("ruff\n")
     status, said, calls = set_up(tree, "--without-sglang")
     assert status == 0 and "requirements-dev.txt" in calls and "venv 3" not in calls, (
