@@ -18,7 +18,7 @@ set -euo pipefail
 CALLER=$PWD ARGUMENTS=("$@")
 printf -v RUN_ALL '%q ' bash run_all.sh "$@"
 cd "$(dirname "${BASH_SOURCE[0]}")"
-unset PYTHONPATH PYTHONHOME # another project's packages
+unset PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PYTHONSTARTUP PYTHONINSPECT # another project's
 bash tools/setup_environment.sh
 export RUN_ALL PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [[ ! -t 1 ]] || export PAPO_TERMINAL=1

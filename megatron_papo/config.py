@@ -34,7 +34,21 @@ LIMIT = Living("ends a run that goes wrong, changes no number of one that goes w
 EVALUATION = Living("an evaluation reads checkpoints and changes none")
 SERVER = Living("where and how the servers run; sampling settings and seeds are those of the requests")
 
-PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+def expand_home(path: str) -> str:
+    """Return the name of a file or directory with `~` or `~user` at its start expanded.
+
+    Raises ValueError where there is no such home directory, or for a name that no file can have.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path.partition('/')[0]}: no such home directory: write the path out")
+    if "\0" in expanded:
+        raise ValueError("no file has a name with a NUL character: correct the path")
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(expand_home)]
 """The name of a file or directory; `~` is expanded."""
 
 

@@ -236,9 +236,9 @@ def _apply(tree: dict, sources: dict[str, str], override: str) -> None:
     """Lay one `section.key=value` over `tree`."""
     name, equals, text = override.partition("=")
     override = shown(override)
-    if not equals:
-        raise UserError(f"--set {override}: expected section.key=value")
     names = name.strip().split(".")
+    if not equals or not all(names):
+        raise UserError(f"--set {override}: expected section.key=value")
     if names[0] == EXTENDS:
         raise UserError(f"--set {override}: only a configuration file can extend others")
     below = tree
@@ -331,12 +331,12 @@ def with_absolute_paths(config: Config, start: Path) -> Config:
     """
 
     def absolute(path: str | None) -> str | None:
-        return None if path is None else os.path.abspath(start / Path(path).expanduser())
+        return None if path is None else os.path.abspath(start / path)
 
     def source(of: PromptSource | None) -> PromptSource | None:
         if of is None or of.source == "synthetic":
             return of
-        is_path = (start / of.source).exists() or of.source.startswith((".", "/", "~")) or "." in Path(of.source).suffix
+        is_path = (start / of.source).exists() or of.source.startswith((".", "/")) or "." in Path(of.source).suffix
         return of.model_copy(update={"source": absolute(of.source)}) if is_path else of
 
     data = config.data

@@ -7,6 +7,7 @@ Inside, only a library or the operating system speaks. Whatever it raises become
 short what is wrong and what to do. Nothing read here is evaluated: JSON and YAML without constructors, no pickles.
 """
 
+import codecs
 import json
 import os
 from collections.abc import Iterator
@@ -89,7 +90,10 @@ def read_text(path: Path, cure: str) -> str:
 def read_json(path: Path, cure: str) -> dict[str, Any]:
     """Return the object that a JSON file holds. Raises UserError for anything else, NaN and Infinity included."""
     with reading(path, cure):
-        tree = json.loads(Path(path).read_bytes(), parse_constant=_refuse_constant)
+        content = Path(path).read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            raise ValueError("begins with a byte order mark, which other readers refuse")
+        tree = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
         if not isinstance(tree, dict):
             raise ValueError(f"a {type(tree).__name__} where an object is expected")
         return tree

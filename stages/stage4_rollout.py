@@ -32,6 +32,7 @@ from megatron_papo.run.follow import Follower
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import Input, StageOutput, read_manifest, samples_of
 from megatron_papo.run.stages import STAGES, Turn
+from megatron_papo.sglang.sample_store import remove_store, require_store
 
 
 def main() -> None:
@@ -91,13 +92,14 @@ def iterate(task: Task, server: str, trusted: tuple[str, ...] = (), started: flo
     out = task.stage_output(inputs, started)
     if out.done:
         out.announce_done()
-        samples_of(task.output).unlink(missing_ok=True)
+        remove_store(samples_of(task.output))
         return False
     require_proof_if_converted(task.path("hf"))
     require_one_model(task.path("hf"))
+    require_store(samples_of(task.output))
     with out:
         roll_out(task, server, first_position, inputs["hf"].fingerprint, out)
-    samples_of(task.output).unlink(missing_ok=True)
+    remove_store(samples_of(task.output))
     return True
 
 

@@ -59,7 +59,9 @@ def test_a_lone_surrogate_is_shown():
     shown("na\udce9").encode("utf-8")
 
 
-@pytest.mark.parametrize("content", ["[]", "1", "null", "{", '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize(
+    "content", ["[]", "1", "null", "{", '{"a": NaN}', '{"a": -Infinity}', "[" * 100_000, "\xff", "\xef\xbb\xbf{}"]
+)
 def test_json_that_is_no_object_of_numbers_is_refused(tmp_path, content):
     file = tmp_path / "x.json"
     file.write_bytes(content.encode("latin-1"))

@@ -3,9 +3,12 @@
 # Sourced, with RUN, TODO, DRY_RUN and PATHS set by tools.start_run.
 
 lock_run() { # one run_all.sh at a time: the lock goes when this shell and what it started are gone
-  mkdir -p "$RUN" || exit 2
-  exec 8>>"$RUN/.lock" || exit 2
-  local status=0
+  local status=0 reason
+  reason=$({ mkdir -p "$RUN" && : >>"$RUN/.lock"; } 2>&1) || {
+    echo "error: $RUN: cannot be written (${reason##*: }): make it writable, or choose another --name" >&2
+    exit 2
+  }
+  exec 8>>"$RUN/.lock"
   flock -n 8 || status=$?
   case $status in
     0) echo "process $$ on $(hostname) since $(date '+%F %T')" >"$RUN/.lock" ;;

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from megatron_papo.config import expand_home
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.reading import read_json, reading
@@ -270,7 +271,9 @@ def take(directory: Path, choice: str) -> None:
     name, equals, path = choice.partition("=")
     if not equals or not re.fullmatch(r"\w+", name):
         raise UserError(f"--take {choice}: expected NAME=RUN, e.g. demo_seed1=runs/demo")
-    text = json.dumps(numbers_of_run(Path(path).expanduser()), indent=1)
+    with reading(f"--take {choice}", "give the directory of a run"):
+        directory_of_run = Path(expand_home(path))
+    text = json.dumps(numbers_of_run(directory_of_run), indent=1)
     (directory / f"{name}.json").write_text(text + "\n")
 
 

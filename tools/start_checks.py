@@ -5,7 +5,6 @@ at the configuration and the model (they hold on any machine), others at this ma
 """
 
 import os
-import resource
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from megatron_papo.run.outside import remembered_fingerprint
 from megatron_papo.run.room import require_room
 from megatron_papo.run.run_config import PLACES
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.sglang.open_files import RESERVED
+from megatron_papo.sglang.open_files import most_connections
 from megatron_papo.sglang.server_start import problems as server_problems
 
 BYTES_PER_PARAMETER = 2
@@ -130,7 +129,7 @@ def problems_of_machine(run: RunDirectory, todo: Sequence[str], own_launcher: bo
     if "1" in stages:
         checks.append(lambda: require_sources(config))
     if stages & {"4", "7"}:
-        checks.append(lambda: require_server(run))
+        checks += [lambda: require_server(run), lambda: most_connections(config.rollout.concurrency)]
     if "5" in stages:
         checks.append(lambda: require_disk(run))
         if not own_launcher:
@@ -217,12 +216,13 @@ def require_server(run: RunDirectory) -> None:
 
 def descriptors_note(config: Config) -> str | None:
     """Return what to say where fewer files may be open than requests are to be under way; None where there is room."""
-    wanted, (_, highest) = config.rollout.concurrency, resource.getrlimit(resource.RLIMIT_NOFILE)
-    if highest == resource.RLIM_INFINITY or wanted + RESERVED <= highest:
+    wanted = config.rollout.concurrency
+    room = most_connections(wanted)
+    if room == wanted:
         return None
     return (
-        f"rollout.concurrency {wanted} needs more open files than the {highest} that are allowed here (ulimit -Hn):"
-        f" fewer requests will be under way: --set rollout.concurrency={max(1, highest - RESERVED)}, or raise the limit"
+        f"rollout.concurrency {wanted} needs more open files than are allowed here (ulimit -Hn): fewer requests will be"
+        f" under way: --set rollout.concurrency={room}, or raise the limit"
     )
 
 

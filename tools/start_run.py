@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_papo.config import Change
+from megatron_papo.config import Change, expand_home
 from megatron_papo.config_notes import notes
 from megatron_papo.errors import UserError
-from megatron_papo.reading import shown
+from megatron_papo.reading import reading, shown
 from megatron_papo.run.command_line import launcher, run
 from megatron_papo.run.run_config import CONFIG, settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
@@ -58,7 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}: see --help")
     if args.config is not None:
-        args.config = args.caller / args.config.expanduser()
+        with reading(f"--config {args.config}", "give another file"):
+            args.config = args.caller / expand_home(str(args.config))
     args.name = name_of(args)
     args.stages = parse_stages(args.stages)
     together = {4, 5, 6}

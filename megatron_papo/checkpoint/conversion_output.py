@@ -22,7 +22,14 @@ from megatron_papo.model.hf_config import HF_FILES, HFConfig
 from megatron_papo.run.console import SECONDS_BETWEEN_LINES, is_terminal
 from megatron_papo.run.manifest import read_manifest
 from megatron_papo.run.room import require_room
-from megatron_papo.run.stage_output import Input, StageOutput, content_fingerprint, file_hash, verify_files
+from megatron_papo.run.stage_output import (
+    Input,
+    StageOutput,
+    content_fingerprint,
+    file_hash,
+    require_place,
+    verify_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +62,7 @@ def to_megatron(
         check: called with the model's architecture before anything is written.
     """
     _ask_for_huge_pages()
+    require_place(output)
     _require_directory(source, "give --hf the directory of a Qwen2.5-VL checkpoint")
     if (source / "metadata.json").is_file() and not (source / "config.json").is_file():
         raise UserError(f"{source}: is a Megatron checkpoint already: give --hf a Hugging Face one, or use to-hf")
@@ -92,6 +100,7 @@ def to_hf(source: Path, output: Path, options: Options, started: float | None = 
         started: time.time() from which the manifest's seconds count; None: the start of this process.
     """
     _ask_for_huge_pages()
+    require_place(output)
     _require_directory(source, "give --megatron the directory of a Megatron checkpoint")
     if (source / "config.json").is_file() and not (source / "metadata.json").is_file():
         raise UserError(f"{source}: is a Hugging Face checkpoint: give --megatron a Megatron one, or use to-megatron")

@@ -9,6 +9,7 @@ downloaded again is the same model.
 
 import hashlib
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -88,9 +89,26 @@ def weight_files(directory: Path) -> list[str]:
                 " of one on the Hub is not taken; hf download NAME --local-dir DIR makes one)"
             )
         require_weights(directory)
+        _require_files(directory)
         files = _weight_files(directory)
         _require_one_model(directory, files)
     return files
+
+
+def _require_files(directory: Path) -> None:
+    """Raise UserError where a name under which something is read is a link to nothing, or a directory."""
+    patterns = ("*.safetensors", INDEX, *_SMALL_FILES)
+    names = {path for path in directory.iterdir() if any(fnmatch(path.name, pattern) for pattern in patterns)}
+    lines = []
+    for path in sorted(path for path in names if not path.is_file() and not path.name.startswith(".")):
+        if path.is_dir():
+            lines.append(f"{path}: a directory where a file is expected: copy the checkpoint again")
+        elif path.is_symlink():
+            lines.append(f"{path}: a link to nothing: copy the checkpoint again, links followed")
+        else:
+            lines.append(f"{path}: not a file: copy the checkpoint again")
+    if lines:
+        raise UserError(*lines)
 
 
 def require_one_model(directory: Path) -> None:

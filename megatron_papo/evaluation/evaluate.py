@@ -20,7 +20,7 @@ from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
 from megatron_papo.run.stage_output import StageOutput, samples_of
 from megatron_papo.sglang.requests import Sampling
-from megatron_papo.sglang.sample_store import SampleStore
+from megatron_papo.sglang.sample_store import SampleStore, require_store
 from megatron_papo.sglang.server import release_memory
 
 
@@ -42,6 +42,7 @@ def evaluate(task: Task, server: str, started: float | None = None) -> None:
         return
     require_proof_if_converted(task.path("hf"))
     require_one_model(task.path("hf"))
+    require_store(samples_of(task.output))
     with out:
         answer(task, server, inputs["hf"].fingerprint, out)
 

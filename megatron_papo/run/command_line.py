@@ -1,6 +1,7 @@
 """What every stage and tool has in common on the command line."""
 
 import argparse
+import errno
 import io
 import os
 import shlex
@@ -28,6 +29,7 @@ from megatron_papo.run.stage_output import (
     content_fingerprint,
     input_made_or_from_outside,
     require_input,
+    require_place,
 )
 from megatron_papo.run.stages import STAGES, Stage, Turn, maker, paths
 from megatron_papo.run.state import require_current
@@ -209,7 +211,7 @@ class StageParser:
                 where[spec.name] = given
         if missing:
             self.parser.error("without --run needed: " + ", ".join(f"--{name}" for name in missing))
-        output = args.output or self.stage.output(_present(run), turn)
+        output = require_place(args.output or self.stage.output(_present(run), turn))
         shown = view(config, self.stage.keys, self.stage.name)
         return Task(self.stage, turn, shown, config, where, output, run)
 
@@ -271,12 +273,20 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 141
     except Exception as error:
-        if (why := refusal(error)) is None:
+        if (problem := _of_file_system(error)) is None:
             raise
-        place = getattr(error, "filename", None) or f"{Path.cwd()} or {tempfile.gettempdir()}"
-        print(f"error: {shown(cannot_write(place, why), limit=0)}", file=sys.stderr, flush=True)
+        print(f"error: {shown(problem, limit=0)}", file=sys.stderr, flush=True)
         status = 2
     process_groups.leave(status)
+
+
+def _of_file_system(error: Exception) -> UserError | None:
+    """Return what to say where a file system takes no more, or no such name; None for anything else."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UserError(f"{shown(error.filename)}: {error.strerror}: give a shorter one")
+    if (why := refusal(error)) is None:
+        return None
+    return cannot_write(getattr(error, "filename", None) or f"{Path.cwd()} or {tempfile.gettempdir()}", why)
 
 
 def add_server_option(parser: StageParser) -> None:

@@ -4,6 +4,7 @@ dies."""
 import errno
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def file_system(path: Path) -> str:
 
 
 class OutputLock:
-    """Holds `<output>.lock` until release(). Raises UserError if another process has it."""
+    """Holds `<output>.lock`, an empty file, until release().
+
+    One that a killed process left is taken over. Raises UserError if another process has it, or where a file of that
+    name is somebody's own.
+    """
 
     def __init__(self, output: Path):
         self.path = output.with_name(output.name + ".lock")
@@ -48,10 +53,15 @@ class OutputLock:
 
     def _acquire(self) -> int:
         while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
             try:
+                if not _is_empty_file(file):
+                    raise UserError(
+                        f"{self.path}: is in the way, and not of this pipeline's making (a lock file is empty): choose"
+                        " another --output, or move it"
+                    )
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.exists(self.path) and os.stat(self.path).st_ino == os.fstat(file).st_ino:
+                if self._is_open_as(file):
                     return file
             except BaseException:
                 os.close(file)
@@ -59,5 +69,17 @@ class OutputLock:
             os.close(file)  # its last holder removed it between open and flock: there is a new one
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if self._is_open_as(self._file) and _is_empty_file(self._file):  # nobody has put a file of their own there
+            self.path.unlink(missing_ok=True)
         os.close(self._file)
+
+    def _is_open_as(self, descriptor: int) -> bool:
+        """Say whether the file at the path is the one that is open."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.lstat(self.path), os.fstat(descriptor))
+        return False
+
+
+def _is_empty_file(descriptor: int) -> bool:
+    status = os.fstat(descriptor)
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0

@@ -175,7 +175,7 @@ class StageOutput:
             arguments: Anything else that decides the result (an iteration number).
             started: time.time() from which the manifest's seconds count; None: the start of this process.
         """
-        self.stage, self.output = stage, _named(Path(output))
+        self.stage, self.output = stage, require_place(Path(output))
         self.partial = partial_of(self.output)
         self.counts: dict[str, Any] = {}
         self.hashes: dict[str, str] = {}
@@ -324,10 +324,16 @@ def _places(inputs: Mapping[str, Input]) -> dict[str, str]:
     return {name: str(made_from.path) for name, made_from in inputs.items() if made_from.path}
 
 
-def _named(output: Path) -> Path:
-    """Return an output's path. Raises UserError for one that no directory can be made at beside others."""
+def require_place(output: Path) -> Path:
+    """Return an output's path. Raises UserError for one at which no directory can be, or none beside others."""
     if output.name in ("", ".."):
         raise UserError(f"--output {output}: name a directory to make, e.g. {output / 'checkpoint'}")
+    with reading(output, "choose another --output"):
+        with suppress(FileNotFoundError):
+            samples_of(output).lstat()  # the longest of the names beside it
+        if os.path.lexists(output) and not output.is_dir():
+            what = "a link to nothing" if output.is_symlink() and not output.exists() else "not a directory"
+            raise UserError(f"{output}: {what}: choose another --output (or --name)")
     return output
 
 

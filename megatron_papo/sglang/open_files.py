@@ -2,34 +2,39 @@
 
 import resource
 
-import psutil
-
 from megatron_papo.errors import UserError
 
-RESERVED = 64
-"""For what a process opens beside connections: pictures, graders, outputs, the server's log."""
+RESERVED = 96
+"""For what a process opens beside connections: libraries, pictures, graders, outputs, the server's log."""
+
+
+def most_connections(wanted: int) -> int:
+    """Return how many connections a process can have open at once: `wanted`, or fewer where the system allows no more.
+
+    Raises UserError where there is no room for a single one.
+    """
+    highest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if highest == resource.RLIM_INFINITY:
+        return wanted
+    if highest <= RESERVED:
+        raise UserError(
+            f"this process may open {highest} files, which leaves none for a server: raise it to at least"
+            f" {RESERVED + wanted} (ulimit -n)"
+        )
+    return min(wanted, highest - RESERVED)
 
 
 def room_for(connections: int) -> int:
-    """Return how many connections a stage can have open at once: `connections`, or fewer where the system allows no
-    more.
-
-    The limit of the process is raised to what it needs, as far as it may be. Raises UserError
-    where there is no room for a single connection.
-    """
+    """Return most_connections(), with the limit of this process raised to what they need, and say where they are
+    fewer."""
+    room = most_connections(connections)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    others = psutil.Process().num_fds() + RESERVED
-    wanted = others + connections
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    room = allowed - others
-    if room < 1:
-        raise UserError(f"this process may open {hard} files, which leaves none for a server: raise it (ulimit -n)")
+    if soft != resource.RLIM_INFINITY and soft < room + RESERVED:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (room + RESERVED, hard))
     if room < connections:
         print(
             f"rollout.concurrency {connections}: this process may open {hard} files: {room} requests at once (raise it"
             " with ulimit -n, or lower rollout.concurrency)",
             flush=True,
         )
-    return min(room, connections)
+    return room

@@ -9,6 +9,9 @@ made from the store or from the server's answer alike, and has the same bytes.
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +32,48 @@ class StoredSample(Record):
     weight_version: str
 
 
+_UNFINISHED = re.compile(rb'\{"key":"[0-9a-f]{64}"')
+"""How the first line begins, where a process was killed while it wrote that."""
+
+
+def require_store(path: Path) -> None:
+    """Raise UserError where a file is somebody's own: it has content, and no sample in it."""
+    with reading(path, "make it readable and writable, or remove it"):
+        if not os.path.lexists(path):
+            return
+        if not path.is_file():
+            raise UserError(f"{path}: a directory, or another thing that is no file: move it")
+        with open(path, "rb") as stream:
+            if not _is_store(stream):
+                raise UserError(
+                    f"{path}: is in the way, and not of this pipeline's making (no sample is in it): choose another"
+                    " --output, or move it"
+                )
+
+
+def remove_store(path: Path) -> None:
+    """Remove the file of an output that is published; somebody's own stays."""
+    with suppress(OSError, UserError):
+        require_store(path)
+        path.unlink(missing_ok=True)
+
+
+def _is_store(lines: Iterable[bytes]) -> bool:
+    first = b""
+    for line in lines:
+        first = first or line
+        if line.endswith(b"\n") and _stored(line) is not None:
+            return True
+    return not first or (not first.endswith(b"\n") and _UNFINISHED.match(first) is not None)
+
+
+def _stored(line: bytes) -> StoredSample | None:
+    try:
+        return StoredSample.model_validate_json(line)
+    except ValueError:
+        return None
+
+
 class SampleStore:
     """The samples of one output. One process has it open at a time: the one that holds the output's lock."""
 
@@ -39,8 +84,9 @@ class SampleStore:
             path: of the file, which is made if it is not there.
             dtype: in which the servers compute.
 
-        Raises UserError if the file cannot be read or written.
+        Raises UserError if the file cannot be read or written, or is somebody's own.
         """
+        require_store(path)
         self.path, self.dtype = path, dtype
         with reading(path, "make it readable and writable, or remove it"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +101,8 @@ class SampleStore:
 
     def _take(self, line: bytes) -> None:
         """Remember the sample of a line; a damaged line is none, and is asked for again."""
-        try:
-            stored = StoredSample.model_validate_json(line)
-        except ValueError:
+        stored = _stored(line)
+        if stored is None:
             return
         sample = Sample(stored.token_ids, stored.log_probs, stored.finish_reason, stored.weight_version)
         self._samples[stored.key] = sample

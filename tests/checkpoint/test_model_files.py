@@ -172,3 +172,17 @@ def test_an_incomplete_model_is_refused(model, tmp_path):
         model_fingerprint(model)
     with pytest.raises(UserError, match="nothing: not there, or not a directory"):
         model_fingerprint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["dangling", "loop", "directory"])
+def test_names_without_a_file_are_named(model, name, kind):
+    path = model / name
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(path if kind == "loop" else "../../blobs/1234")
+    cure = "a directory where a file" if kind == "directory" else "a link to nothing: copy the checkpoint again, links"
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: {cure}"):
+        model_fingerprint(model)

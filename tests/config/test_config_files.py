@@ -225,6 +225,19 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "key", ["model.path", "data.train.source", "data.evaluation.source", "data.image_root", "server.python"]
+)
+def test_a_home_that_there_is_not_is_one_line(key):
+    assert f"{key}: ~nobody_here: no such home directory" in refused(DEMO_CONFIG, f"{key}=~nobody_here/x")
+    assert "NUL character" in refused(DEMO_CONFIG, f'{key}="/a\\0b"')
+
+
+@pytest.mark.parametrize("override", ["=3", ".seed=3", "rollout.=3", "rollout..top_p=3", " =3", "seed"])
+def test_a_set_without_a_key_says_what_is_expected(override):
+    assert "expected section.key=value" in refused(DEMO_CONFIG, override)
+
+
+@pytest.mark.parametrize(
     "text, value",
     [("off", "off"), ("Answer: {problem}", "Answer: {problem}"), ("{problem} # 1", "{problem} # 1"),
      ("{problem}", "{problem}"), ('"{problem}\\n"', "{problem}\n"), ("'{problem}'", "{problem}")],

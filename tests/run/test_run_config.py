@@ -156,7 +156,8 @@ def run_all(*arguments, cwd=ROOT, **options):
 
 def test_dry_run_touches_nothing_and_a_second_start_leaves(name, tmp_path):
     """The commands as typed, from another directory."""
-    done = run_all("--name", name, "--dry-run", cwd=tmp_path)
+    of_another = {"PYTHONPATH": "/no", "PYTHONOPTIMIZE": "x", "PYTHONWARNINGS": "error", "PYTHONINSPECT": "1"}
+    done = run_all("--name", name, "--dry-run", cwd=tmp_path, env=os.environ | of_another)
     assert done.returncode == 0 and "makes runs/" in done.stdout and not (ROOT / "runs" / name).exists()
     run = ROOT / "runs" / name
     run.mkdir()
@@ -173,6 +174,21 @@ def test_dry_run_touches_nothing_and_a_second_start_leaves(name, tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+@pytest.mark.parametrize("blocked", ["directory", "lock"])
+def test_a_run_that_cannot_be_written_is_one_line(tmp_path, blocked):
+    run = tmp_path / "r"
+    if blocked == "lock":
+        (run / ".lock").mkdir(parents=True)
+    else:
+        run.write_text("")
+    script = f"set -euo pipefail; RUN={run}; source {ROOT}/tools/pipeline.sh; lock_run; echo locked"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    reason = "Is a directory" if blocked == "lock" else "File exists"
+    cure = "make it writable, or choose another --name"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {run}: cannot be written ({reason}): {cure}\n"
 
 
 @pytest.mark.parametrize("kind", ["file", "dead link"])

@@ -70,6 +70,42 @@ def test_an_output_made_from_something_else_is_kept_and_named(tmp_path):
         output(tmp_path / "foreign")
 
 
+@pytest.mark.parametrize("kind", ["file", "fifo", "dangling", "loop", "device", "long", "nul", "below a file"])
+def test_a_place_where_no_directory_can_be_is_refused_before_the_work(tmp_path, kind):
+    place = tmp_path / "out"
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "fifo":
+        os.mkfifo(place)
+    elif kind in ("dangling", "loop"):
+        place.symlink_to(tmp_path / "nothing" if kind == "dangling" else place)
+    elif kind == "below a file":
+        (tmp_path / "file").write_text("mine")
+        place = tmp_path / "file" / "out"
+    else:
+        place = {"device": Path("/dev/null"), "long": tmp_path / ("x" * 250), "nul": tmp_path / "a\0b"}[kind]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as said:
+        output(place)
+    assert said.value.lines[0].startswith(str(place)[:100].partition("\0")[0]) and "another --output" in str(said.value)
+    assert sorted(tmp_path.iterdir()) == before
+    output(tmp_path / ("x" * 200))  # control
+
+
+def test_a_lock_file_with_content_is_somebodys_own(tmp_path):
+    lock = tmp_path / "poetry.lock"
+    lock.write_text("[[package]]")
+    with pytest.raises(UserError, match="poetry.lock: is in the way"), output(tmp_path / "poetry"):
+        pass
+    assert lock.read_text() == "[[package]]" and list(tmp_path.iterdir()) == [lock]
+    lock.write_text("")  # as a killed process leaves it
+    make(tmp_path / "poetry")
+    assert not lock.exists() and read_manifest(tmp_path / "poetry") is not None
+    with output(tmp_path / "other"):
+        (tmp_path / "other.lock").write_text("written meanwhile")
+    assert (tmp_path / "other.lock").read_text() == "written meanwhile"
+
+
 def test_an_error_leaves_nothing(tmp_path):
     out = output(tmp_path / "data")
     with pytest.raises(ZeroDivisionError), out:

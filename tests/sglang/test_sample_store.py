@@ -2,12 +2,13 @@
 
 import dataclasses
 import errno
+import os
 
 import pytest
 
 from megatron_papo.errors import UserError
 from megatron_papo.sglang.client import SglangClient
-from megatron_papo.sglang.sample_store import SampleStore
+from megatron_papo.sglang.sample_store import SampleStore, remove_store
 from tests.sglang.false_server import false_server
 from tests.sglang.test_answers import SAMPLING, requests
 
@@ -146,3 +147,34 @@ def test_a_store_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "s").mkdir()
     with pytest.raises(UserError, match=f"^{tmp_path}/s: .*directory"):
         SampleStore(tmp_path / "s", "float32")
+
+
+@pytest.mark.parametrize(
+    "content", [b"my notes", b"my notes\n", b'{"text": "a row of mine"}\n', b"\n\n", b'{"key":"mine"', b"\x00"]
+)
+def test_somebodys_own_file_is_neither_cut_nor_removed(tmp_path, content):
+    path = tmp_path / "s"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path}: is in the way"):
+        SampleStore(path, "float32")
+    remove_store(path)
+    assert path.read_bytes() == content
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "s")
+    with pytest.raises(UserError, match="no file"):
+        SampleStore(tmp_path / "s", "float32")
+
+
+def test_what_is_ours_is_taken_and_removed(tmp_path):
+    path = tmp_path / "s"
+    with false_server() as (server, _):
+        sample(server, path, requests(1))
+    line = path.read_bytes()
+    for content in (b"", line, line[:-9], b"damaged\n" + line):
+        path.write_bytes(content)
+        with SampleStore(path, "float32"):
+            pass
+        remove_store(path)
+        assert not path.exists()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -93,9 +94,17 @@ def test_what_this_machine_lacks(run_with, monkeypatch):
 
 
 def test_fewer_files_than_requests_are_a_note(run_with, monkeypatch):
-    monkeypatch.setattr(start_checks.resource, "getrlimit", lambda what: (1024, 4096))
-    assert descriptors_note(run_with("rollout.concurrency=4032").config) is None
-    assert "--set rollout.concurrency=4032" in descriptors_note(run_with("rollout.concurrency=5000").config)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 4096))
+    assert descriptors_note(run_with("rollout.concurrency=4000").config) is None
+    assert "--set rollout.concurrency=4000" in descriptors_note(run_with("rollout.concurrency=5000").config)
+
+
+def test_no_files_for_a_server_are_an_error(run_with, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (64, 64))
+    (line,) = problems_of_machine(run_with(), ALL, own_launcher=False)
+    assert "this process may open 64 files, which leaves none for a server: raise it" in line
+    assert problems_of_machine(run_with(), ["3", "6:1"], own_launcher=False) == []  # control: no server is asked
 
 
 @pytest.mark.parametrize(

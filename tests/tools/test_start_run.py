@@ -52,6 +52,11 @@ def test_the_name_is_that_of_the_configuration_unless_it_is_given():
     assert parse(["--config", "configs/papo_g_3b.yaml", "--name", "x.1"]).name == "x.1"
 
 
+def test_a_configuration_in_a_home_that_there_is_not():
+    with pytest.raises(UserError, match="^--config ~nobody_here/c.yaml: ~nobody_here: no such home directory"):
+        parse(["--config", "~nobody_here/c.yaml"])
+
+
 @pytest.mark.parametrize("name", ["..", ".hidden", "a/b", "a b", "é", "a\nb"])
 def test_names_that_are_no_directory_of_ours(name):
     with pytest.raises(UserError, match="--name"):
