@@ -91,11 +91,11 @@ def _check(rollout: Rollout, prompt: list[int], hf: HFConfig, place: str) -> Non
         raise UserError(
             f"{place}: {len(rollout.response_token_ids)} response tokens but {len(rollout.rollout_log_probs)} log-probs"
         )
-    largest = max(rollout.response_token_ids, default=-1)
-    if not 0 <= largest < hf.text.vocab_size:
+    beyond = [token for token in rollout.response_token_ids if not 0 <= token < hf.text.vocab_size]
+    if beyond:
         raise UserError(
-            f"{place}: a response of {len(rollout.response_token_ids)} tokens, the largest {largest}, where the"
-            f" vocabulary has {hf.text.vocab_size}: make the file again"
+            f"{place}: the response holds token {beyond[0]}, where the vocabulary has {hf.text.vocab_size}: make the"
+            " file again"
         )
     if hf.image_token_id in rollout.response_token_ids or hf.video_token_id in rollout.response_token_ids:
         raise UserError(

@@ -11,13 +11,15 @@ from tools.torchrun import with_separator
 PROGRAM = """
 import os, signal, sys, time
 rank, what = os.environ["RANK"], sys.argv[2]
-print("started", rank, os.environ["WORLD_SIZE"], sys.argv[1], flush=True)
+def say(*words): # in one piece: the processes share the pipe
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+say("started", rank, os.environ["WORLD_SIZE"], sys.argv[1])
 if what == "meet":
     import psutil, torch.distributed
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
     listening = [process.net_connections() for process in (psutil.Process(), psutil.Process(os.getppid()))]
-    print(*{one.laddr.ip for many in listening for one in many if one.status == "LISTEN"}, len(listening[1]) > 0)
+    say(*{one.laddr.ip for many in listening for one in many if one.status == "LISTEN"}, len(listening[1]) > 0)
     torch.distributed.barrier()
 if what == "fail" and rank == "0":
     print("error: no such thing: make it", file=sys.stderr, flush=True)

@@ -310,14 +310,14 @@ def rows_of(config, hf, work):
     return make_rows(rollouts, [1.0] * len(rollouts), work, config, hf, work)
 
 
-@pytest.mark.parametrize("ids", [[], [448], [10**9]])
+@pytest.mark.parametrize("ids", [[-1], [448], [447, 10**9]])
 def test_a_response_that_no_model_input_can_match_is_refused(work, hf, ids):
     """Control: the last word of the vocabulary is none."""
     config, rollouts = config_of(next(iter(CASES))), make_rollouts(hf)[:1]
     for found, refused in (([447], False), (ids, True)):
         wrong = rollouts[0].model_copy(update={"response_token_ids": found, "rollout_log_probs": [-1.0 for _ in found]})
         if refused:
-            with pytest.raises(UserError, match="rollouts.jsonl:1: a response of .* the vocabulary has 448"):
+            with pytest.raises(UserError, match="rollouts.jsonl:1: the response holds token .* the vocabulary has 448"):
                 make_rows([wrong], [1.0], work, config, hf, work / "rollouts.jsonl")
         else:
             assert len(make_rows([wrong], [1.0], work, config, hf, work / "rollouts.jsonl")) == 1
