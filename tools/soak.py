@@ -217,16 +217,11 @@ class Disturbed:
 
     def until_done(self, disturbs: Callable[[], bool]) -> None:
         """Start the command until it ends well; send signals while `disturbs`."""
-        first = True
-        while True:
-            status = self.once(disturbs)
-            if status == 0:
-                break
-            self.report.restarts += 1
-            if not first and not disturbs() and status is None:
-                self.report.leftovers.append(f"{self.run}: hangs: killed after {HUNG_SECONDS:.0f} s")
+        while (status := self.once(disturbs)) != 0:
+            if status is None:
+                self.report.leftovers.append(f"{self.run}: hangs: killed after {HUNG_SECONDS:.0f} s without a signal")
                 return
-            first = False
+            self.report.restarts += 1
             self.wait_for_lock()
         self.report.leftovers += self.left()
 
@@ -322,6 +317,7 @@ class Disturbed:
                 self.report.leftovers.append(f"{self.run}/.lock: held after {END_SECONDS:.0f} s ({holders})")
                 for process in self.processes():
                     process.kill()
+                return
             time.sleep(0.2)
 
     def left(self) -> list[str]:

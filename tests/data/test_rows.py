@@ -44,7 +44,8 @@ def test_numbers_have_the_digits_of_their_type(case, way, tmp_path, monkeypatch)
     if way == "parquet":
         parquet.write_table(table, source)
     else:
-        datasets = pytest.importorskip("datasets")
+        import datasets
+
         monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset(table))
         source = "somebody/set"
     assert [row.answer for row in read(source)] == expected

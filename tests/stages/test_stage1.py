@@ -694,7 +694,8 @@ def test_rerun_is_skipped_and_a_changed_input_refused(stage, tmp_path, capsys):
 
 def test_hugging_face_data_set_is_read_undecoded():
     """A table as datasets.load_dataset returns it, with decoded pictures, in both spellings of the column."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     from megatron_papo.data.rows import undecoded
 
     content = [{"bytes": png(20, 30, seed), "path": None} for seed in (1, 2)]
