@@ -45,6 +45,15 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.fixture(autouse=True)
+def environment_as_found():
+    """Undo what a test leaves in the environment: the processes that later tests start would inherit it."""
+    found = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(found)
+
+
 @pytest.fixture(scope="session")
 def small_run() -> Path:
     """The run directory of a finished `run_all.sh` with SMALL_RUN."""

@@ -32,7 +32,6 @@ def with_separator(arguments: Sequence[str]) -> list[str]:
 def make_environment(standalone: bool) -> None:
     """Leave in the environment what the processes are to get: for one machine, nothing of another launcher."""
     os.environ.pop("PYTHONPATH", None)
-    os.environ[LAUNCHER_PID] = str(os.getpid())
     if standalone:
         for name in list(os.environ):
             if name in LAUNCHED + OF_TORCHRUN or name.startswith(("TORCHELASTIC_", "PET_")):
@@ -67,6 +66,7 @@ def main() -> None:
     try:
         arguments = run.parse_args(with_separator(sys.argv[1:]))
         arguments.log_dir = arguments.log_dir or os.devnull  # else a directory in /tmp, for ever
+        os.environ[LAUNCHER_PID] = str(os.getpid())
         run.run(for_one_machine(arguments) if arguments.standalone else arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()

@@ -110,8 +110,10 @@ def die_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.environ.get(LAUNCHER_PID) not in (None, str(os.getppid())):
-            os._exit(1)  # it was killed before this process could say so
+        # Taken out: a launcher that this process starts is another one.
+        if os.environ.pop(LAUNCHER_PID, None) not in (None, str(os.getppid())):
+            print("error: the launcher that started this process has ended", file=sys.stderr, flush=True)
+            os._exit(1)  # it was killed before this process could ask to end with it
 
 
 def _check_world_size(parallel: ParallelConfig) -> None:
