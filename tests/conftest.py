@@ -28,13 +28,21 @@ hypothesis.settings.load_profile("no_deadline")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the markers of tests/markers.py; skip those of GPUs where there is none."""
+    """Give each test the markers of tests/markers.py; skip those of GPUs where there is none.
+
+    Where the tests run in several processes, those with a server run first and in one, which starts it once; of the
+    others, those of a file stay together.
+    """
     for item in items:
         place = item.nodeid.removeprefix("tests/")
         for name in sorted(markers_of(place, set(getattr(item, "fixturenames", ())))):
             item.add_marker(name)
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+        group = "server" if item.get_closest_marker("server") else place.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("server") is None)
 
 
 @functools.cache

@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
 # Sets up what is needed and runs the tests. Usage: bash tests/run.sh [pytest arguments], e.g. bash tests/run.sh tests/objective -x
+# All tests run in two processes, those with an SGLang server in one of them; tests that are named, -x or -n: in one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup_environment.sh
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest "$@"
+PROCESSES=(-n 2 --dist loadgroup --no-loadscope-reorder)
+for argument in "$@"; do
+  if [[ -e ${argument%%::*} || $argument == -[xn]* ]]; then PROCESSES=(); fi
+done
+exec .venv/bin/python -m pytest "${PROCESSES[@]}" "$@"
