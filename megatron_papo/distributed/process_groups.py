@@ -77,11 +77,15 @@ def initialize(parallel: ParallelConfig) -> None:
 
     cpu_backend.install()
     connect()
+    import torch
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=int(PATIENCE.total_seconds()) // 60,
+        # Beside NCCL's nobody uses them, and over several nodes they wait for ever where a host's name means 127.0.1.1.
+        create_gloo_process_groups=not torch.cuda.is_available(),
     )
     # The inference tracker leaves the CUDA generator alone, which is right because Qwen2.5-VL has no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
@@ -95,6 +99,8 @@ def connect() -> None:
     import torch
 
     die_with_launcher()
+    # cuDNN's attention plans for some 50 ms whenever it meets a new shape, and here almost every shape is new.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if _is_launched() else 0)
     else:

@@ -69,6 +69,10 @@ def transformer_config(*, dtype: torch.dtype, recompute: Recompute, **sizes: obj
     optimizers: finalize_model_grads_func, pipeline_dtype and variable sequence lengths are set.
     """
     fused_kernels = torch.cuda.is_available() and _imports("triton")
+    if fused_kernels:
+        # A fused function is compiled once per kind of input (gradient or not, one row or more, recompute, padding);
+        # torch gives up on it, without a word, at 8.
+        torch._dynamo.config.recompile_limit = 64
     recompute_all = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     return TransformerConfig(

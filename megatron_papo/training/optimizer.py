@@ -53,6 +53,7 @@ def build_optimizer(
             use_distributed_optimizer=distributed,
         ),
         [wrapped],
+        use_gloo_process_groups=not torch.cuda.is_available(),  # process_groups.initialize makes none on GPUs
     )
     model.config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer

@@ -118,3 +118,19 @@ def test_the_checks_need_no_torch():
     modules = "megatron_papo.distributed.process_groups, megatron_papo.model.hf_config"
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_ranks_wait_as_long_in_every_group_and_cudnn_makes_no_plans():
+    """A rank may wait for the first one, which hashes, in a group of megatron-core, whose own limit is 30 minutes."""
+    import torch
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # control: as torch has it
+    process_groups.initialize(ParallelConfig())
+    try:
+        groups = [process_groups.tp_group(), process_groups.dp_group(), torch.distributed.group.WORLD]
+        waits = [group._get_backend(process_groups.device()).options._timeout for group in groups]
+        assert waits == [process_groups.PATIENCE] * 3
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        process_groups.shutdown()
+        torch.backends.cuda.enable_cudnn_sdp(True)
