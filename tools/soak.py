@@ -32,6 +32,7 @@ import psutil
 
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run as run_command
+from megatron_papo.run.manifest import MANIFEST
 from megatron_papo.run.run_config import open_run
 from megatron_papo.run.stage_output import read_manifest
 from megatron_papo.run.stages import all_turns
@@ -51,7 +52,8 @@ SMALL = (
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
 TARGETS = ("group", "child", "rank", "server", "grader")
 LONGEST_WAIT, LONGEST_STOP = 30.0, 8.0
-"""Seconds before the next signal, and between SIGSTOP and SIGCONT; uniform from nearly 0."""
+"""Seconds before the next signal, and between SIGSTOP and SIGCONT; uniform from nearly 0. After a start that finished
+no stage the first grows by a half, so that a run gets on where a stage takes longer than that."""
 END_SECONDS = 60.0
 """Within this time everything of a run that has ended must be gone."""
 HUNG_SECONDS = 900.0
@@ -201,6 +203,7 @@ class Disturbed:
         self.command = command(run.name, arguments)
         self.said = run.with_name(f"{run.name}.said.txt")
         """What its commands print."""
+        self.longest_wait = LONGEST_WAIT
         self.seen: dict[int, float] = {}
         """Every process that ever belonged to the run: number and time of creation."""
 
@@ -217,7 +220,10 @@ class Disturbed:
 
     def until_done(self, disturbs: Callable[[], bool]) -> None:
         """Start the command until it ends well; send signals while `disturbs`."""
+        finished = 0
         while (status := self.once(disturbs)) != 0:
+            finished, before = len(list(self.run.rglob(MANIFEST))), finished
+            self.longest_wait = LONGEST_WAIT if finished > before else 1.5 * self.longest_wait
             if status is None:
                 self.report.leftovers.append(f"{self.run}: hangs: killed after {HUNG_SECONDS:.0f} s without a signal")
                 return
@@ -233,7 +239,7 @@ class Disturbed:
                 self.command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True,
                 env={**os.environ, "TMPDIR": str(self.temporary)},
             )  # fmt: skip
-        next_kill = started + self.draw.uniform(0.2, LONGEST_WAIT)
+        next_kill = started + self.draw.uniform(0.2, self.longest_wait)
         last_kill = started
         while process.poll() is None:
             self.look()
@@ -241,7 +247,7 @@ class Disturbed:
             if now > next_kill and disturbs():
                 self.kill_something(process)
                 last_kill = now
-                next_kill = time.monotonic() + self.draw.uniform(0.2, LONGEST_WAIT)
+                next_kill = time.monotonic() + self.draw.uniform(0.2, self.longest_wait)
             if now - last_kill > HUNG_SECONDS:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
