@@ -50,11 +50,17 @@ def test_tables_show_every_seed(pages):
     for seed, accuracy in ((1, 0.5), (2, 0.625), (3, 0.75)):
         row = DEMO | masked | {"accuracy_papo": accuracy}
         (pages / "docs" / "numbers" / f"demo_seed{seed}.json").write_text(json.dumps(row))
-    (pages / "docs" / "demo.md").write_text("<!-- numbers: demo_seeds -->\n<!-- end -->\n")
+        row["accuracy_papo"] -= 0.125
+        (pages / "docs" / "numbers" / f"demo_default_seed{seed}.json").write_text(json.dumps(row))
+    blocks = [f"<!-- numbers: {name} -->\n<!-- end -->\n" for name in ("demo_seeds", "demo_machines", "demo_range")]
+    (pages / "docs" / "demo.md").write_text("\n".join(blocks))
     assert publish(pages).returncode == 0
     written = (pages / "docs" / "demo.md").read_text()
     assert "| 1 | 25.0 % | 50.0 % | +25.0 | 10.0 % | 20.0 % |\n" in written
     assert "| 3 | 25.0 % | 75.0 % | +50.0 |" in written
+    assert "| AVX2 | 50.0 % (+25.0) | 62.5 % (+37.5) | 75.0 % (+50.0) |\n" in written
+    assert "CAPABILITY=default`) | 37.5 % (+12.5) |" in written
+    assert "add 12 to 50 points: the range of 6 runs" in written
 
 
 def test_tables_of_stages(pages):
