@@ -5,7 +5,9 @@ A server directory holds server.json (url, key, process, what it was started wit
 replicas are in replica_1, replica_2, ... below it.
 """
 
+import asyncio
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,7 @@ from megatron_papo.config import ServerConfig
 from megatron_papo.errors import UserError
 from megatron_papo.reading import in_short, shown
 from megatron_papo.sglang.answers import ServerInfo, reader
-from megatron_papo.sglang.http import Fault, Refused, anything, at_once
+from megatron_papo.sglang.http import Fault, Http, Refused, anything, at_once
 from megatron_papo.sglang.server_health import HEALTH_TIMEOUT_SECONDS, problem_of
 from megatron_papo.sglang.server_process import kill, process_of, stop
 from megatron_papo.sglang.server_record import OwnedServer, Server, ServerRecord, read_record, write_record
@@ -23,6 +25,8 @@ from megatron_papo.sglang.server_start import Launch, start, wait_until_ready
 
 MEMORY_TIMEOUT_SECONDS = 300.0
 """For a server to give up its GPU memory, or to get it back: some gigabytes are copied."""
+IDLE_PAUSE_SECONDS = 0.2
+RELEASED_OR_NOT = "was left while it gave up or took back its GPU memory"
 
 
 def urls_of(where: str) -> list[str] | None:
@@ -153,10 +157,10 @@ def connect_or_start(server_dir: Path, model: Path, config: ServerConfig, dtype:
     if record.settings == launch.settings:
         running = record.server(launch.directory, replica)
         if record.released:
-            _call_memory(running, record, "resume_memory_occupation", released=False)
+            _resume_memory(running, record)
         if not record.ready:
             return wait_until_ready(launch, process, record)
-        problem = problem_of(running)
+        problem = RELEASED_OR_NOT if record.releasing else problem_of(running)
         if problem is None:
             return running
         print(f"{running.url}: {problem}: starting a new server", flush=True)
@@ -171,32 +175,60 @@ def restart(lost: OwnedServer, model: Path, config: ServerConfig, dtype: str) ->
 
 
 def release_memory(servers: Sequence[Server]) -> None:
-    """Have idle servers that the pipeline started give up their GPU memory until connect_or_start finds them again."""
+    """Have servers that the pipeline started give up their GPU memory until connect_or_start finds them again.
+
+    What they still compute is aborted: SGLang ends where a server that is not idle is asked to release.
+    """
     for server in servers:
         if isinstance(server, OwnedServer):
             record = read_record(server.directory)
             if record is None:
                 raise UserError(f"{server.url}: its server.json is gone: run the stage again")
-            _call_memory(server, record, "release_memory_occupation", released=True)
+            if record.released:
+                continue
+            # SGLang does not say whether it has released, and ends when it is to resume what it holds.
+            write_record(server.directory, record.but(releasing=True))
+            _call_memory(server, "release_memory_occupation")
+            write_record(server.directory, record.but(released=True))
 
 
-def _call_memory(server: OwnedServer, record: ServerRecord, call: str, released: bool) -> None:
-    """Release or resume the memory of a server, and record it.
+def _resume_memory(server: OwnedServer, record: ServerRecord) -> None:
+    write_record(server.directory, record.but(released=False, releasing=True))
+    _call_memory(server, "resume_memory_occupation")
+    write_record(server.directory, record.but(released=False))
 
-    server.json says `released` before the call that releases, so that a server whose state nobody knows (a killed
-    stage) counts as released.
-    """
-    if released:
-        write_record(server.directory, record.but(released=True))
+
+def _call_memory(server: OwnedServer, call: str) -> None:
+    """Have an idle server release its memory, or resume it. One that fails is stopped."""
+
+    async def make_idle_and_call(http: Http) -> None:
+        if call == "release_memory_occupation":
+            await _make_idle(http, server)
+        await http.call(server, f"/{call}", b"{}", believe=anything, timeout_seconds=MEMORY_TIMEOUT_SECONDS)
+
     try:
-        at_once(
-            lambda http: http.call(server, f"/{call}", b"{}", believe=anything, timeout_seconds=MEMORY_TIMEOUT_SECONDS)
-        )
+        at_once(make_idle_and_call)
     except (Fault, Refused) as problem:
         stop(server.directory)
         raise UserError(f"{server.url}: /{call} failed ({problem}): the server was stopped; run the stage again")
-    if not released:
-        write_record(server.directory, record.but(released=False))
+
+
+async def _make_idle(http: Http, server: Server) -> None:
+    """Abort what a server computes and wait until nothing is left of it; its prefix cache is then empty.
+
+    Raises Refused, with what the server says, after MEMORY_TIMEOUT_SECONDS.
+    """
+    every_request = b'{"abort_all": true}'
+    await http.call(server, "/abort_request", every_request, believe=anything, timeout_seconds=HEALTH_TIMEOUT_SECONDS)
+    deadline = time.monotonic() + MEMORY_TIMEOUT_SECONDS
+    while True:
+        try:
+            await http.call(server, "/flush_cache", b"{}", believe=anything, timeout_seconds=HEALTH_TIMEOUT_SECONDS)
+            return
+        except Refused:  # it does so while requests are left
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(IDLE_PAUSE_SECONDS)
 
 
 def stop_all(server_dir: Path) -> int:
@@ -215,6 +247,8 @@ def _status(directory: Path) -> tuple[bool, str]:
     if record is None or process is None:
         return False, f"{directory}: no server is running"
     what = f"{directory}: process {process.pid} at {record.url}"
+    if record.releasing:
+        return False, f"{what} {RELEASED_OR_NOT}: the next stage starts it again"
     if record.released:
         return True, f"{what} has given up its GPU memory until a stage wants it"
     problem = problem_of(Server(record.url, record.api_key))

@@ -50,7 +50,9 @@ class ServerRecord(BaseModel):
     ready: bool = False
     """Whether it has answered."""
     released: bool = False
-    """Whether it has given up its GPU memory, or may have."""
+    """Whether it has given up its GPU memory."""
+    releasing: bool = False
+    """Whether it was asked to, and nobody has seen it answer: it may or may not have."""
     model: str
     """The checkpoint that it was started with."""
     settings: dict[str, JsonValue]

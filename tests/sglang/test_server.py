@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -73,6 +74,53 @@ def test_memory_is_given_up_and_taken_back(server, server_dir, client, checkpoin
         sglang_server.open_servers(
             server.url, checkpoints.first, config.server.model_copy(update={"shares_gpus": True}), "float32"
         )
+
+
+def test_memory_is_given_up_while_requests_are_under_way(server, server_dir, client, checkpoints, prompts):
+    """What a stage leaves behind may still run: SGLang's scheduler ends where it is asked to release meanwhile."""
+    body = {
+        "input_ids": prompts["text"].token_ids,
+        "sampling_params": {"max_new_tokens": 3000, "ignore_eos": True, "temperature": 1.0},
+        "rid": "left behind",
+    }
+    request = urllib.request.Request(
+        server.url + "/generate", json.dumps(body).encode(), {**server.headers, "Content-Type": "application/json"}
+    )
+
+    def generate() -> dict:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as answer:
+            return json.loads(answer.read())
+
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(generate)
+        time.sleep(1.0)
+        assert not answer.done()
+        sglang_server.release_memory([server])
+        assert answer.result()["meta_info"]["finish_reason"]["type"] == "abort"
+    sglang_server.release_memory([server])  # released already: nothing happens
+    config = load_config(DEMO_CONFIG)
+    again = sglang_server.connect_or_start(server_dir, checkpoints.first, config.server, config.model.dtype)
+    assert again == server and client.weight_versions() == ["first"]
+
+
+def test_a_server_whose_memory_nobody_knows_about_is_started_again(tmp_path):
+    """A stage that is killed between asking and the answer: SGLang does not say what it holds."""
+    config = ServerConfig(python=stand_in(tmp_path / "python", ANSWERING))
+    where = tmp_path / "server"
+    try:
+        first = sglang_server.connect_or_start(where, tmp_path, config, "float32")
+        known = server_record.read_record(where)
+        assert (
+            sglang_server.connect_or_start(where, tmp_path, config, "float32") == first
+        )  # control: known, found again
+        server_record.write_record(where, known.but(releasing=True))
+        assert sglang_server.status(where)[0][0] is False
+        assert "gave up or took back" in sglang_server.status(where)[0][1]
+        again = sglang_server.connect_or_start(where, tmp_path, config, "float32")
+        assert again.url != first.url and not psutil.pid_exists(known.pid)
+        assert not server_record.read_record(where).releasing
+    finally:
+        sglang_server.stop(where)
 
 
 def test_url_where_nothing_listens():
@@ -278,6 +326,7 @@ RECORD = {
     "create_time": 1.5,
     "ready": True,
     "released": False,
+    "releasing": False,
     "model": "/m",
     "settings": {"dtype": "float32"},
     "command": ["python", "-m", "sglang"],
