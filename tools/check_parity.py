@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
     from megatron_papo.run.records import Prompt, Rollout
     from megatron_papo.sglang.answers import Sample
+    from megatron_papo.sglang.server_record import Server
+    from megatron_papo.training.rows import TrainingRollout
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 LIMITS = {"float32": (1e-4, 1e-3), "bfloat16": (0.05, 1.5)}
@@ -146,7 +148,8 @@ def check(arguments: argparse.Namespace, config: Config, limits: tuple[float, fl
     )
     where = arguments.server or str(work / "server")
     try:
-        server = Side(arguments.hf, where, config, root, load=arguments.load or not sglang_server.urls_of(where))
+        servers = sglang_server.open_servers(where, arguments.hf, config.server, config.model.dtype)
+        server = Side(arguments.hf, servers, config, root, load=arguments.load or not sglang_server.urls_of(where))
         sampled = server.sample(prompts, config.rollout.top_p)
         wrong_pictures, cut_off = [], []
         if arguments.controls:
@@ -266,20 +269,26 @@ def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config) -> "Pr
 class Side:
     """The server's side."""
 
-    def __init__(self, hf: Path, where: str, config: Config, root: Path, load: bool):
+    def __init__(self, hf: Path, servers: Sequence["Server"], config: Config, root: Path, *, load: bool):
+        """
+        Args:
+            hf: the checkpoint.
+            servers: running ones, which hold its weights already unless `load`.
+            config: pixel limits and sampling.
+            root: the directory that the pictures' paths start from.
+            load: whether to load it into the servers.
+        """
         from tokenizers import Tokenizer
 
         from megatron_papo.data.response_tokens import response_tokens
         from megatron_papo.rollout.sample_and_grade import WEIGHT_VERSION_CHARACTERS
         from megatron_papo.run.stage_output import input_made_or_from_outside
         from megatron_papo.sglang.client import SglangClient
-        from megatron_papo.sglang.server import open_servers
 
         self.config, self.root = config, root
         self.tokens = response_tokens(
             hf, Tokenizer.from_file(str(hf / "tokenizer.json")).get_vocab(with_added_tokens=True)
         )
-        servers = open_servers(where, hf, config.server, config.model.dtype)
         self.client = SglangClient(servers, min(config.rollout.concurrency, 64), config.rollout.request_timeout_seconds)
         if load:
             fingerprint = input_made_or_from_outside(
@@ -294,8 +303,15 @@ class Side:
             )
         [self.version] = versions
 
-    def sample(self, prompts: Sequence, top_p: float, picture: Callable | None = None) -> list:
-        """Rollout records of SAMPLES_PER_PROMPT responses to each prompt. picture: makes the pictures that are sent."""
+    def sample(
+        self,
+        prompts: Sequence["Prompt"],
+        top_p: float,
+        picture: Callable | None = None,
+        per_prompt: int = SAMPLES_PER_PROMPT,
+    ) -> list["Rollout"]:
+        """Return rollout records of responses to each prompt, `per_prompt` of them. picture: makes the pictures that
+        are sent."""
         from megatron_papo.pictures.preprocess import PictureSettings, load_images, open_image, to_data_uri
         from megatron_papo.sglang.requests import Request, Sampling
 
@@ -310,7 +326,7 @@ class Side:
                 ]
             return [to_data_uri(image) for image in resized]
 
-        jobs = [(prompt, sample) for prompt in prompts for sample in range(SAMPLES_PER_PROMPT)]
+        jobs = [(prompt, sample) for prompt in prompts for sample in range(per_prompt)]
         requests = [
             Request(prompt, seed, partial(pictures, prompt), prompt.id) for seed, (prompt, _) in enumerate(jobs)
         ]
@@ -379,13 +395,9 @@ class Megatron:
 
     def compare(self, rollouts: list, rotary_positions: Callable | None = None) -> Outcome:
         """Compare the rollouts' log-probs. rotary_positions: what the model gets as positions instead of its own."""
-        import torch
-
         from megatron_papo.distributed import process_groups
-        from megatron_papo.objective.rollout_mismatch import sampling_bias_metrics, sampling_bias_sums
         from megatron_papo.training.collator import Collator
         from megatron_papo.training.forward_step import PassSettings, sweep
-        from megatron_papo.training.rollout_checks import worst_tokens
         from megatron_papo.training.rows import make_rows
 
         rows = make_rows(rollouts, [0.0] * len(rollouts), self.root, self.config, self.hf, Path("rollouts"))
@@ -404,20 +416,7 @@ class Megatron:
             by_rollout, entropies = seen.allowed_log_probs, seen.allowed_entropy
         else:
             by_rollout, entropies = seen.log_probs, seen.entropy
-        log_probs = torch.cat([values.cpu() for values in by_rollout])
-        entropy = torch.cat([values.cpu() for values in entropies])
-        theirs = torch.tensor([value for row in rows for value in row.rollout.rollout_log_probs])
-        difference = (log_probs.double() - theirs.double()).abs()
-        bias = sampling_bias_metrics(sampling_bias_sums(log_probs, entropy))
-        worst = [one.in_context(self.decode) for one in worst_tokens(rows, by_rollout)]
-        return Outcome(
-            len(difference),
-            difference.mean().item(),
-            difference.max().item(),
-            bias["sampling_bias"],
-            bias["sampling_bias_error"],
-            worst,
-        )
+        return outcome_of(rows, by_rollout, entropies, self.decode)
 
     def move_weights(self) -> None:
         """By 3 % each, as far as an update might: the server is then one behind."""
@@ -428,6 +427,42 @@ class Megatron:
             for parameter in self.model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
                 parameter.mul_(1 + 0.03 * noise)
+
+
+def outcome_of(
+    rows: Sequence["TrainingRollout"],
+    log_probs: Sequence["torch.Tensor"],
+    entropies: Sequence["torch.Tensor"],
+    decode: Callable[[list[int]], str],
+    judge: str = "Megatron",
+) -> Outcome:
+    """Compare the server's log-probs in some rollouts with another program's.
+
+    Args:
+        rows: the rollouts.
+        log_probs: of each one's response tokens by that program, [tokens].
+        entropies: of its distributions over the tokens that may be sampled, [tokens].
+        decode: token ids to text.
+        judge: what that program is called.
+    """
+    import torch
+
+    from megatron_papo.objective.rollout_mismatch import sampling_bias_metrics, sampling_bias_sums
+    from megatron_papo.training.rollout_checks import worst_tokens
+
+    ours = torch.cat([values.cpu() for values in log_probs])
+    theirs = torch.tensor([value for row in rows for value in row.rollout.rollout_log_probs])
+    difference = (ours.double() - theirs.double()).abs()
+    bias = sampling_bias_metrics(sampling_bias_sums(ours, torch.cat([values.cpu() for values in entropies])))
+    worst = [one.in_context(decode, judge) for one in worst_tokens(rows, log_probs)]
+    return Outcome(
+        len(difference),
+        difference.mean().item(),
+        difference.max().item(),
+        bias["sampling_bias"],
+        bias["sampling_bias_error"],
+        worst,
+    )
 
 
 def nearest(native: "Image.Image", size: tuple[int, int]) -> "Image.Image":

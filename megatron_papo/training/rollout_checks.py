@@ -70,8 +70,9 @@ class TokenDifference:
     def size(self) -> float:
         return abs(self.by_megatron - self.by_server)
 
-    def in_context(self, decode: Callable[[list[int]], str] | None = None) -> str:
-        """Return one line. decode: token ids -> text; without it the ids are shown."""
+    def in_context(self, decode: Callable[[list[int]], str] | None = None, judge: str = "Megatron") -> str:
+        """Return one line. decode: token ids -> text; without it the ids are shown. judge: who says what is called
+        by_megatron."""
         ids, at = self.row.rollout.response_token_ids, self.position
         before, token, after = ids[max(0, at - CONTEXT_TOKENS) : at], ids[at], ids[at + 1 : at + 1 + CONTEXT_TOKENS]
         if decode is None:
@@ -79,7 +80,7 @@ class TokenDifference:
         else:
             shown = repr(f"{decode(before)}>>{decode([token])}<<{decode(after)}")
         place = f"{self.row.rollout.prompt_id} sample {self.row.rollout.sample} token {at}"
-        return f"{place}: {self.size:.3g} (SGLang {self.by_server:.4f}, Megatron {self.by_megatron:.4f}) in {shown}"
+        return f"{place}: {self.size:.3g} (SGLang {self.by_server:.4f}, {judge} {self.by_megatron:.4f}) in {shown}"
 
 
 def worst_tokens(
