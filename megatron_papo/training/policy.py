@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_papo.checkpoint import megatron_files
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
@@ -55,6 +56,14 @@ class Policy:
         resumes = megatron_files.has_optimizer(stored)
         self.state = megatron_files.load_optimizer(stored, model, self.optimizer) if resumes else {"step": 0}
         self.at = checkpoint
+
+    def make_random(self) -> None:
+        """Take random weights, and the same as the reference: for measurements, which need no checkpoint."""
+        self.forget()
+        model = self._empty()
+        self._reference = [_on_host(parameter) for parameter in model.parameters()]
+        self._trained = build_optimizer(model, self.config.optimizer, self.dtype)
+        self.state = {"step": 0}
 
     def save(self, directory: Path, published: Path, with_optimizer: bool = True) -> dict[str, str]:
         """Write a checkpoint; return the sha256 of the files that the ranks wrote, by name.
@@ -103,17 +112,20 @@ class Policy:
             parameter.copy_(stored)
             stored.copy_(waiting)
 
-    def _build(self, stored: TorchDistCheckpoint) -> torch.nn.Module:
+    def _build(self, stored: TorchDistCheckpoint) -> MegatronModule:
+        model = self._empty()
+        megatron_files.load_weights(stored, model)
+        return model
+
+    def _empty(self) -> MegatronModule:
         parallel, recompute = self.config.parallel, self.config.model.recompute
-        model = build_model(
+        return build_model(
             self.hf,
             dtype=self.dtype,
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
             vision_tower=parallel.vision_tower,
         )
-        megatron_files.load_weights(stored, model)
-        return model
 
 
 def _on_host(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""What tells the first person with a GPU whether this works there: see __main__.py."""
