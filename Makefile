@@ -1,6 +1,6 @@
 # For those who change the code. Each target sets up what it needs first; CONTRIBUTING.md says when to run which.
 .DEFAULT_GOAL := help
-.PHONY: help setup quick checks format test nightly
+.PHONY: help setup quick checks format test nightly lock
 PYTHON_OF_VENV := .venv/bin/python
 SHELL_SCRIPTS := $(wildcard *.sh */*.sh) .ci/run stages/submit.slurm
 
@@ -8,7 +8,7 @@ help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup:
-	@bash tools/setup_environment.sh --without-sglang
+	@DEVICE=$${DEVICE:-cpu} bash tools/setup_environment.sh --without-sglang
 
 quick: setup ## under a minute, without the SGLang server: objective, configuration, stage outputs, data
 	OMP_NUM_THREADS=1 $(PYTHON_OF_VENV) -m pytest -q -m quick --durations=5 $$($(PYTHON_OF_VENV) tests/markers.py quick)
@@ -28,6 +28,9 @@ format: setup ## writes what ruff can mend by itself
 
 test: ## every test but the nightly ones, as CI runs them (about 20 minutes on two cores)
 	bash tests/run.sh
+
+lock: setup ## requirements-sglang-cuda.txt anew: what requirements-sglang.txt asks for, with all it needs, pinned
+	bash tools/lock_server.sh
 
 nightly: ## what is too long for CI
 	bash tests/run.sh -m nightly

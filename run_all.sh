@@ -12,26 +12,29 @@
 #
 # Killed or failed? bash run_all.sh --name NAME continues where it stopped: the run has its configuration in config.yaml.
 # How far is it? .venv/bin/python -m tools.status --run runs/NAME
+# On a machine with GPUs the demo, a tiny model, computes on its CPUs; DEVICE=cuda takes the GPUs, DEVICE=cpu the CPUs of any run.
 # TRAIN_LAUNCHER and SFT_LAUNCHER replace the torchrun of stages 5 and 2 (several nodes: see stages/submit.slurm).
 set -euo pipefail
-[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
 CALLER=$PWD ARGUMENTS=("$@")
 printf -v RUN_ALL '%q ' bash run_all.sh "$@"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 unset PYTHONPATH PYTHONHOME PYTHONOPTIMIZE PYTHONWARNINGS PYTHONSTARTUP PYTHONINSPECT # another project's
-bash tools/setup_environment.sh
+bash tools/setup_environment.sh --without-sglang
 export RUN_ALL PATH=$PWD/.venv/bin:$PATH OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [[ ! -t 1 ]] || export PAPO_TERMINAL=1
 PYTHON=.venv/bin/python
 source tools/pipeline.sh
 
-plan() { # [--write]: sets RUN DRY_RUN, with --write ITERATIONS TODO FIRST RESIDENT SUMMARY START_SFT START_TRAIN
+plan() { # [--write]: sets RUN DRY_RUN DEVICE HIDE_GPUS, with --write ITERATIONS TODO FIRST RESIDENT SUMMARY START_SFT START_TRAIN
   local assignments
   assignments=$($PYTHON -m tools.start_run "${ARGUMENTS[@]}" --caller "$CALLER" "$@")
   eval "$assignments"
 }
 
 plan
+((!HIDE_GPUS)) || export CUDA_VISIBLE_DEVICES=
+DEVICE=$DEVICE bash tools/setup_environment.sh # SGLang for that device
 if ((!DRY_RUN)); then
   lock_run
   trap finish EXIT

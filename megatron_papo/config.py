@@ -264,7 +264,8 @@ class ServerConfig(Section):
     fingerprint."""
 
     python: PathText | None = None
-    """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else .venv-sglang/bin/python."""
+    """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else that of .venv-sglang-cuda on GPUs, of
+    .venv-sglang on CPUs."""
     host: str = "127.0.0.1"
     """Address that the servers listen on."""
     port: int = Field(default=0, ge=0, lt=65536)
@@ -279,8 +280,9 @@ class ServerConfig(Section):
     """Share of GPU memory for weights and KV cache (SGLang's --mem-fraction-static). Unused on a CPU."""
     max_total_tokens: int | None = Field(default=None, gt=0)
     """Size of the KV cache in tokens; null: what the memory fraction allows."""
-    start_timeout_seconds: float = Field(default=600.0, gt=0)
-    """How long a server may take from its start until it answers."""
+    start_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """How long a server may take from its start until it answers. On GPUs SGLang compiles its kernels the first time,
+    for many minutes."""
     health_interval_seconds: float = Field(default=10.0, gt=0)
     """How often a server is asked for its health while it has requests."""
     health_timeout_seconds: float = Field(default=30.0, gt=0)

@@ -48,6 +48,8 @@ def in_short(error: BaseException) -> str:
     """Return what an exception says on one line, without the data that some quote."""
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
+    if isinstance(error, ConnectionError):
+        return f"cannot be reached ({shown(' '.join(str(error).split()))})"
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, MemoryError):

@@ -19,6 +19,9 @@ pytest_plugins = ["tests.sglang_server"]
 # Two threads per process are 20 times slower than one as soon as several processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# On the CPUs, also of a machine with GPUs: float32, and more processes than GPUs.
+if os.environ.get("DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # How long an example takes says how busy the machine is.
@@ -38,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in sorted(markers_of(place, set(getattr(item, "fixturenames", ())))):
             item.add_marker(name)
         if item.get_closest_marker("gpu") and not has_gpu():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, this machine has none"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: DEVICE=cuda bash tests/run.sh -m gpu"))
         group = "server" if item.get_closest_marker("server") else place.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
     if "PYTEST_XDIST_WORKER" in os.environ:

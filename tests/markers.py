@@ -23,8 +23,10 @@ MARKERS = {
         "rollout/test_dynamic_sampling.py",
         "run",
         "sglang/test_answers.py",
+        "sglang/test_compilers.py",
         "sglang/test_cpu_launcher.py",
         "sglang/test_environment.py",
+        "sglang/test_requirements.py",
         "sglang/test_sample_store.py",
         "stages/test_stage1.py",
         "test_documentation.py",
@@ -88,10 +90,12 @@ EXCEPTIONS = {
         "objective/test_golden.py::test_the_tool_finds_a_damaged_number",
         "objective/test_golden.py::test_the_tool_refuses_other_files",
         "run/test_moved.py",
+        "sglang/test_requirements.py::test_the_lock_file_has_what_sglang_itself_asks_for",
         "run/test_run_config.py::test_dry_run_touches_nothing_and_a_second_start_leaves",
     ],
 }
-"""Places without a marker that a directory or file above them has: they start processes of their own."""
+"""Places without a marker that a directory or file above them has: they start processes of their own, or read
+.venv-sglang."""
 
 FIXTURES = {"server": {"server", "small_run"}, "torchrun": {"small_run"}}
 """Marker -> fixtures whose tests carry it, wherever they are."""

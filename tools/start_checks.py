@@ -5,7 +5,7 @@ at the configuration and the model (they hold on any machine), others at this ma
 """
 
 import os
-import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,9 @@ from megatron_papo.config import Change, Config, DataConfig, PromptSource
 from megatron_papo.config_notes import bytes_on_disk
 from megatron_papo.data.chat import require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
+from megatron_papo.data.rows import hub_data_set, is_offline
 from megatron_papo.data.sources import data_files
+from megatron_papo.distributed.gpus import count_gpus, require_usable_gpus
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig, read_hf_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
@@ -26,6 +28,7 @@ from megatron_papo.run.outside import remembered_fingerprint
 from megatron_papo.run.room import require_room
 from megatron_papo.run.run_config import PLACES
 from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.sglang.compilers import missing_for_triton
 from megatron_papo.sglang.open_files import most_connections
 from megatron_papo.sglang.server_start import problems as server_problems
 
@@ -114,26 +117,29 @@ def _of_source(
     return [(recorded, source_fingerprint(source, data, name == "sft"))]
 
 
-def problems_of_machine(run: RunDirectory, todo: Sequence[str], own_launcher: bool) -> list[str]:
+def problems_of_machine(
+    run: RunDirectory, todo: Sequence[str], own_launcher: bool, prefetch: str = "tools.prefetch --config FILE"
+) -> list[str]:
     """Return what this machine lacks for a run.
 
     Args:
         run: Its configuration, and what is there of it already.
         todo: As in problems_of_run.
         own_launcher: Another launcher than torchrun starts training, perhaps on other machines.
+        prefetch: Module and arguments that download its model and data.
     """
     config, stages = run.config, {key[0] for key in todo}
     checks: list[Check] = []
     if config.model.path is not None and stages & {"1", "2", "3"}:
-        checks.append(lambda: require_checkpoint(Path(str(config.model.path))))
+        checks.append(lambda: require_checkpoint(Path(str(config.model.path)), prefetch))
     if "1" in stages:
-        checks.append(lambda: require_sources(config))
+        checks.append(lambda: require_sources(config, prefetch))
     if stages & {"4", "7"}:
         checks += [lambda: require_server(run), lambda: most_connections(config.rollout.concurrency)]
     if "5" in stages:
         checks.append(lambda: require_disk(run))
         if not own_launcher:
-            checks.append(lambda: require_gpus(config))
+            checks += [require_usable_gpus, require_compiler, lambda: require_gpus(config)]
     return found_by(checks)
 
 
@@ -190,17 +196,29 @@ def require_context(hf: HFConfig, model: Path, config: Config) -> None:
         raise UserError(*lines)
 
 
-def require_sources(config: Config) -> None:
-    """Raise UserError where a data set is not there, or is none that can be read."""
+def require_sources(config: Config, prefetch: str) -> None:
+    """Raise UserError where a data set is not there, or is none that can be read. prefetch: see problems_of_machine."""
     data, lines = config.data, []
     for name, source in {"train": data.train, "sft": data.sft, **data.evaluation_sets}.items():
         if source is None or source.source == "synthetic":
             continue
-        lines += [f"data.{name}.source: {line}" for line in found_by([partial(data_files, source)])]
+        lines += [f"data.{name}.source: {line}" for line in found_by([partial(_require_source, source, prefetch)])]
     if data.image_root is not None and not Path(data.image_root).is_dir():
         lines.append(f"data.image_root {data.image_root}: no such directory: --set data.image_root=DIR, or null")
     if lines:
         raise UserError(*lines)
+
+
+def _require_source(source: PromptSource, prefetch: str) -> None:
+    if data_files(source) or not is_offline():
+        return
+    try:
+        hub_data_set(source)
+    except UserError:
+        raise UserError(
+            f"{source.source} ({source.split}): not among the downloaded data sets, and HF_HUB_OFFLINE is set: where"
+            f" there is a network run .venv/bin/python -m {prefetch}, with the same HF_HOME"
+        )
 
 
 def require_server(run: RunDirectory) -> None:
@@ -244,6 +262,13 @@ def checkpoint_bytes(run: RunDirectory) -> int:
     return needed if needed >= 1e9 else 0
 
 
+def require_compiler() -> None:
+    """Raise UserError where training on GPUs lacks what compiles its kernels."""
+    lines = missing_for_triton(Path(sys.executable), os.environ) if count_gpus() else []
+    if lines:
+        raise UserError(*lines)
+
+
 def require_gpus(config: Config) -> None:
     """Raise UserError where a machine with GPUs has too few of them; one without trains on its processors."""
     count = count_gpus()
@@ -272,14 +297,3 @@ def require_gpus(config: Config) -> None:
         raise UserError(*lines)
 
 
-def count_gpus() -> int:
-    """Return how many GPUs this process sees, without waking CUDA."""
-    try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    there = sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return there
-    return min(there, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))

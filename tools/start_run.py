@@ -2,10 +2,10 @@
 
     .venv/bin/python -m tools.start_run [arguments of run_all.sh] --write --caller "$PWD"
 
-Without --write it checks the arguments and prints the run's directory as a shell assignment, no more. With --write the
-run's config.yaml is written or brought up to date (run/run_config.py says what may change), and the assignments are
-printed that the loop of run_all.sh needs. With --dry-run nothing is written, and PATHS says what each command reads and
-makes. What can be known before anything runs is said here, all of it at once (tools/start_checks.py).
+Without --write it checks the arguments and prints the run's directory and device as shell assignments, no more. With
+--write the run's config.yaml is written or brought up to date (run/run_config.py says what may change), and the
+assignments are printed that the loop of run_all.sh needs. With --dry-run nothing is written, and PATHS says what each
+command reads and makes. What can be known before anything runs is said here, all of it at once (tools/start_checks.py).
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_papo.config import Change, expand_home
 from megatron_papo.config_notes import notes
+from megatron_papo.distributed.gpus import device_of, hide_unused_gpus
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
 from megatron_papo.run.command_line import launcher, run
@@ -168,12 +169,22 @@ def notes_of_start(directory: RunDirectory, todo: Sequence[str]) -> list[str]:
     return [note for note in found if note is not None]
 
 
-def refuse_problems(directory: RunDirectory, differences: Sequence[Change], todo: Sequence[str], is_dry: bool) -> None:
+def prefetch_command(args: argparse.Namespace, root: Path) -> str:
+    """Return what downloads the model and data of a run: tools.prefetch with its configuration."""
+    config = root / CONFIG if (root / CONFIG).is_file() and args.config is None else args.config or DEFAULT_CONFIG
+    words = ["tools.prefetch", "--config", str(config)]
+    return shlex.join(words + [word for override in args.overrides for word in ("--set", override)])
+
+
+def refuse_problems(
+    args: argparse.Namespace, directory: RunDirectory, differences: Sequence[Change], todo: Sequence[str]
+) -> None:
     """Raise UserError with everything that is known to go wrong, a line each. Of a dry run, what this machine lacks is
     only said: another one may have it."""
     problems = problems_of_run(directory, todo) + problems_of_places(directory, differences)
-    of_machine = problems_of_machine(directory, todo, own_launcher="TRAIN_LAUNCHER" in os.environ)
-    if is_dry:
+    prefetch = prefetch_command(args, directory.root)
+    of_machine = problems_of_machine(directory, todo, own_launcher="TRAIN_LAUNCHER" in os.environ, prefetch=prefetch)
+    if args.dry_run:
         for line in of_machine:
             print(f"note: not here: {shown(line, limit=0)}", file=sys.stderr)
     else:
@@ -190,11 +201,16 @@ def main() -> None:
     root = Path("runs") / args.name
     directory, differences = settle_run(root, DEFAULT_CONFIG, args.config, args.overrides, args.caller)
     if not args.write:
-        print(f"RUN={shlex.quote(str(root))} DRY_RUN={int(args.dry_run)}")
+        device = device_of(directory.config)
+        said = hide_unused_gpus(directory.config)
+        if said is not None:
+            print(f"note: {said}", file=sys.stderr)
+        hidden = int(said is not None)
+        print(f"RUN={shlex.quote(str(root))} DRY_RUN={int(args.dry_run)} DEVICE={device} HIDE_GPUS={hidden}")
         return
     rows = states(directory)
     values = assignments(args, directory, rows)
-    refuse_problems(directory, differences, values["TODO"].split(), args.dry_run)
+    refuse_problems(args, directory, differences, values["TODO"].split())
     if not args.dry_run:
         if not (root / CONFIG).exists():
             print(f"{root}: new run, by {args.config or DEFAULT_CONFIG}", file=sys.stderr)

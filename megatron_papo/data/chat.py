@@ -35,14 +35,17 @@ def tokenizer_hash(directory: Path) -> str:
         return hashlib.sha256((Path(directory) / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def require_checkpoint(directory: Path) -> None:
-    """Raise UserError where no checkpoint directory is, as where a name of the Hugging Face hub was given."""
+def require_checkpoint(directory: Path, prefetch: str = "tools.prefetch --config FILE") -> None:
+    """Raise UserError where no checkpoint directory is, as where a name of the Hugging Face hub was given.
+
+    prefetch: Module and arguments that download it.
+    """
     with reading(directory, "set model.path to a Qwen2.5-VL checkpoint directory"):
         if Path(directory).is_dir():
             return
     raise UserError(
-        f"{shown(directory)}: no such directory. Names of the Hugging Face hub are not taken: download the model (hf"
-        " download NAME --local-dir DIRECTORY) and set model.path=DIRECTORY"
+        f"{shown(directory)}: no such directory. Names of the Hugging Face hub are not taken: .venv/bin/python -m"
+        f" {prefetch} downloads the model and says what to set model.path to"
     )
 
 

@@ -131,7 +131,7 @@ def _tables(source: PromptSource, config: DataConfig, columns: Columns) -> Itera
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
         yield _Table(str(file), stem, root or file.parent, _rows_of(file, columns))
     if not files:
-        table = undecoded(_hugging_face(source), columns.images, columns.saliency)
+        table = undecoded(hub_data_set(source), columns.images, columns.saliency)
         name = f"{source.source} ({source.split})"
         yield _Table(name, source.split, root, _of_hub(table, name))
 
@@ -249,16 +249,33 @@ def _with_shortest(row: dict, types: dict[str, str]) -> dict:
 def hugging_face_fingerprint(source: PromptSource) -> str:
     """Return how the datasets library tells this data set and split from others: by name, configuration, version and
     the commit that was downloaded. Raises UserError where it cannot be loaded."""
-    return _hugging_face(source)._fingerprint
+    return hub_data_set(source)._fingerprint
 
 
-def _hugging_face(source: PromptSource) -> "datasets.Dataset":
-    import datasets
-
-    cure = "check name, split and network, or give a directory"
+def hub_data_set(source: PromptSource) -> "datasets.Dataset":
+    """Return a data set of the Hugging Face hub, as load_from_hub does. Raises UserError where it cannot be loaded."""
+    cure = (
+        "check name, split and network, or give a directory; for a machine without a network: .venv/bin/python -m"
+        " tools.prefetch --config FILE where there is one"
+    )
     what = f"{source.source}: no such file, and the Hugging Face data set of this name cannot be loaded"
     with reading(what, cure):
-        return datasets.load_dataset(source.source, split=source.split)
+        return load_from_hub(source)
+
+
+def load_from_hub(source: PromptSource) -> "datasets.Dataset":
+    """Return a data set of the Hugging Face hub: from the network into the libraries' cache, or from there alone where
+    HF_HUB_OFFLINE is set. Whatever the libraries raise goes through."""
+    import datasets
+
+    return datasets.load_dataset(source.source, split=source.split)
+
+
+def is_offline() -> bool:
+    """Say whether the Hugging Face libraries were told to use no network."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def _of_hub(table: "datasets.Dataset", name: str) -> Iterator[tuple[int, dict]]:

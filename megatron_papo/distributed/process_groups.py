@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_papo.config import ParallelConfig
+from megatron_papo.distributed import gpus
 from megatron_papo.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,22 +93,38 @@ def initialize(parallel: ParallelConfig) -> None:
 
 
 def connect() -> None:
-    """Join the processes that the launcher started and pick this one's device; nothing to do where that has
-    happened."""
+    """Join the processes that the launcher started and pick this one's device; nothing to do where that has happened.
+
+    Raises UserError where this machine has GPUs that torch cannot use.
+    """
     # Lets tensor-parallel communication overlap with computation; CUDA reads it once, when it starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
     die_with_launcher()
+    gpus.require_usable_gpus()
     # cuDNN's attention plans for some 50 ms whenever it meets a new shape, and here almost every shape is new.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available():
+        expand_segments()
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if _is_launched() else 0)
     else:
         # More threads than cores per process only get into each other's way: two threads per rank were 20 times slower.
         torch.set_num_threads(1)
     if not torch.distributed.is_initialized():
         _join_process_group()
+
+
+def expand_segments() -> None:
+    """Have torch's CUDA allocator grow its segments, unless the environment sets the allocator up: every micro-batch has
+    another length, and fixed segments would be cut into pieces that fit none.
+
+    To be called before anything lies on the GPU.
+    """
+    import torch
+
+    if not any(os.environ.get(name) for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def die_with_launcher() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_papo.config import Config
 from megatron_papo.config_files import load_config
 from megatron_papo.config_view import view
-from megatron_papo.distributed import process_groups
+from megatron_papo.distributed import gpus, process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.reading import shown
 from megatron_papo.run import console
@@ -163,6 +163,7 @@ class StageParser:
             self.parser.error("give --run DIR, or --config FILE with every input and the output")
         if args.run is not None:
             run = open_run(args.run, args.overrides)
+            _choose_device(run.config)
             turns = self._turns(args, run)
             if args.output is not None and len(turns) > 1:
                 words = "; ".join(str(turn) or "training data" for turn in turns)
@@ -175,7 +176,9 @@ class StageParser:
         if self.stage.iteration_decides and args.iteration is None:
             self.parser.error("without --run needed: --iteration")
         turn = Turn(getattr(args, "iteration", None), getattr(args, "evaluation_set", None))
-        return args, [self._task(args, load_config(args.config, args.overrides), turn, None)]
+        config = load_config(args.config, args.overrides)
+        _choose_device(config)
+        return args, [self._task(args, config, turn, None)]
 
     def _turns(self, args: argparse.Namespace, run: RunDirectory) -> list[Turn]:
         turns = self.stage.turns(run)
@@ -219,6 +222,13 @@ class StageParser:
         lowest = 0 if self.stage.number == 7 else 1
         if turn.iteration is not None and turn.iteration < lowest:
             raise UserError(f"--iteration {turn.iteration}: iterations count from {lowest}")
+
+
+def _choose_device(config: Config) -> None:
+    """Hide GPUs that a stage does not compute on, and say so once."""
+    said = gpus.hide_unused_gpus(config)
+    if said is not None and process_groups.is_main_rank():
+        print(said, flush=True)
 
 
 def _present(run: RunDirectory | None) -> RunDirectory:

@@ -7,6 +7,8 @@ warm-up request would go to the proxy), the ranks of a launcher, another project
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_papo.sglang.compilers import path_of_server
+
 NAMES = {
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX",
     "CUDA_HOME", "CUDA_PATH", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX",
@@ -21,6 +23,9 @@ ONE_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 """The processes of a server on one machine find each other over loopback."""
 SEVERAL_MACHINES = ("--nnodes", "--dist-init-addr")
 """SGLang's arguments with which they do not."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of torch's allocator; what gives up GPU memory and gets it back (--enable-memory-saver) refuses to start with
+the expandable segments that are good for training."""
 
 
 def server_environment(caller: Mapping[str, str], temporary: Path, arguments: list[str]) -> dict[str, str]:
@@ -29,14 +34,17 @@ def server_environment(caller: Mapping[str, str], temporary: Path, arguments: li
     Args:
         caller: the environment of this process.
         temporary: directory for the server's sockets and temporary files.
-        arguments: of the server's command line.
+        arguments: the server's command line: its Python, and what follows.
     """
     kept = {
         name: value
         for name, value in caller.items()
         if (name in NAMES or name.startswith(PREFIXES)) and not name.endswith(SECRETS)
     }
+    if "--enable-memory-saver" in arguments:
+        kept = {name: value for name, value in kept.items() if name not in ALLOCATOR}
     made = {
+        "PATH": path_of_server(Path(arguments[0]), caller),
         "TMPDIR": str(temporary),
         "SGLANG_VLM_CACHE_SIZE_MB": "0",  # ViT outputs survive an update (sgl-project/sglang#36468)
         "HF_HUB_OFFLINE": "1",

@@ -7,7 +7,6 @@ otherwise, with a random key, which it is told through a pipe.
 import os
 import random
 import secrets
-import shutil
 import socket
 import subprocess
 import time
@@ -21,8 +20,10 @@ from typing import Any
 import psutil
 
 from megatron_papo.config import ServerConfig
+from megatron_papo.distributed.gpus import count_gpus
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
+from megatron_papo.sglang.compilers import missing_for_server
 from megatron_papo.sglang.leftovers import shared_memory_of, temporary_directory
 from megatron_papo.sglang.server_environment import server_environment
 from megatron_papo.sglang.server_health import problem_of
@@ -71,8 +72,9 @@ class _PortTaken(UserError):
 def start(launch: Launch) -> OwnedServer:
     """Start a server and return it once it answers; what another one has left in its directory is cleared away.
 
-    Raises UserError if it dies or takes too long; it is then ended.
+    Raises UserError if it lacks a compiler, or dies or takes too long; it is then ended.
     """
+    require_tools(launch.config)
     kill(launch.directory)
     for _ in range(PORT_ATTEMPTS - 1 if launch.config.port == 0 else 0):
         try:
@@ -197,7 +199,7 @@ def problems(config: ServerConfig) -> list[str]:
     """Return why servers cannot be started with this configuration on this machine, as far as it can be known before:
     one line each, with what to do."""
     found = [] if config.tensor_parallel_size == 1 or _has_gpu(config) else [ONE_PROCESS]
-    checks: list[Callable[[], object]] = [lambda: sglang_python(config)]
+    checks: list[Callable[[], object]] = [lambda: require_tools(config)]
     if config.port:
         ports = range(config.port, config.port + config.replicas)
         checks += [partial(free_port, config.host, port) for port in ports]
@@ -205,35 +207,38 @@ def problems(config: ServerConfig) -> list[str]:
         try:
             check()
         except UserError as error:
-            found.append(str(error))
+            found += error.lines
     return found
 
 
 def _has_gpu(config: ServerConfig) -> bool:
-    """Ask nvidia-smi, as tools/setup_environment.sh does to choose which SGLang to install.
-
-    `--device cpu` in extra_arguments overrules it.
-    """
+    """Say whether servers compute on GPUs: those that this process sees, unless extra_arguments say `--device cpu`."""
     flags = " ".join(config.extra_arguments).replace("=", " ")
-    if (
-        "--device cpu" in flags
-        or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        or not shutil.which("nvidia-smi")
-    ):
-        return False
-    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+    return "--device cpu" not in flags and count_gpus() > 0
 
 
 def sglang_python(config: ServerConfig) -> Path:
-    """Return the Python interpreter of SGLang's environment. Raises UserError if there is none."""
+    """Return the Python interpreter of SGLang's environment, of which there is one for CPUs and one for GPUs.
+
+    Raises UserError if there is none.
+    """
+    device, environment = ("cuda", ".venv-sglang-cuda") if _has_gpu(config) else ("cpu", ".venv-sglang")
     named = config.python or os.environ.get("SGLANG_PYTHON")
-    python = Path(named).absolute() if named else REPOSITORY / ".venv-sglang" / "bin" / "python"
+    python = Path(named).absolute() if named else REPOSITORY / environment / "bin" / "python"
     if not python.is_file():
         raise UserError(
-            f"{python}: no such Python for SGLang: run bash tools/setup_environment.sh, or set server.python or"
-            " $SGLANG_PYTHON"
+            f"{python}: no such Python for SGLang: run DEVICE={device} bash tools/setup_environment.sh, or set"
+            " server.python or $SGLANG_PYTHON"
         )
     return python
+
+
+def require_tools(config: ServerConfig) -> None:
+    """Raise UserError where there is no Python for SGLang, or one on GPUs lacks what compiles its kernels."""
+    python = sglang_python(config)
+    lines = missing_for_server(python, os.environ) if _has_gpu(config) else []
+    if lines:
+        raise UserError(*lines)
 
 
 def free_port(host: str, port: int) -> int:

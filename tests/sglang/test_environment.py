@@ -31,14 +31,24 @@ KEPT = {
 
 
 def test_the_environment_is_made_not_inherited():
-    made = server_environment({**FOREIGN, **KEPT}, Path("/s/tmp"), ["--model-path", "/m"])
+    command = ["/v/bin/python", "--model-path", "/m"]
+    made = server_environment({**FOREIGN, **KEPT}, Path("/s/tmp"), command)
     assert made["TMPDIR"] == "/s/tmp" and not set(FOREIGN) & set(made) - {"TMPDIR"}
-    assert KEPT.items() <= made.items()
+    assert {**KEPT, "PATH": "/v/bin:/bin"}.items() <= made.items(), "its own ninja, whoever starts it"
+    assert server_environment({}, Path("/s/tmp"), command)["PATH"] == "/v/bin"
     assert made["GLOO_SOCKET_IFNAME"] == made["NCCL_SOCKET_IFNAME"] == "lo"
     assert made["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == "file:///s/tmp/processes"
     # told otherwise: over several machines loopback does not do
-    several = server_environment({"GLOO_SOCKET_IFNAME": "ib0"}, Path("/s/tmp"), ["--nnodes", "2"])
+    several = server_environment({"GLOO_SOCKET_IFNAME": "ib0"}, Path("/s/tmp"), ["/v/bin/python", "--nnodes", "2"])
     assert several["GLOO_SOCKET_IFNAME"] == "ib0" and "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE" not in several
+
+
+def test_memory_that_is_given_up_has_no_expandable_segments():
+    """SGLang's memory saver ends at once where it finds them."""
+    caller = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    shared = server_environment(caller, Path("/s/tmp"), ["/v/bin/python", "--enable-memory-saver"])
+    assert not set(caller) & set(shared)
+    assert caller.items() <= server_environment(caller, Path("/s/tmp"), ["/v/bin/python"]).items()
 
 
 LEAVING = """

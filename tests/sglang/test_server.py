@@ -231,9 +231,12 @@ http.server.ThreadingHTTPServer(('127.0.0.1', port), Handler).serve_forever()
 def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     """Programs that only answer, on a machine that seems to have GPUs."""
     (tmp_path / "bin").mkdir()
-    stand_in(tmp_path / "bin" / "nvidia-smi", "sys.exit(0)")
+    stand_in(tmp_path / "bin" / "nvidia-smi", "print('GPU 0: NVIDIA H100')")
+    for program in ("nvcc", "ninja", "c++", "gcc"):
+        stand_in(tmp_path / "bin" / program, "")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_PATH", "CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
     config = ServerConfig(
         python=stand_in(tmp_path / "python", ANSWERING), replicas=3, tensor_parallel_size=2, first_gpu=4
     )
@@ -245,6 +248,9 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     assert [command[command.index("--base-gpu-id") + 1] for command in commands] == ["4", "6", "8"]
     assert all(command[command.index("--tp") + 1] == "2" for command in commands)
     assert not any("--enable-memory-saver" in command for command in commands)
+    (tmp_path / "bin" / "nvcc").rename(tmp_path / "bin" / "nvcc-gone")
+    with pytest.raises(UserError, match="^no nvcc "):
+        sglang_server.open_servers(str(tmp_path / "other"), tmp_path, config, "bfloat16")
     sharing = server_start.launcher(tmp_path, config.model_copy(update={"shares_gpus": True}), 0)
     assert "--enable-memory-saver" in sharing and "--enable-weights-cpu-backup" in sharing
     assert len({record(directory)["api_key"] for directory in directories}) == 3

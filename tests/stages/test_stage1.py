@@ -724,8 +724,8 @@ def test_an_error_as_the_user_sees_it(tmp_path):
     result = run_module("stages.stage1_prepare_data", "--config", DEMO_CONFIG, "--output", tmp_path / "out", *overrides)
     assert result.returncode == 2
     assert result.stderr == (
-        f"error: {tmp_path / 'model'}: no such directory. Names of the Hugging Face hub are not taken: download the"
-        " model (hf download NAME --local-dir DIRECTORY) and set model.path=DIRECTORY\n"
+        f"error: {tmp_path / 'model'}: no such directory. Names of the Hugging Face hub are not taken:"
+        " .venv/bin/python -m tools.prefetch --config FILE downloads the model and says what to set model.path to\n"
     )
     assert list(tmp_path.iterdir()) == []
 

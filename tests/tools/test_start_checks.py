@@ -14,7 +14,14 @@ from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.synthetic.tiny_model import make_tiny_model
 from tests.helpers import DEMO_CONFIG, ROOT
 from tools import start_checks
-from tools.start_checks import descriptors_note, problems_of_machine, problems_of_places, problems_of_run
+from tools.start_checks import (
+    descriptors_note,
+    found_by,
+    problems_of_machine,
+    problems_of_places,
+    problems_of_run,
+    require_gpus,
+)
 
 ALL = ["1", "2", "3", "7:0", "4:1", "5:1", "6:1", "7:1"]
 
@@ -120,9 +127,8 @@ def test_no_files_for_a_server_are_an_error(run_with, monkeypatch):
 )
 def test_gpus(run_with, monkeypatch, overrides, count, message):
     monkeypatch.setattr(start_checks, "count_gpus", lambda: count)
-    found = problems_of_machine(run_with(*overrides), ["5:1"], own_launcher=False)
+    found = found_by([lambda: require_gpus(run_with(*overrides).config)])
     assert found == [] if message is None else re.search(message, found[0]), found
-    assert problems_of_machine(run_with(*overrides), ["5:1"], own_launcher=True) == []
 
 
 def test_a_disk_that_is_too_small(tmp_path):
