@@ -1,7 +1,7 @@
 """A Hugging Face hub on loopback: the few calls by which huggingface_hub and datasets find and download files.
 
-    with serving({"models/Qwen/Tiny": directory, "datasets/me/rows": other}) as hub:
-        run(..., env={"HF_ENDPOINT": hub.url})
+with serving({"models/Qwen/Tiny": directory, "datasets/me/rows": other}) as hub:
+    run(..., env={"HF_ENDPOINT": hub.url})
 """
 
 import hashlib

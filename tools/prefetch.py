@@ -4,8 +4,8 @@
 
 Gets the model, unless model.path is a directory that is there, and every data set that is named by its name on the hub,
 into the cache of the Hugging Face libraries ($HF_HOME); what is there already is not downloaded again. Then it prints
-the variables and settings with which the run starts without a network. $HF_HOME must be on a file system that the other
-machine sees. A hub of your own: $HF_ENDPOINT; a model or data set behind a login: $HF_TOKEN, or .venv/bin/hf auth login.
+the variables and settings with which the run starts without a network. $HF_HOME must be on a file system that the
+other machine sees. A hub of your own: $HF_ENDPOINT; what is behind a login: $HF_TOKEN, or .venv/bin/hf auth login.
 """
 
 import argparse
@@ -54,7 +54,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--config", type=Path, required=True, metavar="FILE", help="configuration of the run, or its config.yaml")
     set_help = "override one value (may be repeated), as for run_all.sh"
     add("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help=set_help)
-    model_help = "model on the hub (default: model.path where it is such a name, or a Qwen2.5-VL-...-Instruct directory)"
+    model_help = (
+        "model on the hub (default: model.path where it is such a name, or a Qwen2.5-VL-...-Instruct directory)"
+    )
     add("--model", metavar="OWNER/NAME", help=model_help)
     return parser.parse_args(arguments)
 
@@ -97,7 +99,9 @@ def hub_name(path: str) -> str:
         return f"Qwen/{Path(path).name}"
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         return path
-    raise UserError(f"model.path {shown(path)}: not there, and no name of the hub: say which model with --model OWNER/NAME")
+    raise UserError(
+        f"model.path {shown(path)}: not there, and no name of the hub: say which model with --model OWNER/NAME"
+    )
 
 
 def get_data(name: str, source: PromptSource) -> None:
@@ -125,7 +129,9 @@ def from_hub(name: str, kind: str) -> Iterator[None]:
         raise unknown
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, ConnectionError) as error:
         why = shown(" ".join(str(error).split()))
-        raise UserError(f"{shown(name)}: {constants.ENDPOINT} does not give it ({why}): is there a network here? {cure}")
+        raise UserError(
+            f"{shown(name)}: {constants.ENDPOINT} does not give it ({why}): is there a network here? {cure}"
+        )
     except FileNotFoundError:  # as datasets says it
         raise unknown
 

@@ -295,5 +295,3 @@ def require_gpus(config: Config) -> None:
         )
     if lines:
         raise UserError(*lines)
-
-

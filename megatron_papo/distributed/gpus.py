@@ -7,7 +7,7 @@ anything is installed.
 import os
 import subprocess
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megatron_papo.errors import UserError
 
@@ -51,8 +51,11 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 def wanted_device() -> Device | None:
     """Return what $DEVICE asks for; None where it is not set. Raises UserError for anything but cpu and cuda."""
     device = os.environ.get("DEVICE") or None
-    if device is None or device == "cpu" or device == "cuda":
-        return device
+    if device is None:
+        return None
+    for known in get_args(Device):
+        if device == known:
+            return known
     raise UserError(f"DEVICE={device}: expected cpu or cuda: correct it, or unset DEVICE")
 
 
@@ -119,7 +122,7 @@ def require_usable_gpus() -> None:
             f" run DEVICE=cuda bash tools/setup_environment.sh, {_ON_CPUS}"
         )
     problem = driver_problem(torch.version.cuda) or (
-        f"{count} NVIDIA GPUs here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use them:"
-        " see what .venv/bin/python -c 'import torch; torch.cuda.init()' says"
+        f"{count} NVIDIA GPUs here, but torch {torch.__version__}, built for CUDA {torch.version.cuda}, cannot use"
+        " them: see what .venv/bin/python -c 'import torch; torch.cuda.init()' says"
     )
     raise UserError(f"{problem}, {_ON_CPUS}")

@@ -116,8 +116,8 @@ def connect() -> None:
 
 
 def expand_segments() -> None:
-    """Have torch's CUDA allocator grow its segments, unless the environment sets the allocator up: every micro-batch has
-    another length, and fixed segments would be cut into pieces that fit none.
+    """Have torch's CUDA allocator grow its segments, unless the environment sets the allocator up: every micro-batch
+    has another length, and fixed segments would be cut into pieces that fit none.
 
     To be called before anything lies on the GPU.
     """

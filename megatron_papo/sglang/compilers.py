@@ -42,8 +42,8 @@ def missing_of_system(python: Path, environment: Mapping[str, str]) -> list[str]
         missing.append(f"no C++ compiler ({compiler}): SGLang compiles kernels: {COMPILERS}, or set CXX")
     if not nvcc(environment).is_file():
         missing.append(
-            f"no nvcc ({nvcc(environment)}): SGLang compiles kernels: install the CUDA toolkit 13 (clusters: module load"
-            " cuda), or set CUDA_HOME to where it is"
+            f"no nvcc ({nvcc(environment)}): SGLang compiles kernels: install the CUDA toolkit 13 (clusters: module"
+            " load cuda), or set CUDA_HOME to where it is"
         )
     return missing
 

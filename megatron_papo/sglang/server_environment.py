@@ -24,8 +24,8 @@ ONE_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 SEVERAL_MACHINES = ("--nnodes", "--dist-init-addr")
 """SGLang's arguments with which they do not."""
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Settings of torch's allocator; what gives up GPU memory and gets it back (--enable-memory-saver) refuses to start with
-the expandable segments that are good for training."""
+"""Settings of torch's allocator; what gives up GPU memory and gets it back (--enable-memory-saver) refuses to start
+with the expandable segments that are good for training."""
 
 
 def server_environment(caller: Mapping[str, str], temporary: Path, arguments: list[str]) -> dict[str, str]:

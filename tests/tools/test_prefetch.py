@@ -23,7 +23,11 @@ def hub(tiny_hf, demo_data, tmp_path_factory):
     (model / "pytorch_model.bin").write_bytes(b"pickled")
     rows = [json.loads(line) for line in (demo_data / "prompts.jsonl").read_text().splitlines()[:4]]
     pictures = [[{"bytes": (demo_data / row["images"][0]).read_bytes(), "path": None}] for row in rows]
-    columns = {"problem": [f"<image>{number}" for number in range(4)], "answer": ["1", "2", "3", "4"], "images": pictures}
+    columns = {
+        "problem": [f"<image>{number}" for number in range(4)],
+        "answer": ["1", "2", "3", "4"],
+        "images": pictures,
+    }
     (root / "rows" / "data").mkdir(parents=True)
     parquet.write_table(pa.table(columns), root / "rows" / "data" / "train-00000-of-00001.parquet")
     with serving({"models/Qwen/Qwen2.5-VL-3B-Instruct": model, "datasets/me/rows": root / "rows"}) as hub:
@@ -79,7 +83,11 @@ def test_a_run_without_a_network_reads_what_was_downloaded(hub, home, tmp_path):
     [
         (["model.path=me/other"], {}, "me/other: no such model on http"),
         (["model.path=/data/mine"], {}, "model.path /data/mine: not there, and no name of the hub: say which"),
-        ([], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "Qwen/Qwen2.5-VL-3B-Instruct: http://127.0.0.1:9 does not give it \\(.*\\): is there a network here"),
+        (
+            [],
+            {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            "Qwen/Qwen2.5-VL-3B-Instruct: http://127.0.0.1:9 does not give it \\(.*\\): is there a network here",
+        ),
         ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set: unset it here"),
     ],
 )

@@ -19,7 +19,7 @@ case "$*" in
   "-m tools.check_gpu"*)
     if [[ -e refuse${{3:-}} ]]; then echo "error: refused by check_gpu" >&2; exit 2; fi ;;
   "-m venv --clear "*)
-    rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"
+    self=$(<"$0"); rm -rf "$4"; mkdir -p "$4/bin"; echo "$self" >"$4/bin/python"; chmod +x "$4/bin/python"
     printf '#!/bin/bash\\necho "$(basename "$(dirname "$(dirname "$0")")") $*" >>calls.txt\\n' >"$4/bin/pip"
     chmod +x "$4/bin/pip"; echo "venv {version} $4" >>calls.txt ;;
 esac
@@ -187,7 +187,8 @@ def test_device_says_what_for(tree):
 
 @pytest.mark.parametrize("where, made", [("refuse", []), ("refuse--torch", [".venv"])])
 def test_gpus_that_cannot_be_used_are_one_line(tree, where, made):
-    """Before anything is installed (the driver), or after (torch); the next attempt begins anew, for CPUs if told so."""
+    """Before anything is installed (the driver), or after (torch); the next attempt begins anew, for CPUs if told
+    so."""
     add_python(tree, "python3", "3.11")
     with_gpu(tree)
     (tree / where).touch()
@@ -272,5 +273,5 @@ def test_without_a_network_from_a_directory_of_wheels(tree):
     (tree / "wheels" / "torch-2.13.0+cpu-py3-none-any.whl").unlink()
     add_wheel(tree, "torch", "2.13.0", torch_built_for("13.0"))
     status, said = set_up_for("cuda")
-    assert status == 0 and version_of_torch() == "torch==2.13.0" and "warning: no nvcc" in said, said
+    assert status == 0 and version_of_torch() == "torch==2.13.0" and "warning: no C++ compiler" in said, said
     assert not (tree / ".venv" / "left_over").exists()
