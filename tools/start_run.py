@@ -172,7 +172,8 @@ def notes_of_start(directory: RunDirectory, todo: Sequence[str]) -> list[str]:
 def prefetch_command(args: argparse.Namespace, root: Path) -> str:
     """Return what downloads the model and data of a run: tools.prefetch with its configuration."""
     config = root / CONFIG if (root / CONFIG).is_file() and args.config is None else args.config or DEFAULT_CONFIG
-    words = ["tools.prefetch", "--config", str(config)]
+    shown_as = config.relative_to(Path.cwd()) if config.is_relative_to(Path.cwd()) else config
+    words = ["tools.prefetch", "--config", str(shown_as)]
     return shlex.join(words + [word for override in args.overrides for word in ("--set", override)])
 
 

@@ -23,8 +23,16 @@ NOISY_MODULES = (
 )
 """They warn on every rank of what they do without TransformerEngine and of torch functions they will have to give up;
 PIL of odd tags in pictures."""
-NOISY_LOGGERS = ("megatron.core.dist_checkpointing.serialization", "DeepSpeed", "torch.distributed.elastic", "PIL")
-"""The first takes metrics and hf/ beside the weights for a broken checkpoint, and says so at each save."""
+NOISY_LOGGERS = (
+    "megatron.core.dist_checkpointing.serialization",
+    "DeepSpeed",
+    "torch.distributed.elastic",
+    "PIL",
+    "datasets.load",
+    "datasets.packaged_modules.cache",
+)
+"""The first takes metrics and hf/ beside the weights for a broken checkpoint, and says so at each save; the last two
+say at each reading that a data set comes from the cache, as asked for without a network."""
 
 
 def is_terminal() -> bool:

@@ -12,7 +12,7 @@ from tests.helpers import run_module, settings
 from tests.hub import serving
 
 PRESET = "configs/papo_g_3b.yaml"
-DATA = ["data.train.source=me/rows", "data.evaluation.source=me/rows", "data.max_prompt_tokens=64"]
+DATA = ["data.train.source=me/rows", "data.evaluation.source=me/rows"]
 
 
 @pytest.fixture(scope="module")
