@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_papo.sglang.compilers import missing_for_server
 from tools.gpu_acceptance.report import Fact, Line, passed_if
 from tools.gpu_acceptance.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPILERS = ("nvcc", "ninja", "c++")
-"""What SGLang compiles its kernels with, at its first start."""
 
 
 def run(task: Task) -> Iterator[Line | Fact]:
@@ -32,10 +31,9 @@ def run(task: Task) -> Iterator[Line | Fact]:
     yield from _torch(task)
     yield _sglang()
     if task.device == "cuda":
-        path = f"{ROOT}/.venv-sglang/bin:{os.environ.get('PATH', '')}"
-        missing = [name for name in COMPILERS if shutil.which(name, path=path) is None]
-        found = f"missing: {', '.join(missing)}" if missing else "all there"
-        yield Line(f"SGLang's compilers: {', '.join(COMPILERS)}", "not possible" if missing else "pass", found)
+        missing = missing_for_server(ROOT / ".venv-sglang-cuda" / "bin" / "python", os.environ)
+        found = "; ".join(missing) if missing else "all there"
+        yield Line("what SGLang compiles its kernels with", "not possible" if missing else "pass", found)
 
 
 def _memory() -> str:
