@@ -1,11 +1,11 @@
 # For those who change the code. Each target sets up what it needs first; CONTRIBUTING.md says when to run which.
 .DEFAULT_GOAL := help
-.PHONY: help setup quick checks format test nightly lock
+.PHONY: help setup quick checks format test nightly lock slurm-test
 PYTHON_OF_VENV := .venv/bin/python
 SHELL_SCRIPTS := $(wildcard *.sh */*.sh) .ci/run stages/submit.slurm
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup:
 	@DEVICE=$${DEVICE:-cpu} bash tools/setup_environment.sh --without-sglang
@@ -34,3 +34,7 @@ lock: setup ## requirements-sglang-cuda.txt anew: what requirements-sglang.txt a
 
 nightly: ## what is too long for CI
 	bash tests/run.sh -m nightly
+
+slurm-test: setup ## stages/submit.slurm on a SLURM of its own: three nodes on this machine (some minutes; as root)
+	@$(PYTHON_OF_VENV) -m tests.slurm.cluster
+	bash tests/run.sh -m nightly tests/slurm

@@ -13,9 +13,11 @@
 # Killed or failed? bash run_all.sh --name NAME continues where it stopped: the run has its configuration in config.yaml.
 # How far is it? .venv/bin/python -m tools.status --run runs/NAME
 # On a machine with GPUs the demo, a tiny model, computes on its CPUs; DEVICE=cuda takes the GPUs, DEVICE=cpu the CPUs of any run.
+# About to be killed? kill -USR1 its number: training ends its step and saves, and this ends with status 75.
 # TRAIN_LAUNCHER and SFT_LAUNCHER replace the torchrun of stages 5 and 2 (several nodes: see stages/submit.slurm).
 set -euo pipefail
-[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+trap 'exit 75' USR1
 CALLER=$PWD ARGUMENTS=("$@")
 printf -v RUN_ALL '%q ' bash run_all.sh "$@"
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -37,7 +39,9 @@ plan
 DEVICE=$DEVICE bash tools/setup_environment.sh # SGLang for that device
 if ((!DRY_RUN)); then
   lock_run
+  rm -f "$RUN/stage5_train.end" # a request to the one before
   trap finish EXIT
+  trap end_soon USR1
   trap 'exit 130' INT
   trap 'exit 143' TERM
 fi

@@ -19,6 +19,9 @@ With --iterations A-B it stays for all of these iterations of a run (run_all.sh 
 rollouts, trains with what it holds in memory, and writes both the Megatron checkpoint and stage 6's export of it. Where
 checkpoint_every is above 1, the checkpoints in between hold weights alone, until they are exported; a run that goes on
 from there repeats the iterations since the last whole one, from their rollouts.
+
+`touch runs/NAME/stage5_train.end` asks it to end: it ends the optimizer step in progress, saves what it has beside the
+output, in OUTPUT.interim, and leaves with status 75. The same command goes on from there.
 """
 
 import math
@@ -40,6 +43,7 @@ from megatron_papo.model.hf_config import HF_FILES, HFConfig, read_hf_config
 from megatron_papo.model.parallel_sizes import check_parallel_sizes
 from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import progress_bar
+from megatron_papo.run.end_request import EndedEarly, EndRequest
 from megatron_papo.run.follow import Follower
 from megatron_papo.run.records import Rollout
 from megatron_papo.run.room import require_room
@@ -51,6 +55,7 @@ from megatron_papo.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:  # torch and megatron take seconds to import: wrong configurations are told before
     from megatron_papo.training.forward_step import PerRollout, Seen
+    from megatron_papo.training.interim import Interim, Progress
     from megatron_papo.training.passes import Passes
     from megatron_papo.training.policy import Policy
     from megatron_papo.training.rows import TrainingRollout
@@ -72,11 +77,15 @@ def main() -> None:
 
     process_groups.initialize(task.config.parallel)
     policy = Policy(task.config, hf)
-    if out is None or rollouts is None:
-        follow(tasks, policy)
-    else:
-        catch_up(task, policy)
-        iterate(task, policy, rollouts, out, is_whole=True)
+    try:
+        if out is None or rollouts is None:
+            follow(tasks, policy)
+        else:
+            end_if_asked(task, policy)
+            iterate(task, policy, rollouts, out, is_whole=True)
+    except EndedEarly:
+        collectives.barrier()  # the first rank has saved and cleaned up: a launcher ends it once another one has left
+        raise
     process_groups.shutdown()
 
 
@@ -87,13 +96,13 @@ def follow(tasks: list[Task], policy: "Policy") -> None:
     trusted: tuple[str, ...] = ()
     with Follower(run.root, "stage5_train", "stage4_rollout", speaks) as follower:
         for task in tasks:
-            follower.wait_for(run.rollouts(task.iteration))
+            follower.wait_for(run.rollouts(task.iteration), EndRequest(run))
+            end_if_asked(task, policy)
             started = time.time()
             with collectives.first_process_speaks():
                 out = prepare(task, trusted if policy.at == task.path("megatron") else (), started)
                 rollouts = [] if out.done else read_rollouts(TrainInputs.of(task), task.config)
             if not out.done:
-                catch_up(task, policy)
                 iterate(task, policy, rollouts, out, run.is_checkpoint(task.iteration))
                 # read and verified once, or just written and still in memory
                 trusted = ("data", "reference", "megatron")
@@ -148,8 +157,38 @@ def check_model(checkpoint: Path, config: Config) -> HFConfig:
     return hf
 
 
+def end_if_asked(task: Task, policy: "Policy") -> None:
+    """Raise EndedEarly where somebody wants training to end, before the task has begun.
+
+    Where the checkpoint that the task starts from holds weights alone and the policy still has its optimizer, that is
+    saved first.
+    """
+    request, start = EndRequest(task.run), task.path("megatron")
+    if not request.is_agreed():
+        return
+    if policy.at == start and holds_weights_alone(start):
+        interim_of_trained(task, task.iteration - 1).save(policy, None)
+    request.answer(f"stage 5: iteration {task.iteration}: ended before it began")
+
+
+def interim_of_trained(task: Task, number: int) -> "Interim":
+    """Return the interim checkpoint of an earlier iteration of the task's run."""
+    from megatron_papo.training.interim import Interim
+
+    earlier = earlier_task(task, number)
+    with collectives.first_process_speaks():
+        return Interim(earlier, earlier.inputs())
+
+
+def earlier_task(task: Task, number: int) -> Task:
+    """Return the same stage's task of an earlier iteration of the run."""
+    assert task.run is not None
+    return Task.in_run(task.run, task.stage, replace(task.turn, iteration=number))
+
+
 def catch_up(task: Task, policy: "Policy") -> None:
-    """Bring the policy to the checkpoint that the task starts from, by repeating iterations where that is not whole.
+    """Bring the policy to the checkpoint that the task starts from, where that does not hold the optimizer: from what
+    was saved whole since, by repeating iterations.
 
     Raises UserError where there are no rollouts to repeat.
     """
@@ -159,25 +198,30 @@ def catch_up(task: Task, policy: "Policy") -> None:
     run = task.run
     if run is None or start != run.trained(task.iteration - 1):
         raise UserError(f"{start}: holds no optimizer state (checkpoint_every): give a checkpoint that does")
-    whole = next(number for number in range(task.iteration - 2, -1, -1) if not holds_weights_alone(run.trained(number)))
+    whole = task.iteration - 1
+    while holds_weights_alone(run.trained(whole)):
+        interim = interim_of_trained(task, whole)
+        if interim.is_whole:
+            interim.load_whole(policy)
+            policy.at = run.trained(whole)
+            break
+        whole -= 1
     for number in range(whole + 1, task.iteration):
-        if policy.at == run.trained(number):
-            continue
-        earlier = Task.in_run(run, task.stage, replace(task.turn, iteration=number))
-        inputs = TrainInputs.of(earlier)
+        inputs = TrainInputs.of(earlier_task(task, number))
         if process_groups.is_main_rank():
             print(
                 f"stage 5: iteration {number} again, from its rollouts: its checkpoint holds weights alone", flush=True
             )
         with collectives.first_process_speaks():
             verify_files(inputs.rollouts)
-            rollouts = read_rollouts(inputs, earlier.config)
+            rollouts = read_rollouts(inputs, task.config)
         train(inputs, policy, rollouts, None)
         policy.at = run.trained(number)
+        end_if_asked(earlier_task(task, number + 1), policy)
 
 
 def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOutput, is_whole: bool) -> None:
-    """Do one iteration, from rollouts to a published checkpoint.
+    """Do one iteration, from rollouts to a published checkpoint, or from where it was asked to end.
 
     Args:
         task: The turn.
@@ -187,11 +231,17 @@ def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOut
         is_whole: Write the optimizer, too.
     """
     from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.training.interim import Interim
 
     inputs = TrainInputs.of(task)
     with out if process_groups.is_main_rank() else nullcontext():
         collectives.barrier()  # out.partial is there
-        counts = train(inputs, policy, rollouts, out.partial)
+        with collectives.first_process_speaks():
+            interim = Interim(task, out.inputs)
+        progress = interim.load(policy) if interim.is_between_steps else None
+        if progress is None:
+            catch_up(task, policy)
+        counts = train(inputs, policy, rollouts, out.partial, interim, progress)
         out.hashes |= policy.save(out.partial, inputs.output, is_whole)
         if process_groups.is_main_rank():
             megatron_files.copy_hf_files(inputs.megatron, out.partial)
@@ -204,18 +254,27 @@ def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOut
 
 
 def train(
-    inputs: TrainInputs, policy: "Policy", rollouts: list[Rollout], directory: Path | None
+    inputs: TrainInputs,
+    policy: "Policy",
+    rollouts: list[Rollout],
+    directory: Path | None,
+    interim: "Interim | None" = None,
+    progress: "Progress | None" = None,
 ) -> dict[str, int | float]:
     """The algorithm of the module's docstring; afterwards the policy is the trained one. Returns what was done.
 
     Args:
         inputs: Paths of the iteration.
-        policy: Is loaded where it does not hold the iteration's checkpoint.
+        policy: Is brought to the end of the iteration.
         rollouts: Of the iteration.
         directory: Of metrics.jsonl and guard.jsonl; None: they have been written before.
+        interim: Where the iteration may end early; None: it is done in one go.
+        progress: How far it was, where it ended early; None: it begins, and the policy is loaded where it does not hold
+            the iteration's checkpoint.
     """
     from megatron_papo.training.accounting import peak_memory
     from megatron_papo.training.collator import Collator
+    from megatron_papo.training.interim import Place, Progress
     from megatron_papo.training.passes import Passes, PassPlan, split_into_steps
     from megatron_papo.training.rows import make_rows, rollout_advantages
 
@@ -226,10 +285,11 @@ def train(
     data_parallel = process_groups.dp_group()
     steps = split_into_steps(rows, config, data_parallel.rank(), data_parallel.size())
 
-    if inputs.reference is not None and config.objective.uses_reference:  # 1.
-        policy.load_reference(inputs.reference)
-    if policy.at != inputs.megatron:
-        policy.load(inputs.megatron)
+    if progress is None:  # 1.
+        if inputs.reference is not None and config.objective.uses_reference:
+            policy.load_reference(inputs.reference)
+        if policy.at != inputs.megatron:
+            policy.load(inputs.megatron)
 
     speaks, plan = collectives.is_reporting_rank(), PassPlan.of(config.objective, len(steps))
     collator = Collator(
@@ -241,14 +301,17 @@ def train(
         dtype=policy.dtype,
     )
     peak_memory()  # counts from here
-    rollouts_to_pass = plan.count * sum(len(step.own) for step in steps)
+    left = steps if progress is None else steps[progress.place.steps :]
+    rollouts_to_pass = (plan.count if progress is None else plan.count_of_steps) * sum(len(step.own) for step in left)
     with (
         progress_bar(rollouts_to_pass, f"iteration {inputs.iteration}", "rollouts", speaks) as bar,
         MetricsLog(directory, inputs.iteration) if speaks and directory is not None else nullcontext() as log,
     ):
         passes = Passes(config, policy.hf, steps, plan, collator, bar.update)
-        constants, checks = sweep_rollouts(inputs, policy, passes, bar)
-        attempts = optimizer_steps(inputs, policy, passes, constants, checks, log, bar)
+        if progress is None:
+            constants, checks = sweep_rollouts(inputs, policy, passes, bar)
+            progress = Progress(constants, Place(checks=checks))
+        attempts = optimizer_steps(inputs, policy, passes, progress, interim, log, bar)
     return {
         "rollouts": len(rows),
         "steps": len(steps),
@@ -304,21 +367,30 @@ def optimizer_steps(
     inputs: TrainInputs,
     policy: "Policy",
     passes: "Passes",
-    constants: "PerRollout",
-    checks: dict[str, float],
+    progress: "Progress",
+    interim: "Interim | None",
     log: MetricsLog | None,
     bar: tqdm,
 ) -> int:
     """4. The steps, once, or again with a lower gamma from where the guard has gone back to. -> how often they were
-    tried."""
+    tried.
+
+    Raises EndedEarly, with what is done saved, where somebody wants training to end.
+    """
+    from megatron_papo.training.interim import Place, Progress
     from megatron_papo.training.loss_recipe import loss_recipe
     from megatron_papo.training.optimizer import learning_rate
     from megatron_papo.training.passes import step_statistics
 
     config, steps = passes.config, passes.steps
     guard = Guard(config.hacking_guard, config.objective, policy.state.get("guard"))
-    number, attempt = 0, 1
+    constants, checks = progress.constants, progress.place.checks
+    number, attempt = progress.place.steps, progress.place.attempt
     while number < len(steps):
+        if interim is not None and interim.is_asked_for():
+            policy.state = policy.state | {"guard": guard.state.as_dict()}
+            interim.save(policy, Progress(constants, Place(steps=number, attempt=attempt, checks=checks)))
+            interim.request.answer(f"stage 5: iteration {inputs.iteration}: ended after step {number} of {len(steps)}")
         bar.set_description(f"iteration {inputs.iteration}: step {number + 1}/{len(steps)}")
         started, step = time.time(), steps[number]
         recipe = loss_recipe(config.objective, policy.state["step"], guard.kl_prcp_scale)

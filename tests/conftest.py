@@ -76,6 +76,26 @@ def small_run() -> Path:
     shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def prepared(small_run):
+    """Makes runs that start where the small run has finished what is listed, with keys of their own."""
+    made = []
+
+    def make(suffix, *parts, changes=()):
+        run = ROOT / "runs" / f"{small_run.name}-{suffix}"
+        write = "from tools.start_run import main; main()"
+        arguments = ["--name", run.name, "--config", str(DEMO_CONFIG), *settings(*SMALL_RUN, *changes), "--write"]
+        subprocess.run([".venv/bin/python", "-c", write, *arguments], cwd=ROOT, check=True, capture_output=True)
+        for part in parts:
+            shutil.copytree(small_run / part, run / part)
+        made.append(run)
+        return run
+
+    yield make
+    for run in made:
+        shutil.rmtree(run, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory) -> Path:
     """Output of stage 1: 64 train and 64 sft rows of configs/demo.yaml, and the tiny model in model/."""

@@ -45,3 +45,6 @@ SMALL_RUN = [
     "iterations=1",
 ]
 """What makes a run of configs/demo.yaml small."""
+
+START = ("data", "sft", "reference", "evaluation/sets", "evaluation/iteration_0000")
+"""What a run has made before its first iteration."""

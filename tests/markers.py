@@ -65,7 +65,9 @@ MARKERS = {
     ],
     "gpu": ["model/test_gpu.py"],
     "nightly": [  # benchmarks, at sizes that tell something; the smallest of each stays in CI
+        "slurm",
         "test_pipeline.py::test_killed_in_training_and_started_again_gives_the_same_bits",
+        "test_resident.py::test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds",
         "tools/test_benchmark_attention.py::test_report",
         "tools/test_benchmark_layout.py::test_report[TP2 x PP2]",
         "tools/test_benchmark_objective.py::test_demo",

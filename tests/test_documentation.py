@@ -79,9 +79,14 @@ def problem_of(command: str) -> str | None:
         case ["bash", "tests/run.sh", *places]:
             gone = [place for place in places if place.startswith("tests") and not (ROOT / place).exists()]
             return f"no {gone[0]}" if gone else None
-        case ["bash" | "sbatch", *arguments]:
+        case ["sbatch", *arguments]:  # sbatch's own options, then those of run_all.sh, or a stage with its own
+            _, *arguments = arguments[arguments.index("stages/submit.slurm") :]
+            if arguments and arguments[0].startswith("stage"):
+                return module_problem(f"stages.{arguments[0]}", arguments[1:])
+            return options_problem(arguments, help_of_script("run_all.sh"))
+        case ["bash", *arguments]:
             scripts = [argument for argument in arguments if argument.endswith((".sh", ".slurm"))]
-            return options_problem(arguments, help_of_script(scripts[0].replace("stages/submit.slurm", "run_all.sh")))
+            return options_problem(arguments, help_of_script(scripts[0]))
         case ["make", target]:
             done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
             return done.stderr.strip() if done.returncode else None
@@ -117,8 +122,10 @@ def options_problem(arguments: list[str], help_text: str) -> str | None:
         if option not in known:
             return f"no option {option}"
     following = list(zip(arguments, arguments[1:], strict=False))
-    configs = [ROOT / value for option, value in following if option == "--config" and value.startswith("configs/")]
-    settings = [value.replace("$seed", "1") for option, value in following if option == "--set" and "=" in value]
+    configs = [
+        ROOT / value for option, value in following if option == "--config" and re.match(r"configs/[^$]*$", value)
+    ]
+    settings = [re.sub(r"\$seed|%a", "1", value) for option, value in following if option == "--set" and "=" in value]
     if not all(config.is_file() for config in configs):
         return f"no {configs[0]}"
     try:
@@ -148,6 +155,9 @@ def test_commands_run_as_typed(page):
         ("    bash run_all.sh --config configs/papo_x.yaml", "configs/papo_x.yaml"),
         ("    X=1 bash tests/run.sh tests/nothing -x", "no tests/nothing"),
         ("`make quickly`", "quickly"),
+        ("    sbatch --nodes 3 stages/submit.slurm --nome x", "no option --nome"),
+        ("    sbatch --nodes 3 stages/submit.slurm stage5_train --run x --iterate 1", "no option --iterate"),
+        ("    sbatch --nodes 3 stages/submit.slurm stage5_trian --run x", "no module stages.stage5_trian"),
         ("    bash run_all.sh \\\n        --nome x", "no option --nome"),
         ("`.venv/bin/papo-covert --help`", "no .venv/bin/papo-covert"),
     ],

@@ -3,7 +3,6 @@ keeps; one iteration stale; GPUs shared."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -17,7 +16,7 @@ from megatron_papo.run.follow import Follower
 from megatron_papo.run.run_config import open_run
 from megatron_papo.run.stage_output import read_manifest
 from megatron_papo.training.metrics_log import read_metrics
-from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
+from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, START, run_module, settings
 
 STALE = settings(
     "rollout.max_staleness=1",
@@ -25,32 +24,11 @@ STALE = settings(
     "training.max_rollout_log_prob_difference=1.0e-5",
 )
 """With a parity gate that would take a policy one step away for a fault."""
-START = ("data", "sft", "reference", "evaluation/sets", "evaluation/iteration_0000")
 
 
 def run_all(name, *arguments, iterations):
     command = ["bash", "run_all.sh", "--name", name, *settings(f"iterations={iterations}"), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-
-
-@pytest.fixture(scope="module")
-def prepared(small_run):
-    """Makes runs that start where the small run has finished what is listed, with keys of their own."""
-    made = []
-
-    def make(suffix, *parts, changes=()):
-        run = ROOT / "runs" / f"{small_run.name}-{suffix}"
-        write = "from tools.start_run import main; main()"
-        arguments = ["--name", run.name, "--config", str(DEMO_CONFIG), *settings(*SMALL_RUN, *changes), "--write"]
-        subprocess.run([".venv/bin/python", "-c", write, *arguments], cwd=ROOT, check=True, capture_output=True)
-        for part in parts:
-            shutil.copytree(small_run / part, run / part)
-        made.append(run)
-        return run
-
-    yield make
-    for run in made:
-        shutil.rmtree(run, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +157,26 @@ def test_stage_by_stage_goes_on_from_weights_alone(sparse, whole, prepared):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     third = "iterations/0003/hf/model.safetensors"
     assert (run / third).read_bytes() == (whole / third).read_bytes()
+
+
+def test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds(whole, prepared):
+    """Nothing is repeated then, and the bits are the same."""
+    run = prepared("asked", *START, changes=CADENCE)
+    command = ["bash", "run_all.sh", "--name", run.name, "--resident", *settings("iterations=4")]
+    with open(run / "said.txt", "w") as said:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said)
+        while not (run / "iterations/0002/hf").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(300) == 75
+    assert "iteration 3: ended before it began, as asked" in (run / "said.txt").read_text()
+    assert (run / "iterations/0002/megatron.interim/manifest.json").exists()
+    done = run_all(run.name, "--resident", iterations=4)
+    assert done.returncode == 0 and "again, from its rollouts" not in done.stdout, done.stdout[-3000:]
+    for file in ("iterations/0004/hf/model.safetensors", "iterations/0004/megatron/__0_0.distcp"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert not list(run.rglob("*.interim"))
 
 
 def test_what_the_cadence_keeps(sparse):

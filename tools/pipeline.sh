@@ -18,11 +18,21 @@ lock_run() { # one run_all.sh at a time: the lock goes when this shell and what 
   esac
 }
 
-CHILDREN=()
+CHILDREN=() TRAINING=
 finish() {
   trap - EXIT INT TERM
+  trap '' USR1
   ((${#CHILDREN[@]} == 0)) || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
   if [[ -d $RUN/server ]]; then .venv/bin/python -m tools.sglang_server stop --server "$RUN/server" || true; fi
+}
+
+end_soon() { # training ends its step and saves (megatron_papo/run/end_request.py); what else is under way loses nothing by ending
+  local child
+  trap '' USR1
+  : >"$RUN/stage5_train.end"
+  for child in "${CHILDREN[@]}"; do [[ $child == "$TRAINING" ]] || kill -TERM "$child" 2>/dev/null || true; done
+  [[ -z $TRAINING ]] || wait "$TRAINING" || true
+  exit 75
 }
 
 start() { # KEY COMMAND..., in the background, with its output in the log
@@ -34,6 +44,7 @@ start() { # KEY COMMAND..., in the background, with its output in the log
   echo "$(date '+%F %T') run: == $shown" >>"$RUN/log.txt" || true # the log describes, no more
   "$@" > >(python3 tools/log_lines.py "$RUN/log.txt" "stage $key") 2>&1 &
   CHILDREN+=($!)
+  [[ $key != 5* ]] || TRAINING=$!
 }
 
 stage() { # KEY COMMAND..., if it is left to do
@@ -41,7 +52,7 @@ stage() { # KEY COMMAND..., if it is left to do
   if ((DRY_RUN)); then printf '%q ' "${@:2}"; printf '\n%s' "${PATHS[$1]}"; return; fi
   start "$@"
   wait "${CHILDREN[0]}"
-  CHILDREN=()
+  CHILDREN=() TRAINING=
 }
 
 side_by_side() { # two commands after start: the first that fails ends the run, and finish() the other
@@ -49,5 +60,5 @@ side_by_side() { # two commands after start: the first that fails ends the run, 
   wait -n "${CHILDREN[@]}"
   local child
   for child in "${CHILDREN[@]}"; do wait "$child"; done
-  CHILDREN=()
+  CHILDREN=() TRAINING=
 }

@@ -5,8 +5,9 @@ that nobody disturbed.
 
 Every run is started with one command and, when that has ended, with the same command again. In between a signal
 (SIGKILL, SIGTERM, SIGINT, or SIGSTOP and some seconds later SIGCONT) goes to the whole group, or to one of its
-processes: any one, a rank of torchrun, the SGLang server, a grader. Runs alternate between stage by stage and
---resident. When the minutes are over the last run may finish in peace.
+processes: any one, a rank of torchrun, the SGLang server, a grader; or SIGUSR1 goes to run_all.sh, which asks training
+to save and end. Runs alternate between stage by stage and --resident. When the minutes are over the last run may finish
+in peace.
 
 Reported: `kills`, `restarts`, `runs`, `same` (every record, checkpoint and export of every run has the bits of the
 undisturbed one), `leftovers` (processes, locks, ports, unfinished outputs, shared memory and temporary files that are
@@ -50,7 +51,7 @@ SMALL = (
 )
 """What is run: configs/demo.yaml, made small. Two iterations, so that something is resumed from."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)
-TARGETS = ("group", "child", "rank", "server", "grader")
+TARGETS = ("group", "child", "rank", "server", "grader", "request")
 LONGEST_WAIT, LONGEST_STOP = 30.0, 8.0
 """Seconds before the next signal, and between SIGSTOP and SIGCONT; uniform from nearly 0. After a start that finished
 no stage the first grows by a half, so that a run gets on where a stage takes longer than that."""
@@ -289,6 +290,7 @@ class Disturbed:
         if not there:
             return
         target, number = self.draw.choice(sorted(there)), self.draw.choice(SIGNALS)
+        number = signal.SIGUSR1 if target == "request" else number
         victim = self.draw.choice(there[target])
         name = f"{signal.Signals(number).name} {target}"
         say(f"{name}, {victim.pid}: {shown(victim)}")
@@ -302,7 +304,7 @@ class Disturbed:
     def victims(self, target: str, leader: subprocess.Popen) -> list[psutil.Process]:
         """Return the processes that a target may mean now, in the order of their numbers."""
         alive = sorted(self.processes(), key=lambda process: process.pid)
-        if target == "group":
+        if target in ("group", "request"):
             return [process for process in alive if process.pid == leader.pid]
         if target == "server":
             record = read_record(self.run / "server")
@@ -335,7 +337,8 @@ class Disturbed:
 
     def _left(self) -> list[str]:
         found = [f"process {process.pid}: {shown(process)}" for process in self.processes()]
-        found += [f"{path}: unfinished" for path in self.run.rglob("*.partial")]
+        found += [f"{path}: unfinished" for kind in ("partial", "interim") for path in self.run.rglob(f"*.{kind}")]
+        found += [f"{path}: left" for path in self.run.glob("*.end")]
         found += [f"{path}: locked" for path in self.run.rglob("*.lock") if is_locked(path)]
         found += [f"{path}: a lock of nobody" for path in self.run.rglob("?*.lock") if path.name != ".lock"]
         found += [f"{path}: left" for path in (self.run / "server").glob("server.json*")]

@@ -3,9 +3,10 @@ configuration say.
 
 Nothing is deleted before the newest is complete. What the hacking guard may go back to is kept, and what keep_best
 holds. What was deleted leaves its manifest, everything but weights, and pruned.json: its stage counts as done, and who
-asks for its weights is told which key to raise.
+asks for its weights is told which key to raise. An interim checkpoint (training/interim.py) goes without a trace.
 """
 
+import shutil
 import time
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_papo.run.manifest import MANIFEST, PRUNED, Key, Pruned, read_manif
 from megatron_papo.run.records import Metrics
 from megatron_papo.run.room import replace_file
 from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stage_output import interim_of
 
 WEIGHTS = ("*.distcp", ".metadata", "common.pt", "metadata.json", "*.safetensors")
 """What a checkpoint or an export loses."""
@@ -84,6 +86,7 @@ def tidy(run: RunDirectory, newest: int) -> None:
     waiting = {number for number in run.evaluated_iterations() if number > 0 and not _is_evaluated(run, number)}
     waiting |= {run.sampled_by(newest + 1)}
     kept_of_exports = kept_exports(newest, exported, config.keep_exports, best, waiting)
+    _remove_interims(run)
     gone = [run.trained(number) for number in _iterations(run.iterations, "megatron") if number not in kept | between]
     gone += [run.exported(number) for number in _iterations(run.iterations, "hf") if number not in kept_of_exports]
     if not any(map(_weights, gone)):  # of one whose deletion was interrupted, some are there
@@ -93,6 +96,16 @@ def tidy(run: RunDirectory, newest: int) -> None:
         prune(run.trained(number), "checkpoint_every", config.checkpoint_every)
     _prune_others(run.iterations, "megatron", kept | between, "keep_checkpoints", config.keep_checkpoints)
     _prune_others(run.iterations, "hf", kept_of_exports, "keep_exports", config.keep_exports)
+
+
+def _remove_interims(run: RunDirectory) -> None:
+    """Remove the interim checkpoints that no training goes on from: the iteration is published whole, or the next one
+    is published."""
+    for number in sorted(int(place.name) for place in run.iterations.glob("*") if place.name.isdigit()):
+        published, following = (read_manifest(run.trained(later)) for later in (number, number + 1))
+        is_whole = published is not None and not holds_weights_alone(run.trained(number))
+        if is_whole or following is not None:
+            shutil.rmtree(interim_of(run.trained(number)), ignore_errors=True)
 
 
 def best_iterations(run: RunDirectory) -> set[int]:

@@ -19,6 +19,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.reading import shown
 from megatron_papo.run import console
 from megatron_papo.run.describing import typed_python
+from megatron_papo.run.end_request import ENDED_EARLY, EndedEarly
 from megatron_papo.run.outside import remembered_fingerprint
 from megatron_papo.run.room import cannot_write, refusal
 from megatron_papo.run.run_config import open_run
@@ -262,7 +263,8 @@ def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str
 def run(main: Callable[[], None]) -> None:
     """Run a command and leave; a UserError becomes `error: ...` lines on stderr and exit status 2.
 
-    So does a disk that takes no more, wherever something was written. Names that are no UTF-8 are printed as escapes.
+    So does a disk that takes no more, wherever something was written; work that was asked to end leaves with 75. Names
+    that are no UTF-8 are printed as escapes.
     """
     status = 0
     for stream in (sys.stdout, sys.stderr):
@@ -277,6 +279,10 @@ def run(main: Callable[[], None]) -> None:
         for line in error.lines:
             print(f"error: {shown(line, limit=0)}", file=sys.stderr, flush=True)
         status = 2
+    except EndedEarly as ended:
+        if process_groups.is_main_rank():
+            print(ended, flush=True)
+        status = ENDED_EARLY
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:  # `| head` has seen enough

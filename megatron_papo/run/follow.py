@@ -8,11 +8,13 @@ from types import TracebackType
 from megatron_papo.errors import UserError
 from megatron_papo.reading import shown
 from megatron_papo.run.describing import describes
+from megatron_papo.run.end_request import EndedEarly, EndRequest
 from megatron_papo.run.manifest import MANIFEST
 
 POLL_SECONDS = 0.2
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 10.0, 60.0
 """When a stage says that it waits. Plain lines: two stages write to the same terminal."""
+NOBODY = EndRequest(None)
 
 
 class Follower:
@@ -21,7 +23,8 @@ class Follower:
         with Follower(run.root, "stage4_rollout", "stage5_train", speaks) as follower:
             follower.wait_for(run.exported(1))
 
-    A stage that fails leaves <stage>.failed in the run directory, and the one that waits for it ends, too.
+    A stage that fails leaves <stage>.failed in the run directory, and the one that waits for it ends, too. One that was
+    asked to end leaves nothing: the other waits for the next one that goes on.
     """
 
     def __init__(self, root: Path, stage: str, other: str, speaks: bool = True):
@@ -36,16 +39,19 @@ class Follower:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None and self.speaks and self.mark.parent.is_dir():
+        has_failed = kind is not None and kind is not EndedEarly
+        if has_failed and self.speaks and self.mark.parent.is_dir():
             with describes(self.mark):
-                self.mark.write_text(f"{error}\n" if isinstance(error, UserError) else f"{kind.__name__}: {error}\n")
+                self.mark.write_text(
+                    f"{error}\n" if isinstance(error, UserError) else f"{type(error).__name__}: {error}\n"
+                )
 
-    def wait_for(self, output: Path) -> None:
-        """Return once a stage has published `output`. Raises UserError if the other stage failed since this one
-        started."""
+    def wait_for(self, output: Path, request: EndRequest = NOBODY) -> None:
+        """Return once a stage has published `output`, or this process sees a request to end. Raises UserError if the
+        other stage failed since this one started."""
         started = time.monotonic()
         next_word = FIRST_WORD_SECONDS
-        while not (output / MANIFEST).is_file():
+        while not (output / MANIFEST).is_file() and not request.is_there():
             self._end_with_the_other(output)
             waited = time.monotonic() - started
             if waited > next_word and self.speaks:

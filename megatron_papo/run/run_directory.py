@@ -19,6 +19,8 @@ class RunDirectory:
         self.log, self.summary, self.metrics = (
             self.root / name for name in ("log.txt", "summary.json", "metrics.jsonl")
         )
+        self.end_request = self.root / "stage5_train.end"
+        """While it is there, training ends after the step in progress (run/end_request.py)."""
         self.tensorboard, self.best = self.root / "tensorboard", self.root / "best.json"
 
     @property

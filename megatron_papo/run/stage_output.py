@@ -330,7 +330,7 @@ def require_place(output: Path) -> Path:
         raise UserError(f"--output {output}: name a directory to make, e.g. {output / 'checkpoint'}")
     with reading(output, "choose another --output"):
         with suppress(FileNotFoundError):
-            samples_of(output).lstat()  # the longest of the names beside it
+            partial_of(interim_of(output)).lstat()  # the longest of the names beside it
         if os.path.lexists(output) and not output.is_dir():
             what = "a link to nothing" if output.is_symlink() and not output.exists() else "not a directory"
             raise UserError(f"{output}: {what}: choose another --output (or --name)")
@@ -360,6 +360,11 @@ def _remove_partial(partial: Path) -> None:
 def samples_of(output: Path) -> Path:
     """Return the file that keeps the samples of an output until it is published (sglang/sample_store.py)."""
     return output.with_name(output.name + ".samples.jsonl")
+
+
+def interim_of(output: Path) -> Path:
+    """Return the checkpoint from which training goes on that was asked to end (training/interim.py)."""
+    return output.with_name(output.name + ".interim")
 
 
 def _files(directory: Path) -> list[Path]:

@@ -6,17 +6,19 @@ from pathlib import Path
 
 from megatron_papo.training.guard import Decision
 
+METRICS, DECISIONS = "metrics.jsonl", "guard.jsonl"
+
 
 class MetricsLog:
     """One entry per optimizer step. A step that the hacking guard has undone stays, under its `attempt`: the last one
-    counts."""
+    counts. Lines that are there stay: those of an iteration that goes on."""
 
     def __init__(self, directory: Path, iteration: int):
         self.directory, self.iteration = directory, iteration
 
     def __enter__(self) -> "MetricsLog":
-        self.lines = open(self.directory / "metrics.jsonl", "w")
-        self.decisions = open(self.directory / "guard.jsonl", "w")
+        self.lines = open(self.directory / METRICS, "a")
+        self.decisions = open(self.directory / DECISIONS, "a")
         return self
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
