@@ -248,8 +248,8 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     assert [command[command.index("--base-gpu-id") + 1] for command in commands] == ["4", "6", "8"]
     assert all(command[command.index("--tp") + 1] == "2" for command in commands)
     assert not any("--enable-memory-saver" in command for command in commands)
-    (tmp_path / "bin" / "nvcc").rename(tmp_path / "bin" / "nvcc-gone")
-    with pytest.raises(UserError, match="^no nvcc "):
+    with monkeypatch.context() as elsewhere, pytest.raises(UserError, match="^no nvcc "):
+        elsewhere.setenv("CUDA_HOME", str(tmp_path / "gone"))
         sglang_server.open_servers(str(tmp_path / "other"), tmp_path, config, "bfloat16")
     sharing = server_start.launcher(tmp_path, config.model_copy(update={"shares_gpus": True}), 0)
     assert "--enable-memory-saver" in sharing and "--enable-weights-cpu-backup" in sharing
