@@ -102,14 +102,14 @@ def training_config(task: Task, shape: Shape) -> "Config":
 
 def passes_of(task: Task, config: "Config", hf: "HFConfig", pictures: Path, shape: Shape) -> "Passes":
     """Return the passes over made rollouts."""
+    import torch
+
     from megatron_papo.distributed import process_groups
     from megatron_papo.training.collator import Collator
     from megatron_papo.training.passes import Passes, PassPlan, split_into_steps
 
     rows = task.rows(hf, config, pictures, shape)
     steps = split_into_steps(rows, config, 0, 1)
-    import torch
-
     collator = Collator(config, hf, pictures, with_pixels=True, device=process_groups.device(), dtype=torch.bfloat16)
     return Passes(config, hf, steps, PassPlan.of(config.objective, len(steps)), collator, lambda rollouts: None)
 

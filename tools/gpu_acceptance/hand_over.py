@@ -1,6 +1,7 @@
 """Section hand_over: on GPUs that serve and train in turns, SGLang gives up its memory, a trainer gets it, and SGLang,
 once it has it back, answers as before."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +27,6 @@ def run(task: Task) -> Iterator[Line]:
 
 def checks(task: Task, config: "Config", where: Path) -> Iterator[Line]:
     """Yield what happens to the memory, and whether the same requests give the same answers afterwards."""
-    import tempfile
-
     import torch
 
     from megatron_papo.sglang import server as sglang_server

@@ -128,7 +128,16 @@ def by_transformers(
     root: Path,
     config: "Config",
 ) -> Side:
-    """Return what transformers says about the rows' responses."""
+    """Return what transformers says about some rollouts.
+
+    Args:
+        hf_dir: the checkpoint.
+        dtype: of its weights and activations.
+        device: where it computes.
+        rows: the rollouts.
+        root: the directory that the pictures' paths start from.
+        config: pixel limits.
+    """
     import torch
 
     from megatron_papo.checkpoint.name_map import disk_name
@@ -163,7 +172,13 @@ def by_ours(
 ) -> Side:
     """Return what this project's model says, with the wrapper, the kernels and the micro-batches that training uses.
 
-    rotary_positions: what the model gets as positions instead of its own.
+    Args:
+        megatron_dir: the checkpoint in Megatron's format.
+        hf: the model.
+        rows: the rollouts.
+        root: the directory that the pictures' paths start from.
+        config: dtype, layout, pixel limits.
+        rotary_positions: what the model gets as positions instead of its own.
     """
     import torch
 

@@ -1,7 +1,9 @@
 """Section server: SGLang starts, its log-probs are Megatron's and transformers', and its pictures follow an update."""
 
+import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,9 @@ def server_config(task: Task, changes: list[str]) -> "Config":
     return task.config(dtype, [*wanted, *changes])
 
 
-def with_server(task: Task, changes: list[str], checks) -> Iterator[Line]:
+def with_server(
+    task: Task, changes: list[str], checks: "Callable[[Task, Config, Path], Iterator[Line]]"
+) -> Iterator[Line]:
     """Start a server, yield what `checks` finds, and stop it.
 
     Args:
@@ -34,8 +38,6 @@ def with_server(task: Task, changes: list[str], checks) -> Iterator[Line]:
         changes: settings of the server.
         checks: takes the task, the configuration and the server's directory.
     """
-    import time
-
     from megatron_papo.errors import UserError
     from megatron_papo.sglang import server as sglang_server
     from megatron_papo.sglang.server_start import sglang_python
@@ -68,8 +70,6 @@ def checks(task: Task, config: "Config", where: Path) -> Iterator[Line]:
 
 def with_megatron(task: Task, config: "Config", where: Path) -> Iterator[Line]:
     """Yield what tools.check_parity finds."""
-    import tempfile
-
     from tools.check_parity import LIMITS, check
 
     hf_dir, megatron_dir = task.checkpoint()
