@@ -27,6 +27,7 @@ PLAIN_LOADERS = ("_Loader", "yaml.BaseLoader", "yaml.SafeLoader")
 EXCEPTIONS = {
     ("megatron_papo/model/layer_specs.py", "importlib.import_module"): "names that stand in that file",
     ("megatron_papo/sglang/cpu_launcher.py", "runpy.run_path"): "launcher.py beside it",
+    ("tools/gpu_acceptance/__main__.py", "importlib.import_module"): "sections, which stand in that file",
     ("megatron_papo/rollout/safe_parser.py", "sympify"): "given numbers and expressions, never text",
     ("megatron_papo/checkpoint/chunk_data.py", "pickle.Unpickler"): "find_class knows tensors alone",
     ("megatron_papo/checkpoint/torch_dist_files.py", "pickle.Unpickler"): "find_class knows a dozen classes",
