@@ -193,9 +193,10 @@ def test_a_node_that_cannot_be_reached(cluster, tmp_path):
     cluster.end_node("n3")
     try:
         job = Job(cluster, tmp_path / "out", "--nodes", "3", SCRIPT, "--name", "test-unreached")
-        assert job.ended() == "FAILED" and job.field("ExitCode") == "2:0"
+        wait_until(lambda: job.state == "COMPLETING", job)  # for n3, too
     finally:
         cluster.start_node("n3")
+    assert job.ended() == "FAILED" and job.field("ExitCode") == "2:0"
     assert job.said.startswith("error: node n3: cannot be reached") and job.said.endswith("--exclude=n3\n")
     assert job.said.count("\n") == 1
     wait_until(lambda: cluster.run("sinfo", "-h", "-p", "all", "-o", "%D %t").split() == ["3", "idle"], seconds=120)
