@@ -43,10 +43,7 @@ def test_asked_before_it_begins_and_between_two_steps(runs):
     request.touch()
     process = train(asked)
     assert process.wait(300) == ENDED_EARLY
-    assert (
-        process.stdout.read()
-        == "stage 5: iteration 1: ended before it began, as asked: the same command goes on from there\n"
-    )
+    assert "stage 5: iteration 1: ended before it began, as asked: the same command goes on" in process.stdout.read()
     assert not request.exists() and sorted(path.name for path in output.parent.iterdir()) == ["rollouts"]
 
     process, log = train(asked), output.with_name("megatron.partial") / "metrics.jsonl"
