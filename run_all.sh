@@ -14,7 +14,7 @@
 # How far is it? .venv/bin/python -m tools.status --run runs/NAME
 # On a machine with GPUs the demo, a tiny model, computes on its CPUs; DEVICE=cuda takes the GPUs, DEVICE=cpu the CPUs of any run.
 # About to be killed? kill -USR1 its number: training ends its step and saves, and this ends with status 75.
-# TRAIN_LAUNCHER and SFT_LAUNCHER replace the torchrun of stages 5 and 2 (several nodes: see stages/submit.slurm).
+# TRAIN_LAUNCHER, SFT_LAUNCHER replace torchrun of stages 5, 2; SERVER_LAUNCHER starts servers on nodes (docs/gpu.md).
 set -euo pipefail
 [[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
 trap 'exit 75' USR1

@@ -267,11 +267,12 @@ class ServerConfig(Section):
     """Python interpreter of SGLang's environment. null: $SGLANG_PYTHON, else that of .venv-sglang-cuda on GPUs, of
     .venv-sglang on CPUs."""
     host: str = "127.0.0.1"
-    """Address that the servers listen on."""
+    """Address, or network interface (ib0), that the servers listen on. Where $SERVER_LAUNCHER starts them on several
+    nodes, 127.0.0.1 stands for the address that each node's name has."""
     port: int = Field(default=0, ge=0, lt=65536)
     """Of the first replica, the others count on from it. 0: any free ports."""
     replicas: int = Field(default=1, gt=0)
-    """Servers with the same weights, which share the requests."""
+    """Servers with the same weights, which share the requests; of each node, where $SERVER_LAUNCHER names several."""
     tensor_parallel_size: int = Field(default=1, gt=0)
     """GPUs per replica."""
     first_gpu: int = Field(default=0, ge=0)

@@ -42,10 +42,8 @@ def main() -> None:
         prompts = read_samples(task)
 
     process_groups.connect()
-    with out if process_groups.is_main_rank() else nullcontext():
-        collectives.barrier()  # out.partial is there
+    with collectives.within_first_process(out):
         train(task, sft, prompts, out)
-        collectives.barrier()  # every rank is done
     process_groups.disconnect()
 
 

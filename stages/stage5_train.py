@@ -234,8 +234,7 @@ def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOut
     from megatron_papo.training.interim import Interim
 
     inputs = TrainInputs.of(task)
-    with out if process_groups.is_main_rank() else nullcontext():
-        collectives.barrier()  # out.partial is there
+    with collectives.within_first_process(out):
         with collectives.first_process_speaks():
             interim = Interim(task, out.inputs)
         progress = interim.load(policy) if interim.is_between_steps else None
@@ -246,7 +245,6 @@ def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOut
         if process_groups.is_main_rank():
             megatron_files.copy_hf_files(inputs.megatron, out.partial)
             out.counts |= counts if is_whole else counts | {WEIGHTS_ALONE: True}
-        collectives.barrier()  # every rank has written
     if process_groups.is_main_rank() and task.run is not None:
         from megatron_papo.run.curves import collect
 

@@ -4,7 +4,9 @@
     .venv/bin/python -m tools.sglang_server status --server DIR      exit status 0 if all are healthy, 1 if not
     .venv/bin/python -m tools.sglang_server stop   --server DIR
 
-DIR holds server.json and server.log, for example runs/demo/server; FILE gives the section server and model.dtype.
+DIR holds server.json and server.log, for example runs/demo/server; FILE gives the section server and model.dtype. With
+SERVER_LAUNCHER, a command that runs what follows it once on each node (srun --ntasks-per-node=1 ...), servers are
+started on all of its nodes; then DIR, on a file system that all of them see, holds node_NAME/server.json and so on.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def main() -> None:
     if arguments.action == "start":
         config = load_config(arguments.config, arguments.overrides)
         servers = connect_or_start_all(arguments.server, arguments.model, config.server, config.model.dtype)
-        print(f"{arguments.server}: running at {', '.join(server.url for server in servers)}")
+        print(f"{arguments.server}: running at {', '.join(server.name for server in servers)}")
     elif arguments.action == "status":
         replicas = status(arguments.server)
         print("\n".join(line for _, line in replicas))

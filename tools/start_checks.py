@@ -29,8 +29,10 @@ from megatron_papo.run.room import require_room
 from megatron_papo.run.run_config import PLACES
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.sglang.compilers import missing_for_triton
+from megatron_papo.sglang.nodes import require_own_gpus, server_launcher
 from megatron_papo.sglang.open_files import most_connections
 from megatron_papo.sglang.server_start import problems as server_problems
+from megatron_papo.sglang.server_start import sglang_python
 
 BYTES_PER_PARAMETER = 2
 """Of the weights of a published model."""
@@ -225,6 +227,10 @@ def require_server(run: RunDirectory) -> None:
     """Raise UserError where no server can be started so on this machine; a port that one of the run's own has is
     free."""
     server = run.config.server
+    if server_launcher() is not None:  # ports, interfaces and GPUs are those of other machines
+        require_own_gpus(server)
+        sglang_python(server)
+        return
     if any(run.server.rglob("server.json")):
         server = server.model_copy(update={"port": 0})
     lines = server_problems(server)
@@ -275,6 +281,7 @@ def require_gpus(config: Config) -> None:
     if not count:
         return
     training, server = config.parallel.world_size, config.server
+    is_elsewhere = server_launcher() is not None
     last = server.first_gpu + server.replicas * server.tensor_parallel_size
     lines = []
     if training > count:
@@ -282,13 +289,13 @@ def require_gpus(config: Config) -> None:
             f"parallel: tensor * pipeline * data = {training} processes, {count} GPUs here: lower"
             " --set parallel.data_parallel_size=, or start it on several machines (stages/submit.slurm)"
         )
-    if last > count:
+    if last > count and not is_elsewhere:
         lines.append(
             f"server: GPUs {server.first_gpu} to {last - 1} (first_gpu, replicas * tensor_parallel_size), {count} GPUs"
             " here: lower --set server.replicas=, or --set server.first_gpu="
         )
     overlaps = server.first_gpu < training and last <= count and server.memory_fraction >= MOST_OF_A_GPU
-    if overlaps and not server.shares_gpus:
+    if overlaps and not server.shares_gpus and not is_elsewhere:
         lines.append(
             f"server.first_gpu {server.first_gpu}: training takes GPUs 0 to {training - 1}:"
             f" --set server.first_gpu={training}, or --set server.shares_gpus=true"

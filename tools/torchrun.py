@@ -65,6 +65,13 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         arguments = run.parse_args(with_separator(sys.argv[1:]))
+        if arguments.standalone and arguments.nnodes not in ("1", "1:1"):
+            print(
+                f"error: --standalone is for one machine, --nnodes is {arguments.nnodes}: leave it out, and give"
+                " --rdzv-backend c10d --rdzv-endpoint HOST:PORT, a port of one of the nodes",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         arguments.log_dir = arguments.log_dir or os.devnull  # else a directory in /tmp, for ever
         os.environ[LAUNCHER_PID] = str(os.getpid())
         run.run(for_one_machine(arguments) if arguments.standalone else arguments)

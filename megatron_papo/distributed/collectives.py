@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import SupportsFloat, TypeVar
 
 from megatron_papo.distributed import process_groups
@@ -32,6 +32,32 @@ def first_process_speaks() -> Iterator[None]:
         for line in error.lines:
             print(f"error: rank {process_groups.rank()}: {shown(line, limit=0)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+@contextmanager
+def within_first_process(output: AbstractContextManager[object]) -> Iterator[None]:
+    """Enter an output in the first process, and leave it there once all have done their work; all leave together.
+
+    Where the others would end meanwhile, a launcher on several nodes would give the first one five minutes to publish
+    what they have made (torchrun's agents wait so long for each other), and then end it.
+    """
+    with ExitStack() as stack:
+        if process_groups.is_main_rank():
+            stack.enter_context(output)
+        barrier()  # the output's directory is there
+        yield
+        barrier()  # every process has written
+        leaving = stack.pop_all()
+    problem: UserError | None = None
+    try:
+        leaving.close()
+    except UserError as error:
+        problem = error
+    if any(gather(problem is not None)):
+        if problem is not None:
+            raise problem
+        time.sleep(LAUNCHER_SECONDS)  # the first process says it
+        process_groups.leave(2)
 
 
 def is_reporting_rank() -> bool:

@@ -121,14 +121,14 @@ class Control:
                     most_bytes=most_bytes,
                 )
             except TimedOut as fault:
-                raise UserError(f"{what}: {server.url}: {fault}: {advice(server)}")
+                raise UserError(f"{what}: {server.name}: {fault}: {advice(server)}")
             except Refused as refused:
                 raise UserError(f"{what}: {server.url}{path} refused it: {refused}")
             except Fault as fault:
                 problem = str(fault)
             if pause is not None:
                 await asyncio.sleep(pause)
-        raise UserError(f"{what}: {server.url} {problem}: {advice(server)}")
+        raise UserError(f"{what}: {server.name} {problem}: {advice(server)}")
 
 
 def same_weight_files(first: Path, second: Path) -> bool:

@@ -130,7 +130,7 @@ class Replicas:
         self.serving.remove(replica)
         self.lost += 1
         replica.lost.set_result(problem)
-        what = f"{server.url} {problem}"
+        what = f"{server.name} {problem}"
         self.incidents.append(what)
         then = "going on without it"
         if isinstance(server, OwnedServer):

@@ -2,7 +2,7 @@
 their weights into them.
 
 A server directory holds server.json (url, key, process, what it was started with) and server.log; those of further
-replicas are in replica_1, replica_2, ... below it.
+replicas are in replica_1, replica_2, ... below it, those on other nodes in node_NAME (nodes.py).
 """
 
 import asyncio
@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 from megatron_papo.config import ServerConfig
 from megatron_papo.errors import UserError
 from megatron_papo.reading import in_short, shown
+from megatron_papo.sglang import nodes
 from megatron_papo.sglang.answers import ServerInfo, reader
 from megatron_papo.sglang.http import Fault, Http, Refused, anything, at_once
 from megatron_papo.sglang.server_health import HEALTH_TIMEOUT_SECONDS, problem_of
 from megatron_papo.sglang.server_process import kill, process_of, stop
-from megatron_papo.sglang.server_record import OwnedServer, Server, ServerRecord, read_record, write_record
+from megatron_papo.sglang.server_record import OwnedServer, Server, ServerRecord, read_record, replica_dir, write_record
 from megatron_papo.sglang.server_start import Launch, start, wait_until_ready
 
 MEMORY_TIMEOUT_SECONDS = 300.0
@@ -115,7 +116,18 @@ def check_settings(url: str, info: ServerInfo, dtype: str | None) -> None:
 
 
 def connect_or_start_all(server_dir: Path, model: Path, config: ServerConfig, dtype: str) -> list[OwnedServer]:
-    """Return config.replicas servers, started at the same time where they do not run.
+    """Return config.replicas servers, on each node where SERVER_LAUNCHER is set; they are started where they do not
+    run."""
+    launcher = nodes.server_launcher()
+    if launcher is not None:
+        stop_here(server_dir)
+        return nodes.connect_or_start(nodes.Wanted(server_dir, model, config, dtype, launcher))
+    nodes.stop(server_dir)
+    return connect_or_start_here(server_dir, model, config, dtype)
+
+
+def connect_or_start_here(server_dir: Path, model: Path, config: ServerConfig, dtype: str) -> list[OwnedServer]:
+    """Return config.replicas servers of this machine, started at the same time where they do not run.
 
     Further ones, of a former configuration, are stopped.
     """
@@ -128,11 +140,6 @@ def connect_or_start_all(server_dir: Path, model: Path, config: ServerConfig, dt
             for number in range(config.replicas)
         ]
         return [future.result() for future in starting]
-
-
-def replica_dir(server_dir: Path, number: int) -> Path:
-    """Return the directory of the replica with this number, from 0."""
-    return server_dir if number == 0 else server_dir / f"replica_{number}"
 
 
 def _replica_dirs(server_dir: Path) -> list[Path]:
@@ -154,7 +161,7 @@ def connect_or_start(server_dir: Path, model: Path, config: ServerConfig, dtype:
     process = process_of(record)
     if record is None or process is None:
         return start(launch)
-    if record.settings == launch.settings:
+    if record.settings == launch.settings and not record.lost:
         running = record.server(launch.directory, replica)
         if record.released:
             _resume_memory(running, record)
@@ -170,6 +177,8 @@ def connect_or_start(server_dir: Path, model: Path, config: ServerConfig, dtype:
 
 def restart(lost: OwnedServer, model: Path, config: ServerConfig, dtype: str) -> OwnedServer:
     """Return a new server in the place of one that died or hangs; what is left of that is killed."""
+    if lost.node is not None:
+        return nodes.restart(lost, model.resolve(), config.start_timeout_seconds)
     kill(lost.directory)
     return start(Launch(lost.directory, lost.replica, model.resolve(), config, dtype))
 
@@ -232,12 +241,20 @@ async def _make_idle(http: Http, server: Server) -> None:
 
 
 def stop_all(server_dir: Path) -> int:
-    """End all replicas of a server directory. Returns how many were running."""
+    """End all servers of a server directory, on all nodes. Returns how many were running."""
+    return nodes.stop(server_dir) + stop_here(server_dir)
+
+
+def stop_here(server_dir: Path) -> int:
+    """End the servers that run on this machine. Returns how many were running."""
     return sum(stop(directory) for directory in _replica_dirs(server_dir))
 
 
 def status(server_dir: Path) -> list[tuple[bool, str]]:
-    """Return, for each replica of a server directory, whether it can be used and a line that says so."""
+    """Return, for each server of a server directory, whether it can be used and a line that says so."""
+    record = nodes.read_nodes(server_dir)
+    if record is not None:
+        return nodes.status(server_dir, record)
     return [_status(directory) for directory in _replica_dirs(server_dir)]
 
 

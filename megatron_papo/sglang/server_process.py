@@ -36,10 +36,15 @@ def identity_of(pid: int) -> str | None:
 
 def process_of(record: ServerRecord | None) -> psutil.Process | None:
     """Return the recorded process if it still runs; another process that was given its number since does not count."""
-    if record is None or identity_of(record.pid) != record.process:
+    return None if record is None else running_process(record.pid, record.process)
+
+
+def running_process(pid: int, identity: str) -> psutil.Process | None:
+    """Return the process of this number if it runs and is the one that identity_of told apart."""
+    if identity_of(pid) != identity:
         return None
     try:
-        process = psutil.Process(record.pid)
+        process = psutil.Process(pid)
     except psutil.NoSuchProcess:
         return None
     return process if is_running(process) else None
@@ -54,8 +59,9 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def process_is_gone(server: Server) -> bool:
-    """Return whether a server that this pipeline started has died; False for any other, of which nobody knows."""
-    if not isinstance(server, OwnedServer):
+    """Return whether a server that this pipeline started on this machine has died; False for any other, of which nobody
+    knows."""
+    if not isinstance(server, OwnedServer) or server.node is not None:
         return False
     record = read_record(server.directory)
     return record is None or record.url != server.url or process_of(record) is None

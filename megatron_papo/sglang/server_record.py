@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -11,6 +11,7 @@ from megatron_papo.reading import reading, shown
 
 LOG_LINES = 30
 TAIL_BYTES = 65536
+Record = TypeVar("Record", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,11 @@ class Server:
 
     url: str
     api_key: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What lines call it."""
+        return self.url
 
     @property
     def headers(self) -> dict[str, str]:
@@ -32,7 +38,13 @@ class OwnedServer(Server):
     directory: Path = field(kw_only=True)
     """Where server.json and server.log are."""
     replica: int = 0
-    """Number among the servers with the same weights, from 0."""
+    """Number among the servers of its machine with the same weights, from 0."""
+    node: str | None = None
+    """The node on which SERVER_LAUNCHER started it (nodes.py); None: this machine."""
+
+    @property
+    def name(self) -> str:
+        return self.url if self.node is None else f"{self.url} on node {self.node}"
 
 
 class ServerRecord(BaseModel):
@@ -53,6 +65,8 @@ class ServerRecord(BaseModel):
     """Whether it has given up its GPU memory."""
     releasing: bool = False
     """Whether it was asked to, and nobody has seen it answer: it may or may not have."""
+    lost: bool = False
+    """Whether a stage has given it up: the keeper of its node starts another one in its place."""
     model: str
     """The checkpoint that it was started with."""
     settings: dict[str, JsonValue]
@@ -63,13 +77,18 @@ class ServerRecord(BaseModel):
     shared_memory: list[str] = []
     """Files in /dev/shm that it has made."""
 
-    def server(self, directory: Path, replica: int) -> OwnedServer:
+    def server(self, directory: Path, replica: int, node: str | None = None) -> OwnedServer:
         """Return the server that this record, in `directory`, is about."""
-        return OwnedServer(self.url, self.api_key, directory=directory, replica=replica)
+        return OwnedServer(self.url, self.api_key, directory=directory, replica=replica, node=node)
 
     def but(self, **changes: object) -> "ServerRecord":
         """Return the record with some fields changed."""
         return self.model_copy(update=changes)
+
+
+def replica_dir(server_dir: Path, number: int) -> Path:
+    """Return the directory of the replica with this number, from 0."""
+    return server_dir if number == 0 else server_dir / f"replica_{number}"
 
 
 def read_record(server_dir: Path) -> ServerRecord | None:
@@ -77,28 +96,44 @@ def read_record(server_dir: Path) -> ServerRecord | None:
 
     Raises UserError if server.json cannot be read or is not such a record.
     """
-    path = server_dir / "server.json"
-    with reading(path, "stop its server by hand if one runs, and remove the file"):
+    return read_typed(
+        server_dir / "server.json", ServerRecord, "stop its server by hand if one runs, and remove the file"
+    )
+
+
+def read_typed(path: Path, model: type[Record], cure: str) -> Record | None:
+    """Return what a JSON file records; None if there is no such file. Raises UserError, which ends with `cure`."""
+    with reading(path, cure):
         try:
-            return ServerRecord.model_validate_json(path.read_bytes())
+            return model.model_validate_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
 
 
 def write_record(server_dir: Path, record: ServerRecord) -> None:
     """Write server.json in one step, readable by the owner only: it holds the key. Raises UserError."""
-    temporary = server_dir / "server.json.new"
+    write_private(server_dir / "server.json", record)
+
+
+def write_private(path: Path, record: BaseModel) -> None:
+    """Write a record as JSON in one step, readable by the owner only. Raises UserError."""
+    temporary = path.with_name(f"{path.name}.new")
     with reading(temporary, "make room, or choose another --server"):
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(record.model_dump_json(indent=1))
-        os.replace(temporary, server_dir / "server.json")
+        os.replace(temporary, path)
 
 
 def log_tail(server_dir: Path, lines: int = LOG_LINES) -> list[str]:
     """Return the last lines of server.log as they can be printed; none if there is no log."""
+    return tail_of(server_dir / "server.log", lines)
+
+
+def tail_of(path: Path, lines: int) -> list[str]:
+    """Return the last lines of a log as they can be printed; none if it is not there."""
     try:
-        with open(server_dir / "server.log", "rb") as stream:
+        with open(path, "rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
             text = stream.read().decode(errors="replace")
     except OSError:
@@ -108,5 +143,10 @@ def log_tail(server_dir: Path, lines: int = LOG_LINES) -> list[str]:
 
 def last_words(server_dir: Path) -> str:
     """Return where a server's log is and how it ends, for the end of an error message."""
-    tail = log_tail(server_dir, 1)
-    return f"{shown(server_dir)}/server.log ends: {tail[0].strip()}" if tail else f"{shown(server_dir)}/server.log"
+    return last_line(server_dir / "server.log")
+
+
+def last_line(path: Path) -> str:
+    """Return where a log is and how it ends, for the end of an error message."""
+    tail = tail_of(path, 1)
+    return f"{shown(path)} ends: {tail[0].strip()}" if tail else shown(path)

@@ -23,6 +23,7 @@ from megatron_papo.config import ServerConfig
 from megatron_papo.distributed.gpus import count_gpus
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
+from megatron_papo.sglang.addresses import own_address
 from megatron_papo.sglang.compilers import missing_for_server
 from megatron_papo.sglang.leftovers import shared_memory_of, temporary_directory
 from megatron_papo.sglang.server_environment import server_environment
@@ -85,12 +86,12 @@ def start(launch: Launch) -> OwnedServer:
 
 
 def _start_once(launch: Launch) -> OwnedServer:
-    config = launch.config
-    port = free_port(config.host, config.port + launch.replica if config.port else 0)
+    config, host = launch.config, own_address(launch.config.host)
+    port = free_port(host, config.port + launch.replica if config.port else 0)
     api_key = secrets.token_hex(16)
     command = [*launcher(sglang_python(config), config, launch.replica)]
     command += ["--model-path", str(launch.model), "--dtype", launch.dtype]
-    command += ["--host", config.host, "--port", str(port)]
+    command += ["--host", host, "--port", str(port)]
     if config.max_total_tokens is not None:
         command += ["--max-total-tokens", str(config.max_total_tokens)]
     command += config.extra_arguments
@@ -98,9 +99,8 @@ def _start_once(launch: Launch) -> OwnedServer:
         temporary = temporary_directory(launch.directory)
         started = _run_detached(command, launch.directory, temporary)
         process = psutil.Process(started.pid)
-    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     record = ServerRecord(
-        url=f"http://{host}:{port}",
+        url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
         api_key=api_key,
         pid=process.pid,
         process=identity_of(process.pid) or "ended at once",
@@ -199,7 +199,7 @@ def problems(config: ServerConfig) -> list[str]:
     """Return why servers cannot be started with this configuration on this machine, as far as it can be known before:
     one line each, with what to do."""
     found = [] if config.tensor_parallel_size == 1 or _has_gpu(config) else [ONE_PROCESS]
-    checks: list[Callable[[], object]] = [lambda: require_tools(config)]
+    checks: list[Callable[[], object]] = [lambda: require_tools(config), lambda: own_address(config.host)]
     if config.port:
         ports = range(config.port, config.port + config.replicas)
         checks += [partial(free_port, config.host, port) for port in ports]
@@ -207,7 +207,7 @@ def problems(config: ServerConfig) -> list[str]:
         try:
             check()
         except UserError as error:
-            found += error.lines
+            found += [line for line in error.lines if line not in found]
     return found
 
 
@@ -246,6 +246,7 @@ def free_port(host: str, port: int) -> int:
 
     A free port is chosen, if possible, from those that the system does not give to outgoing connections meanwhile.
     """
+    host = own_address(host)
     if port == 0:
         below = list(range(20000, first_ephemeral_port()))
         for candidate in random.sample(below, min(100, len(below))):

@@ -26,14 +26,18 @@ from tests.sglang_server import request_for
 IMPATIENT = HealthLimits(interval_seconds=0.5, timeout_seconds=3.0, max_restarts=1)
 
 
-@pytest.fixture(scope="session")
-def sampling(checkpoints) -> Sampling:
+def sampling_of(checkpoints) -> Sampling:
     from tokenizers import Tokenizer
 
     tokens = response_tokens(
         checkpoints.first, Tokenizer.from_file(str(checkpoints.first / "tokenizer.json")).get_vocab(True)
     )
     return Sampling(temperature=1.0, top_p=1.0, top_k=-1, max_response_tokens=40, tokens=tokens)
+
+
+@pytest.fixture(scope="session")
+def sampling(checkpoints) -> Sampling:
+    return sampling_of(checkpoints)
 
 
 @pytest.fixture(scope="session")

@@ -41,9 +41,10 @@ def test_running_server_is_found_again(server, server_dir, checkpoints, monkeypa
     monkeypatch.setenv("SGLANG_API_KEY", server.api_key)
     [found] = sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
     assert found == Server(server.url, server.api_key)
-    monkeypatch.setenv("SGLANG_API_KEY", "wrong")
-    with pytest.raises(UserError, match="refuses the API key"):
-        sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
+    for key in ("wrong", ""):  # another one, and none
+        monkeypatch.setenv("SGLANG_API_KEY", key)
+        with pytest.raises(UserError, match="refuses the API key: .*set SGLANG_API_KEY if it has a key"):
+            sglang_server.open_servers(server.url, checkpoints.first, config.server, "float32")
 
 
 def test_memory_is_given_up_and_taken_back(server, server_dir, client, checkpoints, prompts, pictures):
@@ -333,6 +334,7 @@ RECORD = {
     "ready": True,
     "released": False,
     "releasing": False,
+    "lost": False,
     "model": "/m",
     "settings": {"dtype": "float32"},
     "command": ["python", "-m", "sglang"],

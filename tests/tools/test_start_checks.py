@@ -131,6 +131,20 @@ def test_gpus(run_with, monkeypatch, overrides, count, message):
     assert found == [] if message is None else re.search(message, found[0]), found
 
 
+def test_servers_on_other_nodes_take_no_gpus_ports_or_interfaces_here(run_with, monkeypatch):
+    monkeypatch.setattr(start_checks, "count_gpus", lambda: 4)
+    run = run_with("server.first_gpu=8", "server.host=ib7", "server.port=1")
+    here = problems_of_machine(run, ["4:1", "5:1"], own_launcher=False)
+    assert any("server.host ib7" in line for line in here) and any("GPUs 8 to 8" in line for line in here)
+    monkeypatch.setenv("SERVER_LAUNCHER", "srun --nodes=2")
+    assert problems_of_machine(run, ["4:1", "5:1"], own_launcher=False) == []
+    [line] = problems_of_machine(run_with("server.shares_gpus=true"), ["4:1"], own_launcher=False)
+    assert line.startswith("server.shares_gpus: is for one machine, SERVER_LAUNCHER starts servers on nodes")
+    monkeypatch.setenv("SERVER_LAUNCHER", "srun 'open")
+    [line] = problems_of_machine(run, ["4:1"], own_launcher=False)
+    assert line == "SERVER_LAUNCHER=srun 'open: No closing quotation: give a command, such as " + line.split("as ")[1]
+
+
 def test_a_disk_that_is_too_small(tmp_path):
     model = tmp_path / "model"
     model.mkdir()

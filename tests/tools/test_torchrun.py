@@ -62,6 +62,13 @@ def test_a_stage_that_fails_has_the_last_word(tmp_path):
     assert control.returncode == 1 and len(control.stderr.splitlines()) > 20
 
 
+def test_standalone_is_for_one_machine(tmp_path):
+    command = [sys.executable, "-m", "tools.torchrun", "--standalone", "--nnodes", "2", "-m", "no_such_module"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: --standalone is for one machine, --nnodes is 2: leave it")
+
+
 def test_a_process_that_is_killed_is_named(tmp_path):
     done = torchrun(tmp_path, "die")
     assert done.returncode == 1 and done.stderr.splitlines() == ["error: rank 1 was ended by SIGKILL (out of memory?)"]
