@@ -72,6 +72,7 @@ MARKERS = {
         "slurm",
         "test_pipeline.py::test_killed_in_training_and_started_again_gives_the_same_bits",
         "test_resident.py::test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds",
+        "distributed/test_publishing.py::test_processes_on_two_machines_leave_when_the_first_has_published",
         "sglang/test_nodes.py::test_rollouts_go_to_the_servers_of_all_nodes",
         "test_pipeline.py::test_killed_in_training_and_started_again_gives_the_same_bits",
         "test_several_nodes.py",
