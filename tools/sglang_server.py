@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from megatron_papo.run.command_line import run
+from megatron_papo.run.command_line import choose_device, run
 from megatron_papo.sglang.server import connect_or_start_all, status, stop_all, urls_of
 
 
@@ -37,6 +37,7 @@ def main() -> None:
         raise UserError(f"--server {arguments.server}: servers of a directory are started and stopped here")
     if arguments.action == "start":
         config = load_config(arguments.config, arguments.overrides)
+        choose_device(config)
         servers = connect_or_start_all(arguments.server, arguments.model, config.server, config.model.dtype)
         print(f"{arguments.server}: running at {', '.join(server.name for server in servers)}")
     elif arguments.action == "status":

@@ -164,7 +164,7 @@ class StageParser:
             self.parser.error("give --run DIR, or --config FILE with every input and the output")
         if args.run is not None:
             run = open_run(args.run, args.overrides)
-            _choose_device(run.config)
+            choose_device(run.config)
             turns = self._turns(args, run)
             if args.output is not None and len(turns) > 1:
                 words = "; ".join(str(turn) or "training data" for turn in turns)
@@ -178,7 +178,7 @@ class StageParser:
             self.parser.error("without --run needed: --iteration")
         turn = Turn(getattr(args, "iteration", None), getattr(args, "evaluation_set", None))
         config = load_config(args.config, args.overrides)
-        _choose_device(config)
+        choose_device(config)
         return args, [self._task(args, config, turn, None)]
 
     def _turns(self, args: argparse.Namespace, run: RunDirectory) -> list[Turn]:
@@ -225,8 +225,8 @@ class StageParser:
             raise UserError(f"--iteration {turn.iteration}: iterations count from {lowest}")
 
 
-def _choose_device(config: Config) -> None:
-    """Hide GPUs that a stage does not compute on, and say so once."""
+def choose_device(config: Config) -> None:
+    """Hide the GPUs that a run does not compute on from this process, and say so once."""
     said = gpus.hide_unused_gpus(config)
     if said is not None and process_groups.is_main_rank():
         print(said, flush=True)
