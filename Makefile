@@ -33,8 +33,8 @@ lock: setup ## requirements-sglang-cuda.txt anew: what requirements-sglang.txt a
 	bash tools/lock_server.sh
 
 nightly: ## what is too long for CI
-	bash tests/run.sh -m nightly
+	bash tests/run.sh -n 0 -m nightly
 
 slurm-test: setup ## stages/submit.slurm on a SLURM of its own: three nodes on this machine (some minutes; as root)
 	@$(PYTHON_OF_VENV) -m tests.slurm.cluster
-	bash tests/run.sh -m nightly tests/slurm
+	bash tests/run.sh -n 0 -m nightly tests/slurm

@@ -27,11 +27,11 @@ def test_overrides_are_yaml_values():
 def test_dynamic_sampling_and_overlong_settings_at_their_limits():
     """Controls of the refusals below."""
     config = load_config(
-        DEMO, ["rollout.dynamic_sampling={generation_batch_size: 21}", "reward.soft_overlong_buffer_tokens=20"]
+        DEMO, ["rollout.dynamic_sampling={generation_batch_size: 17}", "reward.soft_overlong_buffer_tokens=20"]
     )
-    assert config.rollout.prompts_per_round == 21
+    assert config.rollout.prompts_per_round == 17
     config = load_config(DEMO, ["rollout.dynamic_sampling={lowest_accuracy: 0.51, highest_accuracy: 0.63}"])  # 5 of 8
-    assert config.rollout.prompts_per_round == load_config(DEMO).rollout.prompts_per_round == 408
+    assert config.rollout.prompts_per_round == load_config(DEMO).rollout.prompts_per_round == 336
 
 
 @pytest.mark.parametrize("text", ["1e-6", "1E6", "2e+3", ".5e1", "3.e2"])
@@ -74,8 +74,8 @@ def test_the_published_prompt_is_the_default():
         ("data.train.source=x.jsonl", "model.path is null, which is only possible with the synthetic task"),
         ("rollout.group_size=1", "rollout.group_size: Input should be greater than 1 (got 1)"),
         (
-            "rollout.dynamic_sampling={generation_batch_size: 20}",
-            "cannot fill rollout_batch_size 408 in max_rounds 20 of 20 prompts",
+            "rollout.dynamic_sampling={generation_batch_size: 16}",
+            "cannot fill rollout_batch_size 336 in max_rounds 20 of 16 prompts",
         ),
         (
             "rollout.dynamic_sampling={lowest_accuracy: 0.51, highest_accuracy: 0.62}",

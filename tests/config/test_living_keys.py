@@ -57,11 +57,11 @@ def test_changes_are_leaf_by_leaf(demo):
     assert changes(demo, demo) == []
     other = load_config(DEMO_CONFIG, ["server.port=7000", "objective.kl_prcp_coef=0.5", "iterations=9"])
     assert changes(demo, other) == [
-        Change("iterations", 5, 9, living=True),
+        Change("iterations", 6, 9, living=True),
         Change("server.port", 0, 7000, living=True),
         Change("objective.kl_prcp_coef", 0.01, 0.5, living=False),
     ]
-    assert [(change.key, change.old, change.new) for change in changes(other, demo)][0] == ("iterations", 9, 5)
+    assert [(change.key, change.old, change.new) for change in changes(other, demo)][0] == ("iterations", 9, 6)
 
 
 def test_changes_where_a_section_is_null_on_one_side(demo):
@@ -131,9 +131,9 @@ def test_a_coefficient_that_reaches_no_gradient_is_said():
 def test_bytes_on_disk_follow_the_cadence():
     """By hand, in units of the 100 parameters of a model: float32 weights are 4, a checkpoint 12."""
     for overrides, checkpoints, exports in [
-        ([], 5, 5),  # the demo keeps all of its five
-        (["keep_checkpoints=2"], 3, 5),
-        (["keep_checkpoints=2", "hacking_guard.rollback_iterations=2"], 4, 5),
+        ([], 6, 6),  # the demo keeps all of its six
+        (["keep_checkpoints=2"], 3, 6),
+        (["keep_checkpoints=2", "hacking_guard.rollback_iterations=3"], 5, 6),
         (["keep_checkpoints=2", "keep_exports=1", "keep_best=1", "evaluate_every=1"], 4, 3),
         (["keep_checkpoints=2", "keep_exports=3", "iterations=1"], 1, 1),
     ]:

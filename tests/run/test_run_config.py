@@ -44,7 +44,7 @@ def test_living_keys_change_and_the_log_says_so(tmp_path):
     assert open_run(tmp_path / "r").config.iterations == 9 == run.config.iterations
     assert open_run(tmp_path / "r").config.seed == 7  # which the second start did not name
     assert re.search(
-        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d run: iterations: 5 -> 9$", (tmp_path / "r" / "log.txt").read_text(), re.M
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d run: iterations: 6 -> 9$", (tmp_path / "r" / "log.txt").read_text(), re.M
     )
     assert (tmp_path / "r" / CONFIG).read_text().splitlines()[0].endswith("Started with: bash run_all.sh")
 
