@@ -107,11 +107,15 @@ def test_what_is_left_of_another_launcher_does_not_count(monkeypatch, environmen
     assert {name: os.environ[name] for name in environment if name in os.environ} == (environment if launched else {})
 
 
-@pytest.mark.parametrize("launcher, status", [(os.getpid(), 0), (os.getpid() + 1, 1)])
-def test_a_process_whose_launcher_has_ended_already_ends(launcher, status):
+@pytest.mark.parametrize("off, status", [(0, 0), (1, 1)])
+def test_a_process_whose_launcher_has_ended_already_ends(off, status):
     program = "from megatron_papo.distributed import process_groups as groups; groups.die_with_launcher()"
-    launched = {**ALL_OF_THEM, "TORCHELASTIC_RUN_ID": "r", process_groups.LAUNCHER_PID: str(launcher)}
-    assert subprocess.run([sys.executable, "-c", program], env={**os.environ, **launched}).returncode == status
+    launched = {**ALL_OF_THEM, "TORCHELASTIC_RUN_ID": "r", process_groups.LAUNCHER_PID: str(os.getpid() + off)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **launched}, capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert done.stderr == "error: the launcher that started this process has ended\n" * status
 
 
 def test_the_checks_need_no_torch():
