@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 
 from tests.helpers import DEMO_CONFIG, ROOT, SMALL_RUN, run_module, settings
-from tests.markers import markers_of
+from tests.markers import markers_of, uses_server
 
 pytest_plugins = ["tests.sglang_server"]
 """The fixtures of the SGLang server, which is started once for tests/sglang, tests/rollout and tests/tools."""
@@ -31,21 +31,30 @@ hypothesis.settings.load_profile("no_deadline")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the markers of tests/markers.py; skip those of GPUs where there is none.
-
-    Where the tests run in several processes, those with a server run first and in one, which starts it once; of the
-    others, those of a file stay together.
-    """
+    """Give each test the markers of tests/markers.py; skip those of GPUs where there is none."""
     for item in items:
         place = item.nodeid.removeprefix("tests/")
         for name in sorted(markers_of(place, set(getattr(item, "fixturenames", ())))):
             item.add_marker(name)
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a GPU: DEVICE=cuda bash tests/run.sh -m gpu"))
-        group = "server" if item.get_closest_marker("server") else place.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.get_closest_marker("server") is None)
+        items.sort(key=lambda item: not uses_server(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Keep together, where the tests run in several processes, those of a file, and all that use an SGLang server.
+
+    (A mark xdist_group does nothing under pytest 9.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "server" if uses_server(nodeid) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @functools.cache

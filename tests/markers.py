@@ -110,6 +110,12 @@ EXCEPTIONS = {
 FIXTURES = {"server": {"server", "small_run"}, "torchrun": {"small_run"}}
 """Marker -> fixtures whose tests carry it, wherever they are."""
 
+SERVER_FILES = [
+    "rollout", "sglang", "stages/test_end_request.py", "test_several_nodes.py", "tools/test_check_server.py",
+    "tools/test_gpu_acceptance.py", "tools/test_soak.py",
+]  # fmt: skip
+"""Where tests start a server by a fixture, besides MARKERS["server"]: tests/run.sh runs all of them in one process."""
+
 SLOW_FIXTURES = {"demo_data", "evaluation_data", "tiny_hf", "small_run", "server"}
 """Fixtures that take too long for a quick test."""
 
@@ -127,6 +133,11 @@ def markers_of(place: str, fixtures: set[str]) -> set[str]:
     if fixtures & SLOW_FIXTURES or "nightly" in markers:
         markers.discard("quick")
     return markers
+
+
+def uses_server(nodeid: str) -> bool:
+    """Tell whether a test stands in a file or room most of whose tests use an SGLang server."""
+    return is_below(nodeid.removeprefix("tests/"), [*MARKERS["server"], *SERVER_FILES])
 
 
 def is_below(place: str, above: list[str]) -> bool:

@@ -12,7 +12,7 @@ if [[ -z ${DEVICE:-} ]]; then
 fi
 bash tools/setup_environment.sh
 export OMP_NUM_THREADS=1
-PROCESSES=(-n 2 --dist loadgroup --no-loadscope-reorder)
+PROCESSES=(-n 2 --dist loadscope --no-loadscope-reorder)
 for argument in "$@"; do
   if [[ -e ${argument%%::*} || $argument == -[xn]* ]]; then PROCESSES=(); fi
 done
