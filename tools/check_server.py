@@ -359,8 +359,12 @@ def probe_update(
         directory.chmod(0o755)  # the server may be another user's
     name = f"check_server-{secrets.token_hex(4)}"
     load(server, hf_dir, f"{name}-same", "the server must be able to read that path, to have its weights put back")
-    print(f"loading other weights into {server.url}; were this killed, its own would have to be loaded again: {hf_dir}")
     with weights_put_back(lambda: load(server, hf_dir, version, "load it by hand: its weights are not its own now")):
+        print(
+            f"loading other weights into {server.url}; were this killed, its own would have to be loaded again:"
+            f" {hf_dir}",
+            flush=True,
+        )
         old_expected = expected_of(judge, chosen, side)
         old = log_probs_of(server, chosen, side, judge)
         load(server, moved, name, "the server must be able to read that path: give --scratch a shared directory")

@@ -69,7 +69,6 @@ def test_interrupted_the_weights_are_put_back(server, client, checkpoints, key_f
     )
     with process:
         assert any("loading other weights" in line for line in process.stdout)
-        time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
     assert status == 130
