@@ -26,7 +26,7 @@ format: setup ## writes what ruff can mend by itself
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-test: ## every test but the nightly ones, as CI runs them (about 20 minutes on two cores)
+test: ## every test but the nightly ones, as CI runs them (about 30 minutes on two cores)
 	bash tests/run.sh
 
 lock: setup ## requirements-sglang-cuda.txt anew: what requirements-sglang.txt asks for, with all it needs, pinned
