@@ -70,7 +70,6 @@ MARKERS = {
     "gpu": ["model/test_gpu.py"],
     "nightly": [  # benchmarks, at sizes that tell something; the smallest of each stays in CI
         "slurm",
-        "test_pipeline.py::test_killed_in_training_and_started_again_gives_the_same_bits",
         "test_resident.py::test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds",
         "distributed/test_publishing.py::test_processes_on_two_machines_leave_when_the_first_has_published",
         "sglang/test_nodes.py::test_rollouts_go_to_the_servers_of_all_nodes",
@@ -110,10 +109,7 @@ EXCEPTIONS = {
 FIXTURES = {"server": {"server", "small_run"}, "torchrun": {"small_run"}}
 """Marker -> fixtures whose tests carry it, wherever they are."""
 
-SERVER_FILES = [
-    "rollout", "sglang", "stages/test_end_request.py", "test_several_nodes.py", "tools/test_check_server.py",
-    "tools/test_gpu_acceptance.py", "tools/test_soak.py",
-]  # fmt: skip
+SERVER_FILES = ["rollout", "sglang", "stages/test_end_request.py", "tools/test_soak.py"]
 """Where tests start a server by a fixture, besides MARKERS["server"]: tests/run.sh runs all of them in one process."""
 
 SLOW_FIXTURES = {"demo_data", "evaluation_data", "tiny_hf", "small_run", "server"}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from megatron_papo.distributed.gpus import driver_version
 from megatron_papo.sglang.compilers import missing_for_server
 from tools.gpu_acceptance.report import Fact, Line, passed_if
 from tools.gpu_acceptance.task import Task
@@ -84,20 +85,12 @@ def _torch(task: Task) -> Iterator[Line | Fact]:
 def _why_cuda(available: bool) -> str:
     import torch
 
-    driver = _driver()
+    driver = driver_version() or "none"
     if available:
         return f"driver {driver}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build for CPUs: DEVICE=cuda bash tools/setup_environment.sh"
     return f"driver {driver} is too old for CUDA {torch.version.cuda}, or there is no GPU here"
-
-
-def _driver() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "none (no nvidia-smi)"
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-    return said.stdout.split("\n")[0].strip() or "unknown"
 
 
 def _sglang() -> Line:
