@@ -4,10 +4,13 @@ Model text is parsed in processes of their own that can do nothing else (grading
 """
 
 import re
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import LifoQueue
+from typing import Literal
 
 from megatron_papo.config import RewardConfig
+from megatron_papo.rollout.choices import letters_named, right_letters, right_texts
 from megatron_papo.rollout.grader_process import GraderDied, GraderProcess
 from megatron_papo.rollout.grading import LATE, MISSING, RIGHT, WRONG, boxed
 from megatron_papo.rollout.sandbox import MEMORY_LIMIT_BYTES
@@ -79,6 +82,8 @@ def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, co
 
 LATE_SHARE = 0.01
 """Of different answers without a grade, beyond which a line says so."""
+Grading = Literal["mathruler", "published", "choice"]
+"""What makes a response right, see Grader.submit."""
 Submitted = tuple[float, bool, Future[str]]
 """A response under way: its format score, whether it was cut off, and its grade when it comes."""
 
@@ -92,7 +97,7 @@ class Grader:
 
     A response whose grading computes for more than config.time_limit_seconds, or takes too much memory, counts as wrong
     and timed_out; no other is lost. So does one whose grading process died twice; one that died once may have been
-    somebody else's victim, and its response is graded again. The same content and answer are graded once.
+    somebody else's victim, and its response is graded again. The same content and answers are graded once.
     """
 
     def __init__(self, config: RewardConfig):
@@ -103,7 +108,8 @@ class Grader:
         self._idle: LifoQueue[GraderProcess | None] = LifoQueue()
         for _ in range(self.config.workers):
             self._idle.put(None)
-        self._grades: dict[tuple[str, str], Future[str]] = {}
+        self._grades: dict[tuple[str, tuple[str, ...]], Future[str]] = {}
+        """By the content of the box and the answers that would be right."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -131,10 +137,35 @@ class Grader:
                 flush=True,
             )
 
-    def submit(self, text: str, answer: str, cut_off: bool) -> Submitted:
-        """Start grading a decoded response; `cut_off` says that it ended for lack of tokens."""
+    def submit(
+        self, text: str, answer: str, cut_off: bool, grading: Grading = "mathruler", options: Sequence[str] = ()
+    ) -> Submitted:
+        """Start grading a decoded response. Raises UserError for an answer that `grading` cannot use.
+
+        Args:
+            text: the response.
+            answer: of the data.
+            cut_off: it ended for lack of tokens.
+            grading: mathruler: right if the content of the last box equals the answer. published: the same, but the
+                answer ends with a newline, as in the authors' evaluation: what equals it only without capitals, or as
+                mathematics, is wrong. choice: right if the content names the right option, or equals its text.
+            options: for choice, their texts, that of A first; none: not known.
+        """
         text = strip_tag_spaces(text)
-        return format_reward(text), cut_off, self._grade(boxed(text), answer)
+        content = boxed(text)
+        if content is None and self.config.missing_box_is_none:
+            content = MISSING
+        named: frozenset[str] = frozenset()
+        if grading == "choice":
+            right = right_letters(answer, options)
+            named, answers = letters_named(content or "", options), right_texts(right, options)
+        else:
+            answers = [answer if grading == "mathruler" else with_newline(answer)]
+        if named:
+            grade = _settled(RIGHT if named & right else WRONG)
+        else:
+            grade = self._grade(content, answers)
+        return format_reward(text), cut_off, grade
 
     def result(self, submitted: Submitted) -> Rewards:
         """Wait for the rewards of a response. Raises UserError where no grading process starts."""
@@ -145,16 +176,22 @@ class Grader:
             overall = 0.0
         return Rewards(overall=overall, accuracy=accuracy, format=format_score, timed_out=timed_out)
 
-    def _grade(self, content: str | None, answer: str) -> Future[str]:
-        if content is None and self.config.missing_box_is_none:
-            content = MISSING
-        if content is None:
-            grade: Future[str] = Future()
-            grade.set_result(WRONG)
-            return grade
-        if (content, answer) not in self._grades:
-            self._grades[content, answer] = self._threads.submit(self._ask, content, answer)
-        return self._grades[content, answer]
+    def _grade(self, content: str | None, answers: Sequence[str]) -> Future[str]:
+        if content is None or not answers:
+            return _settled(WRONG)
+        question = content, tuple(answers)
+        if question not in self._grades:
+            self._grades[question] = self._threads.submit(self._ask_all, *question)
+        return self._grades[question]
+
+    def _ask_all(self, content: str, answers: Sequence[str]) -> str:
+        """Return RIGHT where the content equals one of the answers, else LATE where that took too long."""
+        words = set()
+        for answer in answers:
+            words.add(self._ask(content, answer))
+            if RIGHT in words:
+                break
+        return next(word for word in (RIGHT, LATE, WRONG) if word in words)
 
     def _ask(self, content: str, answer: str) -> str:
         process = self._idle.get()
@@ -169,3 +206,14 @@ class Grader:
             return LATE
         finally:
             self._idle.put(process)
+
+
+def with_newline(answer: str) -> str:
+    """Return an answer as the authors' evaluation has it: decoded from tokens, the last of which is a newline."""
+    return answer if answer.endswith("\n") else answer + "\n"
+
+
+def _settled(word: str) -> Future[str]:
+    grade: Future[str] = Future()
+    grade.set_result(word)
+    return grade
