@@ -10,6 +10,7 @@ when, how fast and where something happens or how long it is kept, but no number
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
@@ -50,6 +51,35 @@ def expand_home(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(expand_home)]
 """The name of a file or directory; `~` is expanded."""
+
+
+def _require_template(template: str) -> str:
+    """Return a prompt template. Raises ValueError where it is none."""
+    try:
+        rendered = template.format(problem="PROBLEM")
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"prompt_template is not a format string with {{problem}} (write other braces doubled): {error}"
+        )
+    if "PROBLEM" not in rendered:
+        raise ValueError("prompt_template does not contain {problem}, where the problem goes")
+    return template
+
+
+Template = Annotated[str, AfterValidator(_require_template)]
+"""Python format string around `{problem}`."""
+Form = Literal["columns", "messages", "geometry3k", "mathvista", "mathverse", "logicvista", "we_math", "mmmu_pro"]
+"""What the rows of an evaluation set look like."""
+
+
+def _require_set_name(name: str) -> str:
+    """Return the name of an evaluation set, which names a directory and a part of a dotted key. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
+        raise ValueError("the name of a set consists of letters, digits, _ and -, and begins with a letter or digit")
+    return name
+
+
+SetName = Annotated[str, AfterValidator(_require_set_name)]
 
 
 class Section(BaseModel):
@@ -93,6 +123,41 @@ class PromptSource(Section):
     """Of this set; null: data.saliency_key."""
 
 
+class BenchmarkConfig(PromptSource):
+    """One set of a suite: where its rows are, how they become prompts, and how answers are graded."""
+
+    form: Form = "columns"
+    """What a row looks like. columns: a column each for problem, answer and pictures. messages: the authors' release, a
+    turn of the user and one of the assistant, taken as they stand. The others: the sets' own pages on the Hugging Face
+    hub."""
+    image_archive: str | None = None
+    """Name of a zip file beside the table files that holds the pictures, read where it lies. null: paths are those of
+    files."""
+    prompt_template: Template | None = None
+    """Of this set; null: data.prompt_template. "{problem}": the problem as it stands."""
+    system_prompt: str | None = None
+    """Of this set; null: data.system_prompt."""
+    strip_problem: bool | None = None
+    """Of this set; null: data.strip_problem."""
+    min_pixels: int | None = Field(default=None, gt=0)
+    """Of this set; null: evaluation.min_pixels."""
+    max_pixels: int | None = Field(default=None, gt=0)
+    """Of this set; null: evaluation.max_pixels."""
+    resize: Literal["smart", "published"] | None = None
+    """Of this set; null: evaluation.resize."""
+    grading: Literal["mathruler", "published", "choice"] = "mathruler"
+    """What makes a response right. mathruler: the content of its last box equals the answer. published: the same, but
+    the answer ends with a newline, as in the authors' evaluation, which makes a few right responses wrong. choice: the
+    letter of the right option, or its text."""
+    problem_by: Annotated[str, Field(pattern=r"^(row|text|block:[1-9]\d*|column:.+)$")] = "row"
+    """Which rows show the same problem, for standard errors. row: none. text: those with the same text. block:N: N rows
+    one after the other. column:NAME: those with the same entry there."""
+    problems_of: str | None = None
+    """Name of the set whose problems these are, where two sets show the same; null: this one's own."""
+    groups: list[str] = []
+    """Over which sets averages are taken, beside that over all."""
+
+
 class SyntheticTaskConfig(Section):
     """Counting squares: a grid x grid picture of 14-pixel cells with lowest..highest coloured squares and Gaussian
     noise."""
@@ -123,8 +188,8 @@ class DataConfig(Section):
     train: PromptSource
     sft: PromptSource | None
     """Prompts with target responses for stage 2; null when there is no cold start."""
-    evaluation: Annotated[PromptSource, EVALUATION]
-    """Benchmark prompts of stage 7: the evaluation set named `evaluation`."""
+    evaluation: Annotated[PromptSource | None, EVALUATION] = None
+    """Prompts of stage 7: the evaluation set named `evaluation`, beside those of evaluation.benchmarks."""
     synthetic: SyntheticTaskConfig = SyntheticTaskConfig()
     problem_key: str = "problem"
     """Column with the text of the problem."""
@@ -139,7 +204,7 @@ class DataConfig(Section):
     semantic`."""
     image_root: Annotated[PathText | None, PLACE] = None
     """Directory that relative image paths start from and must stay inside. null: the directory of the data file."""
-    prompt_template: str = (
+    prompt_template: Template = (
         "{problem}\n\nYou first think through the reasoning process as an internal monologue, enclosed within "
         "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{{}}."
     )
@@ -168,26 +233,13 @@ class DataConfig(Section):
     """Rows of a set that can be used but look wrong (pictures of one colour, answers that a right response would not
     match, or that an empty one would) are counted and shown; a larger share of one kind stops stage 1."""
 
-    @property
-    def evaluation_sets(self) -> dict[str, PromptSource]:
-        """The evaluation sets by name. Today there is one; whoever reads them should be ready for several."""
-        return {"evaluation": self.evaluation}
-
     @model_validator(mode="after")
-    def _pixels_and_template(self) -> Self:
+    def _pixels(self) -> Self:
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}:"
                 f" --set data.min_pixels={self.max_pixels}, or --set data.max_pixels={self.min_pixels}"
             )
-        try:
-            rendered = self.prompt_template.format(problem="PROBLEM")
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"prompt_template is not a format string with {{problem}} (write other braces doubled): {error}"
-            )
-        if "PROBLEM" not in rendered:
-            raise ValueError("prompt_template does not contain {problem}: --set 'data.prompt_template={problem}'")
         return self
 
 
@@ -629,11 +681,25 @@ class EvaluationConfig(Section):
     """null: data.resize. published: as the authors' evaluation does: scaled to about the limit that it breaks, narrow
     sides stretched to 28 pixels, then rounded to multiples of 28."""
     masked_images: bool = False
-    """Also answer every prompt with its images masked (masked_image section)."""
+    """Also answer every prompt with its images masked."""
+    masked_image: MaskedImageConfig | None = None
+    """How they are masked in evaluation; null: the masked_image section."""
+    without_images: bool = False
+    """Also answer every prompt without its images, the text alone."""
+    benchmarks: Annotated[dict[SetName, BenchmarkConfig], EVALUATION] = {}
+    """The sets of a suite by name, e.g. those of configs/benchmarks/papo.yaml."""
+    source: Annotated[PathText | None, PLACE] = None
+    """Directory of a local copy that all benchmarks are read from. null: each set's own source."""
+    during_training: list[str] | None = None
+    """Names of the evaluation sets that evaluate_every runs. null: all. Before the first and after the last iteration
+    all are run in any case."""
     validation: str = "evaluation"
-    """Name of the evaluation set by whose accuracy keep_best chooses (stage 7's `accuracy`, on the original images).
-    Today there is one set, `evaluation`: data.evaluation. A set that chooses a checkpoint flatters it: the report says
-    so where the same set is reported."""
+    """Name of the evaluation set by whose accuracy keep_best chooses (stage 7's `accuracy`, on the original images). A
+    set that chooses a checkpoint flatters it: tables mark where the same set is reported."""
+
+    def masking(self, training: MaskedImageConfig) -> MaskedImageConfig:
+        """Return how images are masked. training: the masked_image section."""
+        return self.masked_image or training
 
 
 class Config(Section):
@@ -676,10 +742,25 @@ class Config(Section):
     training: TrainingConfig
     evaluation: Annotated[EvaluationConfig, EVALUATION]
 
+    @property
+    def evaluation_sets(self) -> dict[str, BenchmarkConfig]:
+        """The evaluation sets by name: data.evaluation, called `evaluation`, and the benchmarks."""
+        own, place = self.data.evaluation, self.evaluation.source
+        sets = {} if own is None else {"evaluation": BenchmarkConfig.model_validate(dict(own))}
+        moved = {} if place is None else {"source": place}
+        return sets | {name: entry.model_copy(update=moved) for name, entry in self.evaluation.benchmarks.items()}
+
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
         """All contradictions between sections at once, a line each, with a --set that ends it."""
-        rules = (self._cadence, self._evaluation_pixels, self._data_fits, self._rollouts_fit, self._steps_fit)
+        rules = (
+            self._cadence,
+            self._sets,
+            self._evaluation_pixels,
+            self._data_fits,
+            self._rollouts_fit,
+            self._steps_fit,
+        )
         problems = [problem for rule in rules for problem in rule()]
         if problems:
             raise ValueError("\n".join(problems))
@@ -703,27 +784,66 @@ class Config(Section):
                 f"keep_best {self.keep_best} needs evaluate_every, the best are chosen by their evaluation:"
                 " --set evaluate_every=10, or --set keep_best=0"
             )
-        names = sorted(self.data.evaluation_sets)
-        if self.evaluation.validation not in names:
+
+    def _sets(self) -> Iterator[str]:
+        """Evaluation sets that are named are there, and their names tell them apart."""
+        names, evaluation = list(self.evaluation_sets), self.evaluation
+        if not names:
             yield (
-                f"evaluation.validation {self.evaluation.validation}: no evaluation set of that name, there is"
-                f" {', '.join(names)}: --set evaluation.validation={names[0]}"
+                "no evaluation set: --set data.evaluation.source=FILE, or extend a suite such as"
+                " benchmarks/papo.yaml (evaluation.benchmarks)"
             )
+            return
+        there = f"no evaluation set of that name, there is {', '.join(names)}"
+        if evaluation.validation not in names:
+            yield f"evaluation.validation {evaluation.validation}: {there}: --set evaluation.validation={names[0]}"
+        during = evaluation.during_training
+        for name in during or []:
+            if name not in names:
+                yield f"evaluation.during_training {name}: {there}: correct the name"
+        if self.keep_best and during is not None and evaluation.validation not in during:
+            yield (
+                f"keep_best {self.keep_best} chooses by evaluation.validation {evaluation.validation}, which"
+                f" evaluation.during_training leaves out: --set evaluation.during_training=[{evaluation.validation}]"
+            )
+        if self.data.evaluation is not None and "evaluation" in evaluation.benchmarks:
+            yield (
+                "evaluation.benchmarks evaluation: this is the name of data.evaluation: call it something else, or"
+                " --set data.evaluation=null"
+            )
+        folded: dict[str, str] = {}
+        for name, entry in evaluation.benchmarks.items():
+            other = folded.setdefault(name.lower(), name)
+            if other != name:
+                yield f"evaluation.benchmarks: {other} and {name} differ in upper and lower case alone: rename one"
+            if entry.problems_of is not None and entry.problems_of not in evaluation.benchmarks:
+                yield (
+                    f"evaluation.benchmarks.{name}.problems_of {entry.problems_of}: no set of that name:"
+                    f" --set evaluation.benchmarks.{name}.problems_of=null"
+                )
 
     def _evaluation_pixels(self) -> Iterator[str]:
-        lowest = self.evaluation.min_pixels or self.data.min_pixels
-        highest = self.evaluation.max_pixels or self.data.max_pixels
-        if lowest > highest:
-            yield (
-                f"evaluation: at least {lowest} and at most {highest} pixels exclude each other:"
-                f" --set evaluation.min_pixels={highest}, or --set evaluation.max_pixels={lowest} (null: data's)"
-            )
+        """Limits of the evaluation, and of each of its sets, which may set one of the two."""
+        evaluation, data = self.evaluation, self.data
+        sections: dict[str, EvaluationConfig | BenchmarkConfig] = {"evaluation": evaluation}
+        sections |= {f"evaluation.benchmarks.{name}": entry for name, entry in evaluation.benchmarks.items()}
+        for key, section in sections.items():
+            lowest = section.min_pixels or evaluation.min_pixels or data.min_pixels
+            highest = section.max_pixels or evaluation.max_pixels or data.max_pixels
+            if lowest > highest:
+                yield (
+                    f"{key}: at least {lowest} and at most {highest} pixels exclude each other:"
+                    f" --set {key}.min_pixels={highest}, or --set {key}.max_pixels={lowest} (null: those above it)"
+                )
+                return
 
     def _data_fits(self) -> Iterator[str]:
         if (self.sft is None) != (self.data.sft is None):
             yield "sft and data.sft go together: give both, or --set sft=null --set data.sft=null"
-        synthetic = [s.source == "synthetic" for s in (self.data.train, self.data.evaluation)]
-        if self.model.path is None and not all(synthetic):
+        sets = {"train": self.data.train, **self.evaluation_sets}
+        if self.model.path is None and any(
+            entry.source != "synthetic" for name, entry in sets.items() if name not in self.evaluation.benchmarks
+        ):
             yield (
                 "model.path is null, which is only possible with the synthetic task: --set model.path=DIR, the"
                 " directory of a Qwen2.5-VL checkpoint"
@@ -781,8 +901,16 @@ class Config(Section):
 
 def section_type(field: FieldInfo) -> type[Section] | None:
     """Return the type of the section that a field holds (or may hold, where it may be null); None for a leaf."""
+    if get_origin(field.annotation) is dict:
+        return None
     options = getattr(field.annotation, "__args__", (field.annotation,))
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+def entry_type(field: FieldInfo) -> type[Section] | None:
+    """Return the type of the sections that a field holds by name; None for a field that is no such table."""
+    arguments = get_args(field.annotation) if get_origin(field.annotation) is dict else ()
+    return arguments[1] if arguments and issubclass(arguments[1], Section) else None
 
 
 def kinds_of(field: FieldInfo) -> set[type]:
@@ -807,11 +935,14 @@ def fields_along(key: str) -> list[FieldInfo]:
     """Return the fields that a dotted key passes, its own the last. Raises KeyError for a key that there is not."""
     section: type[Section] | None = Config
     fields: list[FieldInfo] = []
-    for name in key.split("."):
+    names = iter(key.split("."))
+    for name in names:
         if section is None or name not in section.model_fields:
             raise KeyError(f"{key}: the configuration has no such key")
         fields.append(section.model_fields[name])
         section = section_type(fields[-1])
+        if (entry := entry_type(fields[-1])) is not None and next(names, None) is not None:
+            section = entry  # the name of an entry is any
     return fields
 
 
@@ -826,6 +957,25 @@ def is_living(key: str) -> bool:
     return living_reason(key) is not None
 
 
+def is_place(key: str) -> bool:
+    """Say whether a dotted key names something outside the run, which must have the same content at its new place."""
+    return any(mark is PLACE for mark in fields_along(key)[-1].metadata)
+
+
+def present_keys(section: Section, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all leaves of a configuration, of its sections that are null, and of its tables that
+    are empty."""
+    for name, field in type(section).model_fields.items():
+        key, value = prefix + name, getattr(section, name)
+        if section_type(field) is not None and value is not None:
+            yield from present_keys(value, f"{key}.")
+        elif entry_type(field) is not None and value:
+            for entry, below in value.items():
+                yield from present_keys(below, f"{key}.{entry}.")
+        else:
+            yield key
+
+
 def leaf_keys(section: type[Section] | None = None, prefix: str = "") -> list[str]:
     """Return the dotted names of all keys that are no sections, in the order of the schema."""
     keys: list[str] = []
@@ -836,13 +986,14 @@ def leaf_keys(section: type[Section] | None = None, prefix: str = "") -> list[st
 
 
 def value_of(config: Config, key: str) -> object:
-    """Return the value at a dotted key: a leaf's, a section, or None where a section on the way is null."""
+    """Return the value at a dotted key: a leaf's, a section, or None where a section on the way is null, or an entry
+    not there."""
     fields_along(key)
     value: object = config
     for name in key.split("."):
         if value is None:
             return None
-        value = getattr(value, name)
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name)
     return value
 
 
@@ -875,10 +1026,25 @@ def _changes(old: Section | None, new: Section | None, prefix: str) -> list[Chan
         before, after = (None if side is None else getattr(side, name) for side in (old, new))
         if section_type(field) is not None:
             found += _changes(before, after, f"{key}.")
+        elif entry_type(field) is not None and before != after:
+            found += _changes_of_entries(before or {}, after or {}, f"{key}.")
         elif old is None or new is None:
             found.append(Change(key, before, after, is_living(prefix.removesuffix("."))))
         elif before != after:
             found.append(Change(key, before, after, is_living(key)))
+    return found
+
+
+def _changes_of_entries(old: dict[str, Section], new: dict[str, Section], prefix: str) -> list[Change]:
+    """Return what differs between two tables of sections; one that is new, or gone, is a single change."""
+    found: list[Change] = []
+    for name in dict.fromkeys([*old, *new]):
+        key, before, after = prefix + name, old.get(name), new.get(name)
+        if before is not None and after is not None:
+            found += _changes(before, after, f"{key}.")
+        else:
+            was, now = (None if entry is None else dict(entry) for entry in (before, after))
+            found.append(Change(key, was, now, is_living(key)))
     return found
 
 

@@ -14,18 +14,20 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_papo.config import Config, PromptSource, Section, fields_along, kinds_of, section_type
+from megatron_papo.config import Config, PromptSource, Section, entry_type, fields_along, kinds_of, section_type
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
 
 EXTENDS = "extends"
 DEFAULT = "default"
+SourceType = TypeVar("SourceType", PromptSource, PromptSource | None)
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,13 @@ def _take_for(node: yaml.Node, section: type[Section] | None) -> None:
 def _take_value_for(node: yaml.Node, field: FieldInfo) -> None:
     if isinstance(node, yaml.ScalarNode):
         _take_scalar_for(node, kinds_of(field))
-    elif isinstance(node, yaml.SequenceNode) and field.annotation == list[str]:
+    elif isinstance(node, yaml.SequenceNode) and field.annotation in (list[str], list[str] | None):
         for part in node.value:
             if isinstance(part, yaml.ScalarNode):
                 _take_scalar_for(part, {str})
+    elif (entry := entry_type(field)) is not None and isinstance(node, yaml.MappingNode):
+        for _, section in node.value:
+            _take_for(section, entry)
     else:
         _take_for(node, section_type(field))
 
@@ -297,7 +302,7 @@ def _source(sources: dict[str, str], key: str) -> str | None:
 
 def _lines(path: Path, sources: dict[str, str], problem: ErrorDetails) -> list[str]:
     """Return what is wrong with a key, or with several that contradict each other, each on a line of its own."""
-    location = problem["loc"]
+    location = tuple(part for part in problem["loc"] if part != "[key]")
     key = shown(".".join(str(part) for part in location)) or "configuration"
     where = _source(sources, key) or next((sources[known] for known in sources if known.startswith(f"{key}.")), path)
     if problem["type"] == "extra_forbidden":
@@ -315,8 +320,12 @@ def _lines(path: Path, sources: dict[str, str], problem: ErrorDetails) -> list[s
 
 def _known_keys(location: tuple) -> list[str]:
     section: type[Section] = Config
-    for name in location:
-        section = section_type(section.model_fields[name]) or section
+    names = iter(location)
+    for name in names:
+        field = section.model_fields[name]
+        section = section_type(field) or entry_type(field) or section
+        if entry_type(field) is not None:
+            next(names, None)
     return list(section.model_fields) + ([] if location else [EXTENDS])
 
 
@@ -333,7 +342,7 @@ def with_absolute_paths(config: Config, start: Path) -> Config:
     def absolute(path: str | None) -> str | None:
         return None if path is None else os.path.abspath(start / path)
 
-    def source(of: PromptSource | None) -> PromptSource | None:
+    def source(of: SourceType) -> SourceType:
         if of is None or of.source == "synthetic":
             return of
         is_path = (start / of.source).exists() or of.source.startswith((".", "/")) or "." in Path(of.source).suffix
@@ -341,11 +350,15 @@ def with_absolute_paths(config: Config, start: Path) -> Config:
 
     data = config.data
     sources = {"train": source(data.train), "sft": source(data.sft), "evaluation": source(data.evaluation)}
-    python = config.server.python
+    python, evaluation = config.server.python, config.evaluation
+    benchmarks = {name: source(entry) for name, entry in evaluation.benchmarks.items()}
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
             "data": data.model_copy(update=sources | {"image_root": absolute(data.image_root)}),
             "server": config.server.model_copy(update={"python": absolute(python) if python else None}),
+            "evaluation": evaluation.model_copy(
+                update={"benchmarks": benchmarks, "source": absolute(evaluation.source)}
+            ),
         }
     )

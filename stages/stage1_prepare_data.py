@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_papo.config import Config, PromptSource, RewardConfig
+from megatron_papo.config import BenchmarkConfig, Config, MaskedImageConfig, PromptSource, RewardConfig
 from megatron_papo.data.chat import TOKENIZER_FILES, require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
 from megatron_papo.errors import UserError
@@ -59,9 +59,10 @@ def sources(task: Task) -> dict[str, PromptSource]:
     data, evaluation_set = task.config.data, task.turn.evaluation_set
     if evaluation_set is None:
         return {"train": data.train} if data.sft is None else {"train": data.train, "sft": data.sft}
-    if evaluation_set not in data.evaluation_sets:
-        raise UserError(f"--evaluation-set {evaluation_set}: there is {', '.join(data.evaluation_sets)}")
-    return {evaluation_set: data.evaluation_sets[evaluation_set]}
+    sets = task.config.evaluation_sets
+    if evaluation_set not in sets:
+        raise UserError(f"--evaluation-set {evaluation_set}: there is {', '.join(sets)}")
+    return {evaluation_set: sets[evaluation_set]}
 
 
 def inputs_from_outside(task: Task) -> dict[str, Input]:
@@ -102,7 +103,12 @@ def shows_masked(config: Config, name: str) -> bool:
 
 def is_masked_later(config: Config, name: str) -> bool:
     """Say whether a later stage masks the pictures of a set by their saliency maps."""
-    return config.masked_image.strategy == "semantic" and shows_masked(config, name)
+    return masking_of(config, name).strategy == "semantic" and shows_masked(config, name)
+
+
+def masking_of(config: Config, name: str) -> MaskedImageConfig:
+    """Return how the pictures of a set are masked, where they are."""
+    return config.masked_image if name in FILES else config.evaluation.masking(config.masked_image)
 
 
 def require_saliency_of_prompts(task: Task, output: Path) -> None:
@@ -115,14 +121,14 @@ def require_saliency_of_prompts(task: Task, output: Path) -> None:
         prompts = read_jsonl(file, Prompt) if is_masked_later(task.config, name) else []
         for number, prompt in enumerate(prompts, 1):
             try:
-                require_saliency(task.config.masked_image, prompt.images, prompt.saliency)
+                require_saliency(masking_of(task.config, name), prompt.images, prompt.saliency)
             except UserError as error:
                 raise UserError(f"{file}:{number}: prompt {shown(prompt.id)}: {error}")
 
 
 def prepare(task: Task, out: StageOutput) -> None:
     """Make all sets of one output. Raises UserError with all that is wrong with the first set that is not usable."""
-    from megatron_papo.data.chat import ChatFormat
+    from megatron_papo.data.chat import ChatFormat, RenderSettings
     from megatron_papo.data.prompts import PromptMaker
     from megatron_papo.pictures.model_processor import read_model_processor
     from megatron_papo.pictures.preprocess import PictureSettings
@@ -136,14 +142,17 @@ def prepare(task: Task, out: StageOutput) -> None:
         model = out.partial / "model"
         make_tiny_model(model, derive_seed(config.seed, "tiny_model"))
     require_ids_in_vocabulary(model)
-    processor, also_shown = read_model_processor(model), []
-    if task.turn.evaluation_set is not None:
-        also_shown.append(PictureSettings.of_evaluation(config.data, config.evaluation))
-    processor.require_limits([PictureSettings.of(config.data), *also_shown])
-    chat = ChatFormat(model, config.data.prompt_template, config.data.system_prompt, config.data.strip_problem)
-    store = ImageStore(out.partial, config.data.transparency)
+    processor, data = read_model_processor(model), config.data
+    store = ImageStore(out.partial, data.transparency)
     for name, source in sources(task).items():
-        maker = PromptMaker(config.data, chat, store, is_masked_later(config, name), also_shown, processor)
+        shown_as, render, problems_of = PictureSettings.of(data), RenderSettings.of(data), None
+        if isinstance(source, BenchmarkConfig):
+            shown_as = PictureSettings.of_evaluation(data, config.evaluation, source)
+            render, problems_of = RenderSettings.of_set(data, source), source.problems_of or name
+        processor.require_limits([shown_as])
+        maker = PromptMaker(
+            data, ChatFormat(model, render), store, shown_as, is_masked_later(config, name), processor, problems_of
+        )
         prepare_set(name, source, config, maker, out)
     out.counts["images"] = store.count(IMAGES)
     if store.count(SALIENCY):

@@ -69,7 +69,7 @@ def evaluate_where_due(run: RunDirectory, number: int, server: str) -> None:
     from megatron_papo.evaluation.evaluate import evaluate
 
     if number in run.evaluated_iterations() and number > 0:
-        for name in run.config.data.evaluation_sets:
+        for name in run.evaluated_sets(number):
             if read_manifest(run.evaluated(number, name)) is not None:
                 continue
             evaluate(Task.in_run(run, STAGES["stage7_evaluate"], Turn(number, name)), server, time.time())

@@ -255,11 +255,11 @@ def read_prompts(file: Path, hf: Path, config: Config) -> tuple[Path, list]:
 
 
 def prompt_of(row: dict, name: str, hf: Path, root: Path, config: Config) -> "Prompt":
-    from megatron_papo.data.chat import ChatFormat
+    from megatron_papo.data.chat import ChatFormat, RenderSettings
     from megatron_papo.pictures.preprocess import PictureSettings, grid_of_file, num_image_tokens
     from megatron_papo.run.records import Prompt
 
-    chat = ChatFormat(hf, config.data.prompt_template, config.data.system_prompt, config.data.strip_problem)
+    chat = ChatFormat(hf, RenderSettings.of(config.data))
     ids = chat.encode_prompt(row["problem"], len(row["images"]))
     grids = [grid_of_file(root, image, PictureSettings.of(config.data)) for image in row["images"]]
     length = len(ids) + sum(num_image_tokens(grid) - 1 for grid in grids)

@@ -24,6 +24,7 @@ from megatron_papo.data.sources import data_files
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
 from megatron_papo.run.command_line import run
+from megatron_papo.run.stages import set_section
 
 OFFICIAL = re.compile(r"Qwen2\.5-VL-\w+-Instruct")
 """Directories of this name are copies of the model Qwen/NAME."""
@@ -63,8 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def sources(config: Config) -> dict[str, PromptSource]:
     """Return the sets of prompts of a run, by their keys."""
-    sets = {"data.train": config.data.train, "data.sft": config.data.sft}
-    sets |= {f"data.{name}": source for name, source in config.data.evaluation_sets.items()}
+    sets: dict[str, PromptSource | None] = {"data.train": config.data.train, "data.sft": config.data.sft}
+    sets |= {set_section(name)[1]: source for name, source in config.evaluation_sets.items()}
     return {name: source for name, source in sets.items() if source is not None}
 
 

@@ -25,6 +25,7 @@ from megatron_papo.config import (
     default_of,
     is_living,
     meaning_of,
+    present_keys,
     section_type,
     value_of,
 )
@@ -76,16 +77,6 @@ def main() -> None:
         print("\n".join(entry(resolved, key)))
     for note in notes(resolved.config):
         print(f"\nnote: {note}")
-
-
-def present_keys(section: Section, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all leaves of a configuration, and of its sections that are null."""
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if section_type(field) is not None and value is not None:
-            yield from present_keys(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def differs(resolved: ResolvedConfig, key: str) -> bool:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_papo.checkpoint.model_files import model_fingerprint, require_one_model
-from megatron_papo.config import Change, Config, DataConfig, PromptSource
+from megatron_papo.config import Change, Config, DataConfig, PromptSource, is_place
 from megatron_papo.config_notes import bytes_on_disk
 from megatron_papo.data.chat import require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
@@ -26,8 +26,8 @@ from megatron_papo.pictures.preprocess import MERGE, PATCH, PictureSettings
 from megatron_papo.run.manifest import Manifest, read_manifest
 from megatron_papo.run.outside import remembered_fingerprint
 from megatron_papo.run.room import require_room
-from megatron_papo.run.run_config import PLACES
 from megatron_papo.run.run_directory import RunDirectory
+from megatron_papo.run.stages import set_section
 from megatron_papo.sglang.compilers import missing_for_triton
 from megatron_papo.sglang.nodes import require_own_gpus, server_launcher
 from megatron_papo.sglang.open_files import most_connections
@@ -57,7 +57,11 @@ def problems_of_run(run: RunDirectory, todo: Sequence[str]) -> list[str]:
     if path is None or not {"1", "2", "3", "4:1", "7:0"} & set(todo) or not Path(path).is_dir():
         return found
     model = Path(path)
-    shown = [PictureSettings.of(config.data), PictureSettings.of_evaluation(config.data, config.evaluation)]
+    shown = [PictureSettings.of(config.data)]
+    shown += [
+        PictureSettings.of_evaluation(config.data, config.evaluation, entry)
+        for entry in config.evaluation_sets.values()
+    ]
     found += found_by(
         [
             lambda: require_one_model(model),
@@ -85,7 +89,7 @@ def problems_of_places(run: RunDirectory, differences: Sequence[Change]) -> list
         run: With the new places.
         differences: What a start changes in the configuration.
     """
-    return found_by([partial(_require_same_content, run, change) for change in differences if change.key in PLACES])
+    return found_by([partial(_require_same_content, run, change) for change in differences if is_place(change.key)])
 
 
 def _require_same_content(run: RunDirectory, change: Change) -> None:
@@ -96,10 +100,11 @@ def _require_same_content(run: RunDirectory, change: Change) -> None:
         made = read_manifest(run.reference if run.config.sft is None else run.sft)
         recorded = None if made is None else made.recipe.inputs.get("hf")
         pairs.append((recorded, remembered_fingerprint(run.root, run.base, model_fingerprint) if recorded else ""))
-    elif change.key == "data.evaluation.source":
-        made = read_manifest(run.evaluation_data("evaluation"))
-        pairs += _of_source(made, "evaluation", data.evaluation, data)
-        cure = f"--set {change.key}={change.old}, or move {run.evaluation_data('evaluation').parents[1]} away first"
+    elif change.key.startswith(("data.evaluation.", "evaluation.")):
+        for name, source in run.config.evaluation_sets.items():
+            if change.key in ("evaluation.source", f"{set_section(name)[1]}.source"):
+                pairs += _of_source(read_manifest(run.evaluation_data(name)), name, source, data)
+        cure = f"--set {change.key}={change.old}, or move {run.root / 'evaluation'} away first"
     else:
         pairs += _of_source(made, "train", data.train, data) + _of_source(made, "sft", data.sft, data)
     if any(recorded not in (None, found) for recorded, found in pairs):
@@ -201,10 +206,12 @@ def require_context(hf: HFConfig, model: Path, config: Config) -> None:
 def require_sources(config: Config, prefetch: str) -> None:
     """Raise UserError where a data set is not there, or is none that can be read. prefetch: see problems_of_machine."""
     data, lines = config.data, []
-    for name, source in {"train": data.train, "sft": data.sft, **data.evaluation_sets}.items():
+    sets: dict[str, PromptSource | None] = {"data.train": data.train, "data.sft": data.sft}
+    sets |= {set_section(name)[1]: source for name, source in config.evaluation_sets.items()}
+    for key, source in sets.items():
         if source is None or source.source == "synthetic":
             continue
-        lines += [f"data.{name}.source: {line}" for line in found_by([partial(_require_source, source, prefetch)])]
+        lines += [f"{key}.source: {line}" for line in found_by([partial(_require_source, source, prefetch)])]
     if data.image_root is not None and not Path(data.image_root).is_dir():
         lines.append(f"data.image_root {data.image_root}: no such directory: --set data.image_root=DIR, or null")
     if lines:

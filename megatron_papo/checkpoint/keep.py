@@ -120,7 +120,7 @@ def best_iterations(run: RunDirectory) -> set[int]:
 
 
 def _is_evaluated(run: RunDirectory, number: int) -> bool:
-    return all(read_manifest(run.evaluated(number, name)) is not None for name in run.config.data.evaluation_sets)
+    return all(read_manifest(run.evaluated(number, name)) is not None for name in run.evaluated_sets(number))
 
 
 def holds_weights_alone(checkpoint: Path) -> bool:

@@ -2,10 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tokenizers import Tokenizer
 
+from megatron_papo.config import BenchmarkConfig, DataConfig
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.preprocess import num_image_tokens
 from megatron_papo.reading import read_json, reading, shown
@@ -77,18 +80,42 @@ def require_ids_in_vocabulary(directory: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class RenderSettings:
+    """What stands around a problem: keys of the configuration."""
+
+    prompt_template: str
+    """Format string around the problem."""
+    system_prompt: str | None = None
+    """None: whatever the chat template does by itself."""
+    strip_problem: bool = True
+    """Leave out white space before and after the problem."""
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Self:
+        """Return those of training prompts."""
+        return cls(data.prompt_template, data.system_prompt, data.strip_problem)
+
+    @classmethod
+    def of_set(cls, data: DataConfig, of_set: BenchmarkConfig) -> Self:
+        """Return those of an evaluation set: its own, else those of training."""
+        return cls(
+            of_set.prompt_template or data.prompt_template,
+            data.system_prompt if of_set.system_prompt is None else of_set.system_prompt,
+            data.strip_problem if of_set.strip_problem is None else of_set.strip_problem,
+        )
+
+
 class ChatFormat:
     """The tokenizer and chat template of a checkpoint, with the prompt template and system message of the
     configuration."""
 
-    def __init__(self, directory: Path, prompt_template: str, system_prompt: str | None, strip_problem: bool = True):
+    def __init__(self, directory: Path, settings: RenderSettings):
         """Load the tokenizer; no code that a checkpoint brings is run. Raises UserError where it cannot be used.
 
         Args:
             directory: of the checkpoint.
-            prompt_template: format string around the problem.
-            system_prompt: None: whatever the chat template does by itself.
-            strip_problem: leave out white space before and after the problem.
+            settings: what stands around a problem.
         """
         tokenizer_hash(directory)
         self.directory = directory
@@ -96,8 +123,8 @@ class ChatFormat:
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        self.prompt_template, self.strip_problem = prompt_template, strip_problem
-        self.system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        self.settings, system = settings, settings.system_prompt
+        self.system = [] if system is None else [{"role": "system", "content": system}]
         self.image_pad = self._token_id(directory, IMAGE_PAD)
         self.end_of_turn = self._token_id(directory, END_OF_TURN)
         if not self.tokenizer.chat_template:
@@ -107,8 +134,8 @@ class ChatFormat:
         self.control_tokens = sorted(
             token.content for token in added if token.special or token.content.startswith("<|")
         )
-        self._refuse_control_tokens(prompt_template, "data.prompt_template")
-        self._refuse_control_tokens(system_prompt or "", "data.system_prompt")
+        self._refuse_control_tokens(settings.prompt_template, "data.prompt_template")
+        self._refuse_control_tokens(system or "", "data.system_prompt")
 
     def encode_prompt(self, problem: str, num_images: int) -> list[int]:
         """Return the token ids up to the start of the response. Raises UserError if pictures do not fit the places.
@@ -118,7 +145,7 @@ class ChatFormat:
         would take it for a picture.
         """
         self._refuse_control_tokens(problem, "the problem")
-        text = self.prompt_template.format(problem=problem.strip() if self.strip_problem else problem)
+        text = self._around(problem)
         places = text.count(IMAGE_PLACE)
         if places == 0:
             text = IMAGE_PLACE * num_images + text
@@ -129,6 +156,15 @@ class ChatFormat:
         if pads != num_images:
             raise UserError(f"the chat template made {pads} {IMAGE_PAD} of {num_images} images: use Qwen2.5-VL's")
         return token_ids
+
+    def encode_without_images(self, problem: str) -> list[int]:
+        """Return the token ids of encode_prompt with no pictures, and no places for them."""
+        self._refuse_control_tokens(problem, "the problem")
+        return self._encode(self.render(self._around(problem).replace(IMAGE_PLACE, "")))
+
+    def _around(self, problem: str) -> str:
+        stripped = problem.strip() if self.settings.strip_problem else problem
+        return self.settings.prompt_template.format(problem=stripped)
 
     def render(self, text: str) -> str:
         """Return the chat text of one user message whose `<image>` places are pictures."""

@@ -1,6 +1,6 @@
 """From rows to Prompt records: pictures stored, prompts tokenised and measured, overlong ones left out and counted."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_papo.config import DataConfig
@@ -23,12 +23,14 @@ class PromptMaker:
     config: DataConfig
     chat: ChatFormat
     store: ImageStore
+    shown_as: PictureSettings
+    """How the pictures will be shown."""
     needs_saliency: bool = False
     """Refuse a row with pictures and no saliency maps."""
-    also_shown: Sequence[PictureSettings] = ()
-    """Other settings under which the pictures will be shown, and must be possible."""
     processor: ModelProcessor | None = None
     """Of the model, which must leave resized pictures alone."""
+    problems_of: str | None = None
+    """Of an evaluation set: the name of the set whose problems it shows."""
     source_hash: SourceHash | None = None
     """Gets the pictures that rows name by path, as they are read."""
     report: SetReport = field(default_factory=SetReport)
@@ -84,6 +86,9 @@ class PromptMaker:
             num_tokens=len(token_ids) + sum(self._num_tokens(image) - 1 for image in images),
             images=[image.name for image in images],
             saliency=[entry.name for entry in saliency],
+            problem_id=None if self.problems_of is None else f"{self.problems_of}/{row.problem_id or row.id}",
+            options=list(row.options),
+            token_ids_without_images=self._without_images(row),
             target=row.target,
             target_token_ids=None if row.target is None else self.chat.encode_target(row.target),
         )
@@ -101,12 +106,12 @@ class PromptMaker:
                 " of the maps with data.saliency_key, or drop the row"
             )
 
+    def _without_images(self, row: SourceRow) -> list[int] | None:
+        return None if self.problems_of is None or not row.images else self.chat.encode_without_images(row.problem)
+
     def _num_tokens(self, image: StoredImage) -> int:
-        """Return how many tokens a picture takes. Raises UserError where one of the settings, or the server, refuses
-        it."""
-        sizes = [model_size(*image.seen.size, used) for used in (PictureSettings.of(self.config), *self.also_shown)]
-        for size in sizes:
-            if self.processor is not None:
-                self.processor.require_unchanged(*size)
-        width, height = sizes[0]
+        """Return how many tokens a picture takes. Raises UserError where the settings, or the server, refuse it."""
+        width, height = model_size(*image.seen.size, self.shown_as)
+        if self.processor is not None:
+            self.processor.require_unchanged(width, height)
         return width // FACTOR * (height // FACTOR)

@@ -91,6 +91,10 @@ class SourceRow:
     """None: a path is an error."""
     saliency: list[bytes | str] | None = None
     """A saliency map per picture: files likewise; None where the row has none."""
+    options: tuple[str, ...] = ()
+    """Texts to choose from, A first."""
+    problem_id: str | None = None
+    """The same for rows of a set that show one problem; None: no other row does."""
     columns: tuple[str, ...] = ()
     """Names of all columns that the row has."""
 

@@ -2,11 +2,22 @@
 
 import json
 import time
+from itertools import chain
 
 from megatron_papo.checkpoint.model_files import model_fingerprint, require_one_model
 from megatron_papo.checkpoint.proof import require_proof_if_converted
+from megatron_papo.config import BenchmarkConfig
 from megatron_papo.data.response_tokens import response_tokens
-from megatron_papo.evaluation.predictions import evaluation_metrics, evaluation_requests, prediction, with_length
+from megatron_papo.errors import UserError
+from megatron_papo.evaluation.predictions import (
+    SUFFIXES,
+    evaluation_metrics,
+    evaluation_requests,
+    images_shown,
+    prediction,
+    with_length,
+)
+from megatron_papo.evaluation.protocol import protocol_of
 from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.rollout.pictures import Pictures, probe_of
 from megatron_papo.rollout.sample_and_grade import (
@@ -48,7 +59,7 @@ def evaluate(task: Task, server: str, started: float | None = None) -> None:
 
 
 def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
-    """Sample, grade and average; write predictions.jsonl and metrics.json.
+    """Sample, grade and average; write predictions.jsonl, metrics.json and protocol.json.
 
     Args:
         task: A turn of stage 7.
@@ -57,21 +68,22 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
         out: The output, open.
     """
     config, data, hf, settings = task.config, task.path("data"), task.path("hf"), task.config.evaluation
-    picture_settings = PictureSettings.of_evaluation(config.data, settings)
+    name, of_set = set_of(task)
+    picture_settings = PictureSettings.of_evaluation(config.data, settings, of_set)
     prompts = read_jsonl(data / "prompts.jsonl", Prompt)
-    if picture_settings != PictureSettings.of(config.data):
+    if task.run is None:  # in a run stage 1 was given the same settings
         prompts = [with_length(prompt, data, picture_settings) for prompt in prompts]
     tokenizer = matching_tokenizer(hf, data)
     tokens = response_tokens(hf, tokenizer.get_vocab(with_added_tokens=True))
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_response_tokens, tokens)
-    pictures = Pictures(data, picture_settings, config.masked_image, kept=2 * config.rollout.concurrency)
-    requests = [
-        request
-        for masked in ([False, True] if settings.masked_images else [False])
-        for request in evaluation_requests(
-            prompts, pictures, seed=config.seed, samples_per_prompt=settings.samples_per_prompt, masked=masked
+    masking = settings.masking(config.masked_image)
+    pictures = Pictures(data, picture_settings, masking, kept=2 * config.rollout.concurrency)
+    requests = {
+        image: evaluation_requests(
+            prompts, pictures, seed=config.seed, samples_per_prompt=settings.samples_per_prompt, image=image
         )
-    ]
+        for image in images_shown(settings)
+    }
     client = open_client(
         server,
         hf,
@@ -84,14 +96,31 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
     begun = time.monotonic()
     with SampleStore(samples_of(task.output), config.model.dtype) as store:
         sampler = Sampler(client, version, sampling, tokenizer, config.reward, store)
-        responses = sample_and_grade_all(sampler, requests, "evaluation")
+        graded = iter(sample_and_grade_all(sampler, [*chain(*requests.values())], name))
+        answers = {image: [(request, next(graded)) for request in asked] for image, asked in requests.items()}
     seconds = time.monotonic() - begun
     if config.server.shares_gpus:
         release_memory(client.servers)
-    write_jsonl(out.partial / "predictions.jsonl", map(prediction, requests, responses))
-    metrics = evaluation_metrics(requests, responses, len(prompts), settings.samples_per_prompt)
+    write_jsonl(
+        out.partial / "predictions.jsonl",
+        (prediction(*pair, image) for image, pairs in answers.items() for pair in pairs),
+    )
+    metrics = evaluation_metrics(answers)
+    protocol = protocol_of(task, name, of_set, fingerprint, prompts)
+    (out.partial / "protocol.json").write_text(protocol.model_dump_json(indent=1) + "\n")
     (out.partial / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
     out.counts |= metrics
-    on_masked = f", on masked images {metrics['accuracy_masked']:.4f}" if settings.masked_images else ""
-    words = f"avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {metrics['accuracy']:.4f}{on_masked}"
+    said = {"original": "", "masked": ", on masked images ", "none": ", without images "}
+    accuracies = "".join(f"{said[image]}{metrics['accuracy' + SUFFIXES[image]]:.4f}" for image in answers)
+    words = f"{name}: avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {accuracies}"
     print(f"{hf}: {words} in {seconds:.0f} s", flush=True)
+
+
+def set_of(task: Task) -> tuple[str, BenchmarkConfig]:
+    """Return the evaluation set of a turn; of one that names none, the only one that there is. Raises UserError."""
+    sets, name = task.config.evaluation_sets, task.turn.evaluation_set
+    if name is None and len(sets) == 1:
+        name = next(iter(sets))
+    if name is None or name not in sets:
+        raise UserError(f"--evaluation-set {name or 'missing'}: say which of {', '.join(sets)}")
+    return name, sets[name]

@@ -1,16 +1,30 @@
 """What stage 7 asks and records: requests for benchmark prompts, predictions, metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_papo.config import EvaluationConfig
 from megatron_papo.evaluation.accuracy import average_at_k
 from megatron_papo.pictures.preprocess import PictureSettings, grid_of_file, num_image_tokens
 from megatron_papo.rollout.counts import Counts, summary
 from megatron_papo.rollout.groups import Graded
 from megatron_papo.rollout.pictures import Pictures
-from megatron_papo.run.records import Prediction, Prompt
+from megatron_papo.run.records import ImageShown, Prediction, Prompt
 from megatron_papo.seeds import derive_seed
 from megatron_papo.sglang.requests import Request
+
+SUFFIXES: dict[ImageShown, str] = {"original": "", "masked": "_masked", "none": "_none"}
+"""What was shown of a prompt's pictures -> what the names of its metrics end with."""
+
+
+def images_shown(settings: EvaluationConfig) -> list[ImageShown]:
+    """Return what every prompt is answered with."""
+    wanted: dict[ImageShown, bool] = {
+        "original": True,
+        "masked": settings.masked_images,
+        "none": settings.without_images,
+    }
+    return [image for image, is_wanted in wanted.items() if is_wanted]
 
 
 def with_length(prompt: Prompt, data: Path, settings: PictureSettings) -> Prompt:
@@ -26,33 +40,35 @@ def with_length(prompt: Prompt, data: Path, settings: PictureSettings) -> Prompt
 
 
 def evaluation_requests(
-    prompts: Sequence[Prompt], pictures: Pictures, *, seed: int, samples_per_prompt: int, masked: bool
+    prompts: Sequence[Prompt], pictures: Pictures, *, seed: int, samples_per_prompt: int, image: ImageShown
 ) -> list[Request]:
     """Return samples_per_prompt requests for each prompt, prompt by prompt.
 
     Args:
         prompts: of the benchmark.
         pictures: gives a prompt's pictures.
-        seed: of the run. A response's seed follows from it and from prompt and sample, masked or not.
+        seed: of the run. A response's seed follows from it and from prompt and sample, whatever is shown.
         samples_per_prompt: responses per prompt.
-        masked: whether the pictures are masked.
+        image: what is shown of the prompts' pictures.
     """
     requests = []
     for number, prompt in enumerate(prompts):
-        mask = derive_seed(seed, "evaluation_mask", prompt.id) if masked else None
-        images, group = pictures.of(prompt, mask), (number, masked)
+        mask = derive_seed(seed, "evaluation_mask", prompt.id) if image == "masked" else None
+        asked = prompt.without_images() if image == "none" else prompt
+        images, group = pictures.of(asked, mask), (number, image)
         for sample in range(samples_per_prompt):
             sampling_seed = derive_seed(seed, "evaluation", prompt.id, sample)
-            requests.append(Request(prompt, sampling_seed, images, group, sample, mask))
+            requests.append(Request(asked, sampling_seed, images, group, sample, mask))
     return requests
 
 
-def prediction(request: Request, response: Graded) -> Prediction:
-    """Return the record of one response."""
+def prediction(request: Request, response: Graded, image: ImageShown) -> Prediction:
+    """Return the record of one response. image: what it was given of the prompt's pictures."""
     return Prediction(
         prompt_id=request.prompt.id,
+        problem_id=request.prompt.problem_id,
         sample=request.sample,
-        image="original" if request.masked_image_seed is None else "masked",
+        image=image,
         answer=request.prompt.answer,
         text=response.text,
         response_token_ids=response.sample.token_ids,
@@ -63,20 +79,16 @@ def prediction(request: Request, response: Graded) -> Prediction:
     )
 
 
-def evaluation_metrics(
-    requests: Sequence[Request], responses: Sequence[Graded], num_prompts: int, samples_per_prompt: int
-) -> Counts:
-    """Return the metrics of the original pictures; those of masked ones, if there are any, with the suffix _masked."""
-    metrics: Counts = {"prompts": num_prompts, "samples_per_prompt": samples_per_prompt}
-    for suffix, masked in (("", False), ("_masked", True)):
-        chosen = [
-            (request, response)
-            for request, response in zip(requests, responses, strict=True)
-            if (request.masked_image_seed is not None) == masked
-        ]
-        if not chosen:
-            continue
-        part = summary([response for _, response in chosen])
-        part["accuracy"] = average_at_k((request.prompt.id, response.rewards.accuracy) for request, response in chosen)
-        metrics |= {key + suffix: value for key, value in part.items()}
+def evaluation_metrics(answers: Mapping[ImageShown, Sequence[tuple[Request, Graded]]]) -> Counts:
+    """Return the metrics of the original pictures, and with a suffix those of masked ones and of none.
+
+    answers: What was shown -> requests and responses, samples_per_prompt to each prompt.
+    """
+    originals = answers["original"]
+    prompts = len({request.prompt.id for request, _ in originals})
+    metrics: Counts = {"prompts": prompts, "samples_per_prompt": len(originals) // prompts}
+    for image, pairs in answers.items():
+        part = summary([response for _, response in pairs])
+        part["accuracy"] = average_at_k((request.prompt.id, response.rewards.accuracy) for request, response in pairs)
+        metrics |= {key + SUFFIXES[image]: value for key, value in part.items()}
     return metrics

@@ -15,7 +15,7 @@ from typing import Literal, Self
 import numpy as np
 from PIL import Image
 
-from megatron_papo.config import DataConfig, EvaluationConfig, MaskedImageConfig
+from megatron_papo.config import BenchmarkConfig, DataConfig, EvaluationConfig, MaskedImageConfig
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.decode import Transparency, decode_image, decode_saliency
 from megatron_papo.pictures.files import read_inside
@@ -50,14 +50,14 @@ class PictureSettings:
         return cls(data.min_pixels, data.max_pixels, data.resize, data.transparency)
 
     @classmethod
-    def of_evaluation(cls, data: DataConfig, evaluation: EvaluationConfig) -> Self:
-        """Return those of evaluation."""
+    def of_evaluation(cls, data: DataConfig, evaluation: EvaluationConfig, of_set: BenchmarkConfig) -> Self:
+        """Return those of an evaluation set: its own, else evaluation's, else those of training."""
         training = cls.of(data)
-        resize = evaluation.resize or data.resize
+        resize = of_set.resize or evaluation.resize or data.resize
         return replace(
             training,
-            min_pixels=evaluation.min_pixels or training.min_pixels,
-            max_pixels=evaluation.max_pixels or training.max_pixels,
+            min_pixels=of_set.min_pixels or evaluation.min_pixels or training.min_pixels,
+            max_pixels=of_set.max_pixels or evaluation.max_pixels or training.max_pixels,
             resize="published_evaluation" if resize == "published" else resize,
         )
 

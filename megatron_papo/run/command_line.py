@@ -188,13 +188,15 @@ class StageParser:
             if not numbers:
                 self.parser.error("say which iteration of the run: --iteration N, or --iterations A-B")
             if self.has_sets:
-                turns = [Turn(number, name) for number in numbers for name in run.config.data.evaluation_sets]
+                turns = [Turn(number, name) for number in numbers for name in run.evaluated_sets(number)]
+                if args.evaluation_set in run.config.evaluation_sets:
+                    turns = [Turn(number, args.evaluation_set) for number in numbers]
             else:
                 turns = [Turn(number) for number in numbers]
         if self.has_sets and args.evaluation_set is not None:
             turns = [turn for turn in turns if turn.evaluation_set == args.evaluation_set]
             if not turns:
-                names = ", ".join(run.config.data.evaluation_sets)
+                names = ", ".join(run.config.evaluation_sets)
                 raise UserError(
                     f"--evaluation-set {args.evaluation_set}: the run has no set of that name: there is {names}"
                 )

@@ -3,9 +3,9 @@ line."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading
@@ -35,10 +35,21 @@ class Prompt(Record):
     resized."""
     saliency: list[str] = []
     """Likewise, the saliency map of each image, for masked_image.strategy `semantic`; [] where the data has none."""
+    problem_id: str | None = None
+    """Of an evaluation set: the problem that is shown, the same in every set and row that shows it."""
+    options: list[str] = []
+    """Of an evaluation set: the texts to choose from, A first; [] where there is nothing to choose."""
+    token_ids_without_images: list[int] | None = None
+    """Of an evaluation set: token_ids of the text alone; None where there is no image."""
     target: str | None = None
     """The response that stage 2 teaches; None outside sft.jsonl."""
     target_token_ids: list[int] | None = None
     """Its tokens, ending with the end-of-turn token."""
+
+    def without_images(self) -> Self:
+        """Return the prompt of the text alone."""
+        ids = self.token_ids if self.token_ids_without_images is None else self.token_ids_without_images
+        return self.model_copy(update={"token_ids": ids, "num_tokens": len(ids), "images": [], "saliency": []})
 
 
 class Rewards(Record):
@@ -91,12 +102,18 @@ class Rollout(Record):
     rollout.max_staleness is 1."""
 
 
+ImageShown = Literal["original", "masked", "none"]
+"""What a response of stage 7 was given of the prompt's images."""
+
+
 class Prediction(Record):
     """One answer to a benchmark prompt."""
 
     prompt_id: str
+    problem_id: str | None = None
+    """As in Prompt.problem_id."""
     sample: int
-    image: Literal["original", "masked"]
+    image: ImageShown
     answer: str
     text: str
     response_token_ids: list[int]
@@ -106,12 +123,33 @@ class Prediction(Record):
     masked_image_seed: int | None
 
 
+class Protocol(Record):
+    """protocol.json of stage 7: what was evaluated, and how. Two evaluations may be compared where all of `protocol`
+    and `data` agree."""
+
+    set: str
+    groups: list[str]
+    problems_of: str
+    """Name of the set whose problems these are."""
+    checkpoint: str
+    """Fingerprint of the Hugging Face checkpoint."""
+    hf: str
+    """Where it was."""
+    data: str
+    """Hash of what the prompts ask."""
+    protocol: dict[str, JsonValue]
+    """All settings that decide the responses or their grades."""
+    chosen_on: bool
+    """keep_best chooses checkpoints of this run by this set."""
+
+
 class Metrics(BaseModel):
     """metrics.json of stage 7, as far as it is read again."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
     accuracy: float = Field(ge=0, le=1)
     accuracy_masked: float | None = Field(default=None, ge=0, le=1)
+    accuracy_none: float | None = Field(default=None, ge=0, le=1)
 
 
 RecordType = TypeVar("RecordType", bound=Record)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_papo.config import Change, Config, changes
+from megatron_papo.config import Change, Config, changes, is_place
 from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
 from megatron_papo.errors import UserError
 from megatron_papo.reading import read_text, reading, shown
@@ -20,8 +20,6 @@ CONFIG = "config.yaml"
 RECORD = ".config.yaml"
 OUTPUTS = ("data", "evaluation", "iterations", "reference", "sft")
 """What stands in a run directory as soon as anything has been made."""
-PLACES = ("data.train.source", "data.sft.source", "data.image_root", "model.path", "data.evaluation.source")
-"""Living keys that name something outside the run, which must have the same content at its new place."""
 
 
 def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
@@ -32,7 +30,7 @@ def open_run(root: Path, overrides: Sequence[str] = ()) -> RunDirectory:
     config = load_config(_existing(root), list(overrides))
     differences = changes(_recorded(root), config)
     _refuse_frozen(root, differences)
-    moved = [change.key for change in differences if change.key in PLACES]
+    moved = [change.key for change in differences if is_place(change.key)]
     if moved:
         raise UserError(
             f"{root}: {', '.join(moved)} changed since the run was last started: start it with bash run_all.sh --name"

@@ -66,6 +66,14 @@ class RunDirectory:
         between = [] if every is None else range(every, last, every)
         return [0, *between, last]
 
+    def evaluated_sets(self, number: int) -> list[str]:
+        """Return the names of the evaluation sets that are run on iteration `number`, one of evaluated_iterations."""
+        during = self.config.evaluation.during_training
+        names = list(self.config.evaluation_sets)
+        if during is None or number in (0, self.config.iterations):
+            return names
+        return [name for name in names if name in during]
+
     def is_checkpoint(self, number: int) -> bool:
         """Say whether a resident run writes the Megatron checkpoint of iteration `number` with its optimizer."""
         return number % self.config.checkpoint_every == 0 or number == self.config.iterations

@@ -8,11 +8,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_papo.config import Config, Section, is_living, value_of
+from megatron_papo.config import BenchmarkConfig, Config, PromptSource, Section, is_living, value_of
 from megatron_papo.run.run_directory import RunDirectory
 
 PICTURES = ("data.min_pixels", "data.max_pixels", "data.resize", "data.transparency")
 COLUMNS = ("problem_key", "answer_key", "images_key", "target_key", "saliency_key")
+SETS = ("data.evaluation", "evaluation.benchmarks", "evaluation.source")
+"""What says which evaluation sets there are. Of one of them, the stages list the keys that decide what they make."""
+ROWS_OF_SET = ("split", "count", *COLUMNS)
+PROMPTS_OF_SET = (
+    "form",
+    "image_archive",
+    "prompt_template",
+    "system_prompt",
+    "strip_problem",
+    "problem_by",
+    "problems_of",
+)
+PICTURES_OF_SET = ("min_pixels", "max_pixels", "resize")
 EVALUATION = (
     "evaluation.samples_per_prompt",
     "evaluation.temperature",
@@ -23,6 +36,8 @@ EVALUATION = (
     "evaluation.max_pixels",
     "evaluation.resize",
     "evaluation.masked_images",
+    "evaluation.masked_image",
+    "evaluation.without_images",
 )
 PROMPTS = (
     "data.synthetic",
@@ -86,6 +101,8 @@ class Stage:
     """How many torchrun starts; None: it is one process."""
     decided_by_of_set: tuple[str, ...] = ()
     """Of stage 1: the keys that decide an evaluation set, in place of decided_by."""
+    keys_of_set: tuple[str, ...] = ()
+    """Of an evaluation set, the keys of its own that decide the output."""
     iteration_decides: bool = False
     """The number of the iteration is part of the fingerprint."""
 
@@ -107,9 +124,11 @@ class Stage:
         Of a section, what is living is left out, unless the section is so as a whole.
         """
         of_set = self.decided_by_of_set and turn.evaluation_set is not None
-        return {
-            key: _plain(key, value_of(config, key)) for key in (self.decided_by_of_set if of_set else self.decided_by)
-        }
+        keys = list(self.decided_by_of_set if of_set else self.decided_by)
+        if turn.evaluation_set is not None:
+            section, place = set_section(turn.evaluation_set)
+            keys += [f"{place}.{key}" for key in self.keys_of_set if key in section.model_fields]
+        return {key: _plain(key, value_of(config, key)) for key in keys}
 
     def arguments(self, turn: Turn) -> dict[str, object]:
         """Return what decides an output beside keys and inputs."""
@@ -127,6 +146,15 @@ def _plain(key: str, value: object) -> object:
         for name in names
         if is_living(key) or not is_living(f"{key}.{name}")
     }
+
+
+def set_section(name: str) -> tuple[type[PromptSource], str]:
+    """Return the type of an evaluation set's section, and its dotted key."""
+    return (
+        (PromptSource, "data.evaluation")
+        if name == "evaluation"
+        else (BenchmarkConfig, f"evaluation.benchmarks.{name}")
+    )
 
 
 def _iterations(run: RunDirectory) -> list[Turn]:
@@ -161,7 +189,7 @@ def _needs_previous(config: Config, turn: Turn) -> bool:
 
 def _source_keys(name: str) -> list[str]:
     """Return what decides the rows of a source, beside its content."""
-    return [f"data.{name}.{key}" for key in ("split", "count", *COLUMNS)]
+    return [f"data.{name}.{key}" for key in ROWS_OF_SET]
 
 
 DATA = InputSpec(
@@ -177,11 +205,12 @@ STAGES: dict[str, Stage] = {
             "stage1_prepare_data",
             "rows of any source, or of the synthetic task, become prompts and pictures",
             decided_by=("seed", *_source_keys("train"), *_source_keys("sft"), *PROMPTS),
-            decided_by_of_set=("seed", *_source_keys("evaluation"), *PROMPTS),
+            decided_by_of_set=("seed", *PROMPTS, *(f"evaluation.{key}" for key in PICTURES_OF_SET)),
+            keys_of_set=(*ROWS_OF_SET, *PROMPTS_OF_SET, *PICTURES_OF_SET),
             also_reads=(
                 "data.train.source",
                 "data.sft.source",
-                "data.evaluation",
+                *SETS,
                 "data.image_root",
                 "model.path",
                 "masked_image",
@@ -207,7 +236,7 @@ STAGES: dict[str, Stage] = {
                 run.data if turn.evaluation_set is None else run.evaluation_data(turn.evaluation_set)
             ),
             writes="prompts.jsonl, images/",
-            turns=lambda run: [Turn(), *(Turn(evaluation_set=name) for name in run.config.data.evaluation_sets)],
+            turns=lambda run: [Turn(), *(Turn(evaluation_set=name) for name in run.config.evaluation_sets)],
         ),
         Stage(
             "stage2_sft",
@@ -343,7 +372,18 @@ STAGES: dict[str, Stage] = {
             "stage7_evaluate",
             "avg@k on an evaluation set, with and without the picture",
             decided_by=("seed", *EVALUATION, "reward", "masked_image", "model.dtype", *PICTURES),
-            also_reads=("server", "rollout.concurrency", "rollout.request_timeout_seconds"),
+            keys_of_set=(*PICTURES_OF_SET, "grading"),
+            also_reads=(
+                *SETS,
+                "data.prompt_template",
+                "data.system_prompt",
+                "data.strip_problem",
+                "keep_best",
+                "evaluation.validation",
+                "server",
+                "rollout.concurrency",
+                "rollout.request_timeout_seconds",
+            ),  # fmt: skip
             inputs=(
                 InputSpec(
                     "data",
@@ -362,7 +402,7 @@ STAGES: dict[str, Stage] = {
             output=lambda run, turn: run.evaluated(_number(turn), _set(turn)),
             writes="predictions.jsonl, metrics.json",
             turns=lambda run: [
-                Turn(number, name) for number in run.evaluated_iterations() for name in run.config.data.evaluation_sets
+                Turn(number, name) for number in run.evaluated_iterations() for name in run.evaluated_sets(number)
             ],
         ),
     )

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_papo.config import PromptSource
 from megatron_papo.errors import UserError
 from megatron_papo.run.manifest import PRUNED, Manifest, read_manifest
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import differences, nested, partial_of
-from megatron_papo.run.stages import Stage, Turn, all_turns, maker
+from megatron_papo.run.stages import Stage, Turn, all_turns, maker, set_section
 
 Word = Literal["done", "stale", "missing", "running"]
 
@@ -108,13 +109,15 @@ def _moved_sources(run: RunDirectory, stage: Stage, turn: Turn, recorded: Mappin
     if stage.number != 1:
         return ""
     data = run.config.data
-    wanted = {"train": data.train, "sft": data.sft} if turn.evaluation_set is None else data.evaluation_sets
+    own: dict[str, PromptSource | None] = {"train": data.train, "sft": data.sft}
+    wanted = own if turn.evaluation_set is None else run.config.evaluation_sets
     for name, source in wanted.items():
         if source is None or (turn.evaluation_set not in (None, name)):
             continue
         place = None if source.source == "synthetic" else str(Path(source.source))
         if recorded.get(name) != place:
-            return f"data.{name}.source is {source.source}, was {recorded.get(name, 'synthetic')}"
+            key = f"data.{name}" if name in own else set_section(name)[1]
+            return f"{key}.source is {source.source}, was {recorded.get(name, 'synthetic')}"
     return ""
 
 

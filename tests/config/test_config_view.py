@@ -13,7 +13,12 @@ STAGE = "stage4_rollout"
 @pytest.fixture(scope="module")
 def config() -> Config:
     return load_config(
-        DEMO_CONFIG, ["rollout.dynamic_sampling={max_rounds: 7}", "objective.kl_prcp_annealing={steps: 9}"]
+        DEMO_CONFIG,
+        [
+            "rollout.dynamic_sampling={max_rounds: 7}",
+            "objective.kl_prcp_annealing={steps: 9}",
+            "evaluation.masked_image={}",
+        ],
     )
 
 
@@ -56,9 +61,19 @@ def test_a_section_of_which_nothing_is_listed_is_refused_at_its_own_name(config)
 
 
 def test_properties_reach_listed_keys_only(config):
-    seen = view(config, ["rollout.rollout_batch_size", "objective.kl_ref_coef", "data.evaluation"], STAGE)
+    seen = view(
+        config,
+        [
+            "rollout.rollout_batch_size",
+            "objective.kl_ref_coef",
+            "data.evaluation",
+            "evaluation.benchmarks",
+            "evaluation.source",
+        ],
+        STAGE,
+    )
     assert seen.objective.uses_reference is True
-    assert seen.data.evaluation_sets["evaluation"].count == 256
+    assert seen.evaluation_sets["evaluation"].count == 256
     with pytest.raises(KeyNotListed, match="reads rollout.over_sampling"):
         _ = seen.rollout.drawn_prompts
     with pytest.raises(KeyNotListed, match="reads objective.kl_prcp_coef"):

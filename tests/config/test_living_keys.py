@@ -64,6 +64,15 @@ def test_changes_are_leaf_by_leaf(demo):
     assert [(change.key, change.old, change.new) for change in changes(other, demo)][0] == ("iterations", 9, 6)
 
 
+def test_changes_of_entries_are_told_by_their_names(demo):
+    one = load_config(DEMO_CONFIG, ["evaluation.benchmarks.a.source=a.jsonl"])
+    other = load_config(DEMO_CONFIG, ["evaluation.benchmarks.a={source: a.jsonl, count: 4}"])
+    assert changes(one, other) == [Change("evaluation.benchmarks.a.count", None, 4, living=True)]
+    (new,) = changes(demo, one)
+    assert (new.key, new.old, new.new["source"]) == ("evaluation.benchmarks.a", None, "a.jsonl")
+    assert [(change.key, change.new) for change in changes(one, demo)] == [("evaluation.benchmarks.a", None)]
+
+
 def test_changes_where_a_section_is_null_on_one_side(demo):
     without = load_config(DEMO_CONFIG, ["sft=null", "data.sft=null"])
     found = {change.key: change for change in changes(demo, without)}
@@ -77,7 +86,7 @@ def test_changes_where_a_section_is_null_on_one_side(demo):
     assert "rollout.dynamic_sampling.max_rounds" in {change.key for change in changes(demo, sampled)}
 
 
-@pytest.mark.parametrize("key", [key for key in leaf_keys() if key not in ("model.path",)])
+@pytest.mark.parametrize("key", [key for key in leaf_keys() if key not in ("model.path", "evaluation.benchmarks")])
 def test_every_key_can_be_seen_to_change(demo, key):
     """Each leaf, replaced by a value that no configuration holds, is the one change."""
 
@@ -86,7 +95,10 @@ def test_every_key_can_be_seen_to_change(demo, key):
         old = getattr(section, name)
         return section.model_copy(update={name: replaced(old, rest) if rest else ["changed"]})
 
-    config = load_config(DEMO_CONFIG, ["rollout.dynamic_sampling={}", "objective.kl_prcp_annealing={steps: 5}"])
+    config = load_config(
+        DEMO_CONFIG,
+        ["rollout.dynamic_sampling={}", "objective.kl_prcp_annealing={steps: 5}", "evaluation.masked_image={}"],
+    )
     assert [change.key for change in changes(config, replaced(config, key.split(".")))] == [key]
 
 
@@ -168,7 +180,7 @@ def test_show_config_prints_every_key_with_its_source_kind_and_meaning():
     ]:
         assert re.search(rf"^{re.escape(key)}: {re.escape(value)} +\({re.escape(source)}\)$", text, re.MULTILINE), key
     assert "    Standard deviation of the pixel noise, in grey levels (0..255)." in lines
-    null = ("data.sft.", "sft.", "objective.kl_prcp_annealing.")
+    null = ("data.sft.", "sft.", "objective.kl_prcp_annealing.", "evaluation.masked_image.")
     printed = {line.split(": ")[0] for line in lines if re.match(r"[a-z_.0-9]+: .*(frozen|living)\)$", line)}
     assert printed == {key for key in leaf_keys() if not key.startswith(null)} | {name.rstrip(".") for name in null}
     assert lines[-1].startswith("note: objective.masked_image_entropy_coef 0.03 reaches no gradient")

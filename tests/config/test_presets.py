@@ -216,7 +216,7 @@ def keys(tree: dict, prefix: str = "") -> dict[str, object]:
     """Dotted names of all leaves of a nested dict, with their values."""
     found = {}
     for key, value in tree.items():
-        found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return found
 
 

@@ -11,11 +11,12 @@ from PIL import Image
 from pyarrow import parquet
 
 from megatron_papo.config import DataConfig, PromptSource
-from megatron_papo.data.chat import ChatFormat
+from megatron_papo.data.chat import ChatFormat, RenderSettings
 from megatron_papo.data.fingerprint import SourceHash, source_fingerprint
 from megatron_papo.data.prompts import PromptMaker
 from megatron_papo.data.rows import read_rows
 from megatron_papo.errors import UserError
+from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.pictures.store import ImageStore
 from megatron_papo.synthetic.tiny_tokenizer import make_tiny_tokenizer
 
@@ -163,8 +164,8 @@ def test_stage_1_adds_it_up_while_it_reads(data_set, tmp_path, tokenizer, max_pr
     settings = config().model_copy(update={"max_prompt_tokens": max_prompt_tokens})
     total = SourceHash(source)
     (tmp_path / "out").mkdir()
-    chat = ChatFormat(tokenizer, "{problem}", None)
-    maker = PromptMaker(settings, chat, ImageStore(tmp_path / "out"), source_hash=total)
+    chat = ChatFormat(tokenizer, RenderSettings("{problem}"))
+    maker = PromptMaker(settings, chat, ImageStore(tmp_path / "out"), PictureSettings.of(settings), source_hash=total)
     assert len(list(maker.prompts(read_rows(source, settings, False)))) == (4 if max_prompt_tokens == 512 else 3)
     assert len(maker.report.bad) == 2 and total.hexdigest() == fingerprint(data_set)
     assert SourceHash(source).hexdigest() != total.hexdigest()  # control: pictures do count

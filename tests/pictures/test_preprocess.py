@@ -99,13 +99,15 @@ def test_published_pixels_are_resized_twice(tmp_path):
 )
 def test_published_evaluation_sizes(native, tokens, sizes):
     config = load_config(ROOT / "configs" / "papo_g_3b.yaml")
-    published = PictureSettings.of_evaluation(config.data, config.evaluation)
+    published = PictureSettings.of_evaluation(config.data, config.evaluation, config.evaluation_sets["evaluation"])
     assert preprocess.sizes(*native, published) == sizes
     assert sizes[-1][0] * sizes[-1][1] == tokens * 28 * 28
     if native == (480, 320):  # the control: with the limits of training it would be half as many again
         assert preprocess.model_size(*native, replace(published, min_pixels=200704)) != sizes[-1]
         smart = config.evaluation.model_copy(update={"resize": "smart", "min_pixels": None})
-        assert preprocess.model_size(*native, PictureSettings.of_evaluation(config.data, smart)) == (560, 392)
+        assert preprocess.model_size(
+            *native, PictureSettings.of_evaluation(config.data, smart, config.evaluation_sets["evaluation"])
+        ) == (560, 392)
 
 
 @settings(max_examples=25, deadline=None)

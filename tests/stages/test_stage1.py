@@ -124,12 +124,34 @@ def test_every_kind_of_source(kind, stage, tmp_path, tiny_hf):
     # Rows 1 and 4 share a picture.
     assert len(list((output / "images").iterdir())) == read_manifest(output).counts["images"] == 3
     as_set = stage("unused", f"data.evaluation={{source: '{source}'}}", output="set", evaluation_set="evaluation")
-    assert (as_set / "prompts.jsonl").read_bytes() == (output / "prompts.jsonl").read_bytes()
+    of_set = read_jsonl(as_set / "prompts.jsonl", Prompt)
+    assert [prompt.problem_id for prompt in of_set] == [f"evaluation/{name}" for name in ids]
+    added = {"problem_id": None, "token_ids_without_images": None}
+    assert [prompt.model_copy(update=added) for prompt in of_set] == prompts
     assert (as_set / "tokenizer.sha256").read_bytes() == (output / "tokenizer.sha256").read_bytes()
     for name in (name for prompt in prompts for name in prompt.images):
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == name.removeprefix("images/").removesuffix(
             ".png"
         )
+
+
+def test_the_text_alone_of_an_evaluation_set(stage, tmp_path, tiny_hf):
+    """Character by character: no picture, and nothing in its place."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_hf)
+    source = write_jsonl(tmp_path / "data" / "set.jsonl", ROWS)
+    output = stage("unused", f"data.evaluation={{source: '{source}'}}", output="set", evaluation_set="evaluation")
+    prompts = read_jsonl(output / "prompts.jsonl", Prompt)
+    alone = [prompt.without_images() for prompt in prompts]
+    assert all(prompt.images == [] and prompt.num_tokens == len(prompt.token_ids) for prompt in alone)
+    texts = [tokenizer.decode(prompt.token_ids).partition("user\n")[2] for prompt in alone]
+    users = ["How many?", "First \nthen  differ?", "What is 1 + 1?", "No place for it"]
+    assert texts == [f"{user}<|im_end|>\n<|im_start|>assistant\n" for user in users]
+    rendered = [tokenizer.encode(tokenizer.decode(prompt.token_ids)) for prompt in alone]
+    assert rendered == [prompt.token_ids for prompt in alone]  # as the tokenizer itself cuts it
+    assert prompts[2].token_ids_without_images is None and prompts[2].token_ids == alone[2].token_ids
+    assert prompts[0].token_ids != alone[0].token_ids  # the control
 
 
 def test_text_and_places(stage, tmp_path, tiny_hf):

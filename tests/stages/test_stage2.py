@@ -21,9 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from megatron_papo.config_files import load_config
-from megatron_papo.data.chat import ChatFormat
+from megatron_papo.data.chat import ChatFormat, RenderSettings
 from megatron_papo.data.prompts import PromptMaker
 from megatron_papo.data.rows import SourceRow
+from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.pictures.store import ImageStore
 from megatron_papo.run.records import write_jsonl
 from megatron_papo.run.stage_output import read_manifest
@@ -95,7 +96,9 @@ def mixed(tmp_path_factory):
     root = tmp_path_factory.mktemp("mixed")
     make_tiny_model(root / "model", 7, SIZES)
     config = load_config(DEMO_CONFIG).data
-    maker = PromptMaker(config, ChatFormat(root / "model", "{problem}", None), ImageStore(root))
+    maker = PromptMaker(
+        config, ChatFormat(root / "model", RenderSettings("{problem}")), ImageStore(root), PictureSettings.of(config)
+    )
     assert write_jsonl(root / "sft.jsonl", maker.prompts(rows())) == 22
     return root, config
 

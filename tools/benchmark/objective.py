@@ -123,8 +123,9 @@ def textbook_statistics(
 def demo_rollouts(config: Config, directory: Path) -> "list[Rollout]":
     """One micro-batch of rollouts whose responses are those that the cold start teaches; rewards made up. Writes their
     pictures."""
-    from megatron_papo.data.chat import ChatFormat
+    from megatron_papo.data.chat import ChatFormat, RenderSettings
     from megatron_papo.data.prompts import PromptMaker
+    from megatron_papo.pictures.preprocess import PictureSettings
     from megatron_papo.pictures.store import ImageStore
     from megatron_papo.run.records import Rewards, Rollout
     from megatron_papo.seeds import derive_seed
@@ -132,10 +133,8 @@ def demo_rollouts(config: Config, directory: Path) -> "list[Rollout]":
 
     size = config.rollout.group_size
     groups = config.training.micro_batch_size // size
-    chat = ChatFormat(
-        directory / "model", config.data.prompt_template, config.data.system_prompt, config.data.strip_problem
-    )
-    maker = PromptMaker(config.data, chat, ImageStore(directory))
+    chat = ChatFormat(directory / "model", RenderSettings.of(config.data))
+    maker = PromptMaker(config.data, chat, ImageStore(directory), PictureSettings.of(config.data))
     prompts = list(
         maker.prompts(synthetic_rows(config.data.synthetic, config.seed, "benchmark", groups, with_target=True))
     )

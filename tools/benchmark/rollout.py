@@ -151,13 +151,13 @@ def requests_for(hf: Path, arguments: argparse.Namespace) -> tuple[list["Request
     import numpy as np
     from PIL import Image
 
-    from megatron_papo.data.chat import ChatFormat
+    from megatron_papo.data.chat import ChatFormat, RenderSettings
     from megatron_papo.data.response_tokens import response_tokens
     from megatron_papo.pictures.preprocess import PictureSettings, grid_of, num_image_tokens, resize, to_data_uri
     from megatron_papo.run.records import Prompt
     from megatron_papo.sglang.requests import Request, Sampling
 
-    chat = ChatFormat(hf, "{problem}", None)
+    chat = ChatFormat(hf, RenderSettings("{problem}"))
     ids = chat.encode_prompt("What is shown here? First think, then answer.", 1)
     random = np.random.default_rng(3)
     size = arguments.group_size
