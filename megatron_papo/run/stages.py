@@ -400,7 +400,7 @@ STAGES: dict[str, Stage] = {
                 ),  # fmt: skip
             ),
             output=lambda run, turn: run.evaluated(_number(turn), _set(turn)),
-            writes="predictions.jsonl, metrics.json",
+            writes="predictions.jsonl, metrics.json, protocol.json",
             turns=lambda run: [
                 Turn(number, name) for number in run.evaluated_iterations() for name in run.evaluated_sets(number)
             ],
