@@ -72,6 +72,10 @@ Form = Literal["columns", "messages", "geometry3k", "mathvista", "mathverse", "l
 """What the rows of an evaluation set look like."""
 
 
+Grading = Literal["mathruler", "published", "choice"]
+"""What makes a response right."""
+
+
 def _require_set_name(name: str) -> str:
     """Return the name of an evaluation set, which names a directory and a part of a dotted key. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
@@ -145,7 +149,7 @@ class BenchmarkConfig(PromptSource):
     """Of this set; null: evaluation.max_pixels."""
     resize: Literal["smart", "published"] | None = None
     """Of this set; null: evaluation.resize."""
-    grading: Literal["mathruler", "published", "choice"] = "mathruler"
+    grading: Grading = "mathruler"
     """What makes a response right. mathruler: the content of its last box equals the answer. published: the same, but
     the answer ends with a newline, as in the authors' evaluation, which makes a few right responses wrong. choice: the
     letter of the right option, or its text."""

@@ -35,6 +35,7 @@ from megatron_papo.run.stage_output import Input, StageOutput, file_hash
 
 if TYPE_CHECKING:
     from megatron_papo.data.prompts import PromptMaker
+    from megatron_papo.data.rows import BadRow, SourceRow
 
 FILES = {"train": "prompts.jsonl", "sft": "sft.jsonl"}
 """What the rows of a set become; those of an evaluation set become prompts.jsonl."""
@@ -165,7 +166,7 @@ def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptM
     wrong."""
     from megatron_papo.data.fingerprint import SourceHash
     from megatron_papo.data.report import too_suspicious
-    from megatron_papo.data.rows import BadRow, Columns, SourceRow, read_rows
+    from megatron_papo.data.rows import Columns, read_rows
     from megatron_papo.run.records import write_jsonl
     from megatron_papo.synthetic.rows import synthetic_rows
 
@@ -176,6 +177,8 @@ def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptM
     else:
         rows = read_rows(source, data, with_target)
         maker.source_hash = SourceHash(source)
+    if isinstance(source, BenchmarkConfig) and source.grading == "choice":
+        rows = map(with_choice, rows)
     with progress_bar(source.count, f"stage 1: {name}", "rows") as bar:
         write_jsonl(out.partial / FILES.get(name, "prompts.jsonl"), maker.prompts(counted(rows, bar)))
     suspicious = report.suspicious_rows(partial(grade, config.reward))
@@ -202,6 +205,19 @@ def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptM
             f" is drawn up to {times} times an iteration",
             flush=True,
         )
+
+
+def with_choice(row: "SourceRow | BadRow") -> "SourceRow | BadRow":
+    """Return a row whose answer is one of its options; else what is wrong with it."""
+    from megatron_papo.data.rows import BadRow
+    from megatron_papo.rollout.choices import right_letters
+
+    try:
+        if not isinstance(row, BadRow):
+            right_letters(row.answer, row.options)
+    except UserError as error:
+        return BadRow(row.place, str(error))
+    return row
 
 
 def grade(reward: RewardConfig, pairs: Sequence[tuple[str, str]]) -> list[bool]:

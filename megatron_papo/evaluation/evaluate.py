@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from megatron_papo.checkpoint.model_files import model_fingerprint, require_one_model
@@ -29,14 +30,45 @@ from megatron_papo.rollout.sample_and_grade import (
 )
 from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
-from megatron_papo.run.stage_output import StageOutput, samples_of
+from megatron_papo.run.stage_output import StageOutput, read_manifest, samples_of
 from megatron_papo.sglang.requests import Sampling
 from megatron_papo.sglang.sample_store import SampleStore, require_store
 from megatron_papo.sglang.server import release_memory
 
 
-def evaluate(task: Task, server: str, started: float | None = None) -> None:
-    """Make the output of one turn of stage 7, where it is not there yet.
+def evaluate_all(tasks: Sequence[Task], server: Callable[[Task], str]) -> None:
+    """Make the outputs of these turns of stage 7, one after the other, and say how long the rest will take.
+
+    Args:
+        tasks: Turns of one run, or one that is in none.
+        server: Gives the directory of the servers, or URLs, that a turn is to use.
+    """
+    wanted = [responses_wanted(task) for task in tasks]
+    begun, started, sampled = time.monotonic(), None, 0
+    for number, task in enumerate(tasks):
+        sampled += wanted[number] * evaluate(task, server(task), started)
+        started = time.time()  # of the next output: this one's time is its own
+        left = sum(wanted[number + 1 :])
+        if not left:
+            continue
+        minutes = (time.monotonic() - begun) / sampled * left / 60 if sampled else None
+        about = "" if minutes is None else f", about {minutes:.0f} minutes for the others"
+        print(
+            f"evaluation: {number + 1} of {len(tasks)} sets, {sum(wanted) - left:,} of {sum(wanted):,} responses{about}",
+            flush=True,
+        )
+
+
+def responses_wanted(task: Task) -> int:
+    """Return how many responses a turn asks for; 0 where its prompts are not there yet."""
+    manifest = read_manifest(task.path("data"))
+    prompts = 0 if manifest is None else manifest.counts.get(set_of(task)[0], 0)
+    settings = task.config.evaluation
+    return int(prompts) * settings.samples_per_prompt * len(images_shown(settings))
+
+
+def evaluate(task: Task, server: str, started: float | None = None) -> bool:
+    """Make the output of one turn of stage 7, where it is not there yet; return whether there was anything to do.
 
     The store of its samples stays beside it: of an evaluation that is made again with more samples per prompt, or after
     other changes that leave these samples as they are, only the others are asked for.
@@ -50,12 +82,13 @@ def evaluate(task: Task, server: str, started: float | None = None) -> None:
     out = task.stage_output(inputs, started)
     if out.done:
         out.announce_done()
-        return
+        return False
     require_proof_if_converted(task.path("hf"))
     require_one_model(task.path("hf"))
     require_store(samples_of(task.output))
     with out:
         answer(task, server, inputs["hf"].fingerprint, out)
+    return True
 
 
 def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
@@ -95,7 +128,7 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
     version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))
     begun = time.monotonic()
     with SampleStore(samples_of(task.output), config.model.dtype) as store:
-        sampler = Sampler(client, version, sampling, tokenizer, config.reward, store)
+        sampler = Sampler(client, version, sampling, tokenizer, config.reward, store, of_set.grading)
         graded = iter(sample_and_grade_all(sampler, [*chain(*requests.values())], name))
         answers = {image: [(request, next(graded)) for request in asked] for image, asked in requests.items()}
     seconds = time.monotonic() - begun

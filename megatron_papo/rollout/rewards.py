@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import LifoQueue
-from typing import Literal
 
-from megatron_papo.config import RewardConfig
+from megatron_papo.config import Grading, RewardConfig
 from megatron_papo.rollout.choices import letters_named, right_letters, right_texts
 from megatron_papo.rollout.grader_process import GraderDied, GraderProcess
 from megatron_papo.rollout.grading import LATE, MISSING, RIGHT, WRONG, boxed
@@ -82,8 +81,6 @@ def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, co
 
 LATE_SHARE = 0.01
 """Of different answers without a grade, beyond which a line says so."""
-Grading = Literal["mathruler", "published", "choice"]
-"""What makes a response right, see Grader.submit."""
 Submitted = tuple[float, bool, Future[str]]
 """A response under way: its format score, whether it was cut off, and its grade when it comes."""
 

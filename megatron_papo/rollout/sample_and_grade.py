@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron_papo.config import RewardConfig, ServerConfig
+from megatron_papo.config import Grading, RewardConfig, ServerConfig
 from megatron_papo.data.chat import tokenizer_hash
 from megatron_papo.errors import UserError
 from megatron_papo.reading import read_text, reading
@@ -37,6 +37,7 @@ class Sampler:
     reward: RewardConfig
     store: SampleStore
     """Where finished samples are kept until the output is published."""
+    grading: Grading = "mathruler"
 
 
 def matching_tokenizer(hf_dir: Path, data_dir: Path) -> Tokenizer:
@@ -120,7 +121,8 @@ def sample_and_grade(
         def on_sample(index: int, sample: Sample) -> None:
             group, cut_off = requests[index].group, sample.finish_reason == "length"
             texts[index] = sampler.tokenizer.decode(sample.token_ids, skip_special_tokens=True)
-            submitted[index] = grader.submit(texts[index], requests[index].prompt.answer, cut_off)
+            prompt = requests[index].prompt
+            submitted[index] = grader.submit(texts[index], prompt.answer, cut_off, sampler.grading, prompt.options)
             missing[group] -= 1
             counts.update({"tokens": len(sample.token_ids), "cut off": cut_off, "groups": missing[group] == 0})
             rate = counts["tokens"] / max(bar.format_dict["elapsed"], 1e-3)
