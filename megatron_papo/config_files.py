@@ -53,12 +53,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return resolve_config(path, overrides).config
 
 
-def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
-    """Do what load_config does, and also say where each value comes from."""
+def resolve_config(path: str | Path, overrides: Sequence[str] = (), below: Path | None = None) -> ResolvedConfig:
+    """Do what load_config does, and also say where each value comes from.
+
+    Args:
+        path: Of the configuration.
+        overrides: `section.key=value`.
+        below: A file that the configuration overrides, though it does not extend it: what a part alone lacks.
+    """
     path = Path(path)
     tree: dict = {}
     sources: dict[str, str] = {}
-    layers = list(_layers(path))
+    layers = [*([] if below is None else _layers(below)), *_layers(path)]
     for file, layer in layers:
         _merge(tree, sources, layer, str(file))
     for override in overrides:

@@ -6,8 +6,8 @@ time with its pictures masked, with evaluation.without_images once more as text 
 not seen in the picture.
 
 In a run: every evaluation set that this iteration is evaluated on, or the one that --evaluation-set names. The work is
-in megatron_papo/evaluation/, which a resident stage 4 uses, too. Finished samples are kept beside the output: killed, or
-asked for more samples per prompt, only those that are missing are asked for.
+in megatron_papo/evaluation/, which a resident stage 4 uses, too. Finished samples are kept beside the output: killed,
+or asked for more samples per prompt, only those that are missing are asked for.
 
 Reads:  an evaluation set (stage 1: prompts.jsonl, images/), a Hugging Face checkpoint.
 Writes: predictions.jsonl, one records.Prediction per line; metrics.json; protocol.json, what was asked and how.

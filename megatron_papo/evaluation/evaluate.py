@@ -54,7 +54,8 @@ def evaluate_all(tasks: Sequence[Task], server: Callable[[Task], str]) -> None:
         minutes = (time.monotonic() - begun) / sampled * left / 60 if sampled else None
         about = "" if minutes is None else f", about {minutes:.0f} minutes for the others"
         print(
-            f"evaluation: {number + 1} of {len(tasks)} sets, {sum(wanted) - left:,} of {sum(wanted):,} responses{about}",
+            f"evaluation: {number + 1} of {len(tasks)} sets, {sum(wanted) - left:,} of {sum(wanted):,}"
+            f" responses{about}",
             flush=True,
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_papo.config import Change, Config, changes, is_place
-from megatron_papo.config_files import dump_config, load_config, with_absolute_paths
+from megatron_papo.config_files import dump_config, load_config, resolve_config, with_absolute_paths
 from megatron_papo.errors import UserError
 from megatron_papo.reading import read_text, reading, shown
 from megatron_papo.run.describing import describes
@@ -46,7 +46,14 @@ def _refuse_what_is_no_directory(root: Path) -> None:
 
 
 def settle_run(
-    root: Path, default: Path, given: Path | None, overrides: Sequence[str], caller: Path
+    root: Path,
+    default: Path,
+    given: Path | None,
+    overrides: Sequence[str],
+    caller: Path,
+    *,
+    below: Path | None = None,
+    option: str = "--name",
 ) -> tuple[RunDirectory, list[Change]]:
     """Return the run with the configuration that a start asks for, and what changes by it. Nothing is written.
 
@@ -58,19 +65,23 @@ def settle_run(
         given: The configuration file on the command line, if any; of an existing run its own is the default.
         overrides: `section.key=value`.
         caller: Directory that relative paths in the configuration start from.
+        below: What `given`, a part of a configuration, lacks.
+        option: By which another directory is chosen.
     """
     _refuse_what_is_no_directory(root)
     if not (root / CONFIG).exists():
         _refuse_older_layout(root)
-        return RunDirectory(root, with_absolute_paths(load_config(given or default, list(overrides)), caller)), []
-    config = with_absolute_paths(load_config(given or root / CONFIG, list(overrides)), caller)
+        return RunDirectory(
+            root, with_absolute_paths(resolve_config(given or default, overrides, below).config, caller)
+        ), []
+    config = with_absolute_paths(resolve_config(given or root / CONFIG, overrides, below).config, caller)
     recorded = _recorded(root)
     if not any((root / name).exists() for name in OUTPUTS):  # nothing was made by the old values
         return RunDirectory(root, config), changes(recorded, config)
     by_hand = changes(recorded, load_config(root / CONFIG)) if given is None else []
-    _refuse_frozen(root, by_hand, "edited by hand: put the old value back, or ")
+    _refuse_frozen(root, by_hand, "edited by hand: put the old value back, or ", option)
     differences = changes(recorded, config)
-    _refuse_frozen(root, differences)
+    _refuse_frozen(root, differences, option=option)
     return RunDirectory(root, config), differences
 
 
@@ -136,9 +147,9 @@ def _recorded(root: Path) -> Config:
     return load_config(root / RECORD)
 
 
-def _refuse_frozen(root: Path, differences: Sequence[Change], cure: str = "") -> None:
+def _refuse_frozen(root: Path, differences: Sequence[Change], cure: str = "", option: str = "--name") -> None:
     lines = [
-        f"{root}: {change.key} is {change.old} in this run, not {change.new}: {cure}choose another --name"
+        f"{root}: {change.key} is {change.old} in this run, not {change.new}: {cure}choose another {option}"
         for change in differences
         if not change.living
     ]
