@@ -43,6 +43,11 @@ def format_reward(text: str) -> float:
     return 1.0
 
 
+def boxed_answer(text: str) -> str | None:
+    """Return what is graded of a response, the content of its last box that closes; None where it has none."""
+    return boxed(strip_tag_spaces(text))
+
+
 def soft_overlong_penalty(num_tokens: int, max_tokens: int, buffer_tokens: int, penalty: float) -> float:
     """Return what is added to a response's reward for its length: a number between -penalty and 0.
 

@@ -158,14 +158,19 @@ RecordType = TypeVar("RecordType", bound=Record)
 def read_jsonl(path: Path, record: type[RecordType]) -> list[RecordType]:
     """All records of a file. A truncated or foreign line is a UserError that names file and line; so is an empty
     file."""
-    with reading(path, "make the file again"):
-        lines = Path(path).read_bytes().split(b"\n")
-    if lines and lines[-1] != b"":
-        raise UserError(f"{path}:{len(lines)}: the last line is not complete (truncated file): make the file again")
-    records = [_parse(line, record, f"{path}:{number}") for number, line in enumerate(lines[:-1], 1)]
-    if not records:
+    return list(stream_jsonl(path, record))
+
+
+def stream_jsonl(path: Path, record: type[RecordType]) -> Iterator[RecordType]:
+    """Yield the records of a file one by one, with one line in memory at a time; errors are read_jsonl's."""
+    number = 0
+    with reading(path, "make the file again"), open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                raise UserError(f"{path}:{number}: the last line is not complete (truncated file): make the file again")
+            yield _parse(line[:-1], record, f"{path}:{number}")
+    if not number:
         raise UserError(f"{path}: holds no records: make the file again")
-    return records
 
 
 def _parse(line: bytes, record: type[RecordType], where: str) -> RecordType:
