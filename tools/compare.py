@@ -1,0 +1,135 @@
+"""Puts checkpoints beside each other on the sets that they were evaluated on, with errors, differences and p values.
+
+    .venv/bin/python -m tools.compare runs/grpo runs/papo --baseline grpo --published table1
+    .venv/bin/python -m tools.compare runs/papo@0 papo=runs/seed1,runs/seed2,runs/seed3 --baseline runs/papo@0 --vision
+
+A row is a checkpoint, named by a run (its last evaluated iteration), RUN@N (iteration N, 0 before training), an output
+of tools.evaluate, or the directory of an iteration or set below one of these. NAME=ROW calls it NAME; NAME=RUN,RUN,...
+is one row: the mean over runs that differ in their seed, with its spread.
+
+Rows must have answered the same prompts under the same protocol; the number of samples may differ. --format json has
+fractions, the tables percent. docs/evaluation.md says how to read the numbers.
+
+reads   protocol.json and predictions.jsonl of stage 7
+writes  nothing but standard output
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from megatron_papo.errors import UserError
+from megatron_papo.evaluation import published
+from megatron_papo.evaluation.comparable import Row
+from megatron_papo.evaluation.comparison import Comparison, compare, published_rows
+from megatron_papo.evaluation.outputs import read_evaluation
+from megatron_papo.evaluation.tables import as_latex, as_markdown, as_text, grid_of
+from megatron_papo.reading import shown
+from megatron_papo.run.command_line import run
+from megatron_papo.run.records import ImageShown
+
+WRITERS = {"text": as_text, "markdown": as_markdown, "latex": as_latex}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=".venv/bin/python -m tools.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="[NAME=]RUN[,RUN...]", help="what is compared, in the order of the rows")
+    add("--baseline", metavar="ROW", help="name of the row that the others are compared with, or another RUN")
+    add("--iteration", type=int, metavar="N", help="of runs that are named without @N (default: the last evaluated)")
+    add("--sets", nargs="+", metavar="SET", help="only these sets")
+    add(
+        "--image",
+        choices=get_args(ImageShown),
+        default="original",
+        help="what was shown of the pictures (default: original)",
+    )
+    add("--vision", action="store_true", help="lines with the accuracy without the picture, and what the picture gains")
+    add("--power", action="store_true", help="lines with the smallest difference that each set would have shown")
+    add("--published", choices=[*published.TABLES], help="published rows beside them, marked as such")
+    add("--format", choices=[*WRITERS, "json"], default="text", help="default: text")
+    args = parser.parse_args()
+    if not args.rows and not args.published:
+        parser.error("name a run or an evaluation, or --published table1")
+    if args.published and args.image != "original":
+        parser.error("published rows are with the pictures: leave --image or --published out")
+    if args.baseline is not None and not args.rows:
+        parser.error("--baseline has nothing to be compared with: name a run or an evaluation")
+    return args
+
+
+def read_row(text: str, iteration: int | None, sets: Sequence[str] | None) -> Row:
+    """Return the row that a user names. Raises UserError.
+
+    Args:
+        text: as above.
+        iteration: of runs that are named without @N; None: the last one evaluated.
+        sets: names of the sets to read; None: all.
+    """
+    name, members = None, [text]
+    if "=" in text and not Path(text).exists():
+        name, _, several = text.partition("=")
+        members = several.split(",")
+        if not name.strip() or not all(members):
+            raise UserError(f"{shown(text)}: write NAME=RUN, or NAME=RUN,RUN,... for several training seeds")
+    runs = [read_evaluation(member, iteration, sets) for member in members]
+    if len({evaluation.checkpoint for evaluation in runs}) < len(runs):
+        raise UserError(f"{shown(text)}: names one checkpoint twice: a row is over runs of different seeds")
+    return Row(runs[0].name if name is None else shown(name), runs)
+
+
+def read_rows(args: argparse.Namespace) -> tuple[list[Row], str | None]:
+    """Return the rows, and the name of the one that is the baseline. Raises UserError, also for two of one name."""
+    rows: dict[str, Row] = {}
+    for text in dict.fromkeys(args.rows):
+        row = read_row(text, args.iteration, args.sets)
+        if row.name in rows:
+            raise UserError(f"{shown(text)}: there is a row {row.name} already: name it, as OTHER={shown(text)}")
+        rows[row.name] = row
+    typed = dict(zip(dict.fromkeys(args.rows), rows, strict=True))
+    if args.baseline is None or args.baseline in rows:
+        return [*rows.values()], args.baseline
+    if args.baseline in typed:
+        return [*rows.values()], typed[args.baseline]
+    try:
+        row = read_row(args.baseline, args.iteration, args.sets)
+    except UserError as error:
+        names = ", ".join(rows)
+        raise UserError(f"--baseline {shown(args.baseline)}: no row of that name, there is {names}; {error}")
+    if row.name not in rows:
+        return [row, *rows.values()], row.name
+    if [run.directory.resolve() for run in row.runs] != [run.directory.resolve() for run in rows[row.name].runs]:
+        raise UserError(
+            f"--baseline {shown(args.baseline)}: another row has its name, {row.name}: write BASE=... for it"
+        )
+    return [*rows.values()], row.name
+
+
+def main() -> None:
+    args = parse()
+    rows, baseline = read_rows(args)
+    if rows:
+        comparison = compare(rows, baseline, args.image)
+        if unknown := [name for name in args.sets or [] if name not in comparison.sets]:
+            raise UserError(f"--sets {shown(unknown[0])}: no row has it, there is {', '.join(comparison.sets)}")
+    else:
+        groups = {group: list(members) for group, members in published.GROUPS.items()}
+        comparison = Comparison([], list(published.SETS), groups, None, args.image, {}, [])
+    if args.published:
+        others = published_rows(args.published, comparison.sets, comparison.groups)
+        comparison = replace(comparison, rows=[*comparison.rows, *others])
+    if args.format == "json":
+        print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
+    else:
+        print(WRITERS[args.format](grid_of(comparison, vision=args.vision, power=args.power)), end="")
+
+
+if __name__ == "__main__":
+    run(main)
