@@ -95,7 +95,7 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
         content = Path(path).read_bytes()
         if content.startswith(codecs.BOM_UTF8):
             raise ValueError("begins with a byte order mark, which other readers refuse")
-        tree = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        tree = json.loads(content.decode("utf-8"), parse_constant=refuse_constant)
         if not isinstance(tree, dict):
             raise ValueError(f"a {type(tree).__name__} where an object is expected")
         return tree
@@ -107,5 +107,6 @@ def read_record(path: Path, model: type[Model], cure: str) -> Model:
         return model.model_validate_json(Path(path).read_bytes())
 
 
-def _refuse_constant(name: str) -> float:
+def refuse_constant(name: str) -> float:
+    """Raise ValueError for NaN or Infinity: the argument parse_constant of json.loads."""
     raise ValueError(f"{name} is no number of JSON")

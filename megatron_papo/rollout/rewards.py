@@ -6,6 +6,7 @@ Model text is parsed in processes of their own that can do nothing else (grading
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import LifoQueue
 
 from megatron_papo.config import Grading, RewardConfig
@@ -86,8 +87,11 @@ def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, co
 
 LATE_SHARE = 0.01
 """Of different answers without a grade, beyond which a line says so."""
-Submitted = tuple[float, bool, Future[str]]
-"""A response under way: its format score, whether it was cut off, and its grade when it comes."""
+Question = tuple[str, tuple[str, ...]]
+"""The content of a box, and the answers that would be right."""
+Submitted = tuple[float, bool, Question | str]
+"""A response under way: its format score, whether it was cut off, and the question whose grade is its own, or that
+grade where it is known."""
 
 
 class Grader:
@@ -110,8 +114,8 @@ class Grader:
         self._idle: LifoQueue[GraderProcess | None] = LifoQueue()
         for _ in range(self.config.workers):
             self._idle.put(None)
-        self._grades: dict[tuple[str, tuple[str, ...]], Future[str]] = {}
-        """By the content of the box and the answers that would be right."""
+        self._grades: dict[Question, Future[str] | str] = {}
+        """The grade, in place of its future once it is known: a future is larger than most responses."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -130,7 +134,7 @@ class Grader:
                 " that grade is in docs/reliability.md",
                 flush=True,
             )
-        late = sum(grade.result() == LATE for grade in self._grades.values())
+        late = sum(self._word(question) == LATE for question in self._grades)
         if late > LATE_SHARE * len(self._grades):
             print(
                 f"warning: {late} of {len(self._grades)} different answers count as wrong because grading one took more"
@@ -164,27 +168,36 @@ class Grader:
         else:
             answers = [answer if grading == "mathruler" else with_newline(answer)]
         if named:
-            grade = _settled(RIGHT if named & right else WRONG)
-        else:
-            grade = self._grade(content, answers)
-        return format_reward(text), cut_off, grade
+            return format_reward(text), cut_off, RIGHT if named & right else WRONG
+        return format_reward(text), cut_off, self._grade(content, answers)
 
     def result(self, submitted: Submitted) -> Rewards:
         """Wait for the rewards of a response. Raises UserError where no grading process starts."""
         format_score, cut_off, grade = submitted
-        accuracy, timed_out = float(grade.result() == RIGHT), grade.result() == LATE
+        word = grade if isinstance(grade, str) else self._word(grade)
+        accuracy, timed_out = float(word == RIGHT), word == LATE
         overall = self.config.accuracy_weight * accuracy + self.config.format_weight * format_score
         if cut_off and self.config.zero_if_cut_off:
             overall = 0.0
         return Rewards(overall=overall, accuracy=accuracy, format=format_score, timed_out=timed_out)
 
-    def _grade(self, content: str | None, answers: Sequence[str]) -> Future[str]:
+    def _grade(self, content: str | None, answers: Sequence[str]) -> Question | str:
         if content is None or not answers:
-            return _settled(WRONG)
+            return WRONG
         question = content, tuple(answers)
         if question not in self._grades:
-            self._grades[question] = self._threads.submit(self._ask_all, *question)
-        return self._grades[question]
+            future = self._grades[question] = self._threads.submit(self._ask_all, *question)
+            future.add_done_callback(partial(self._keep, question))
+        return question
+
+    def _keep(self, question: Question, future: Future[str]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._grades[question] = future.result()
+
+    def _word(self, question: Question) -> str:
+        """Wait for the grade of a question."""
+        grade = self._grades[question]
+        return grade if isinstance(grade, str) else grade.result()
 
     def _ask_all(self, content: str, answers: Sequence[str]) -> str:
         """Return RIGHT where the content equals one of the answers, else LATE where that took too long."""
@@ -213,9 +226,3 @@ class Grader:
 def with_newline(answer: str) -> str:
     """Return an answer as the authors' evaluation has it: decoded from tokens, the last of which is a newline."""
     return answer if answer.endswith("\n") else answer + "\n"
-
-
-def _settled(word: str) -> Future[str]:
-    grade: Future[str] = Future()
-    grade.set_result(word)
-    return grade
