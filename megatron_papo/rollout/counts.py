@@ -18,7 +18,7 @@ def summary(responses: Sequence[Graded]) -> Counts:
         "accuracy": sum(response.rewards.accuracy for response in responses) / number,
         "format": sum(response.rewards.format for response in responses) / number,
         "cut_off_share": sum(response.sample.finish_reason == "length" for response in responses) / number,
-        "mean_response_tokens": sum(len(response.sample.token_ids) for response in responses) / number,
+        "mean_response_tokens": sum(response.sample.num_tokens for response in responses) / number,
         "timed_out": sum(response.rewards.timed_out for response in responses),
     }
 
@@ -44,7 +44,7 @@ def batch_counts(batch: Batch, prompts_drawn: int, traffic: Traffic, seconds: fl
     for suffix, groups in (("sampled", batch.sampled), ("kept", batch.kept)):
         part = summary([response for group in groups for response in group.graded])
         counts |= {f"{name}_{suffix}": value for name, value in part.items()}
-    tokens = sum(len(response.sample.token_ids) for group in batch.sampled for response in group.graded)
+    tokens = sum(response.sample.num_tokens for group in batch.sampled for response in group.graded)
     counts |= {
         "response_tokens_sampled": tokens,
         "tokens_per_second": round((tokens - traffic.stored_tokens) / seconds, 1),

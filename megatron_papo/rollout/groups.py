@@ -79,9 +79,7 @@ def punish_overlong(group: Group, max_response_tokens: int, reward: RewardConfig
     punished = [
         replace(
             response,
-            rewards=with_overlong_penalty(
-                response.rewards, len(response.sample.token_ids), max_response_tokens, reward
-            ),
+            rewards=with_overlong_penalty(response.rewards, response.sample.num_tokens, max_response_tokens, reward),
         )
         for response in group.graded
     ]

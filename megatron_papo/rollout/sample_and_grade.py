@@ -124,7 +124,7 @@ def sample_and_grade(
             prompt = requests[index].prompt
             submitted[index] = grader.submit(texts[index], prompt.answer, cut_off, sampler.grading, prompt.options)
             missing[group] -= 1
-            counts.update({"tokens": len(sample.token_ids), "cut off": cut_off, "groups": missing[group] == 0})
+            counts.update({"tokens": sample.num_tokens, "cut off": cut_off, "groups": missing[group] == 0})
             rate = counts["tokens"] / max(bar.format_dict["elapsed"], 1e-3)
             shown = {
                 "tokens/s": round(rate),

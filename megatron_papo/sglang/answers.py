@@ -5,7 +5,8 @@ with what was asked for; one that SGLang cannot have made from that request rais
 sent again. Token ids and log-probs are the server's; nothing is ever tokenised again.
 """
 
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -148,13 +149,45 @@ def _require_id(found: str, rid: str) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """One response, as the server sampled it."""
+    """One response, as the server sampled it. It takes 12 bytes a token, where lists of numbers take 72: an evaluation
+    holds all of its responses."""
 
-    token_ids: list[int]
-    log_probs: list[float]
-    """At the temperature, before top_p and top_k."""
+    packed_ids: "array[int]"
+    packed_log_probs: "array[float]"
     finish_reason: Literal["stop", "length"]
     weight_version: str
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: Sequence[int],
+        log_probs: Sequence[float],
+        finish_reason: Literal["stop", "length"],
+        weight_version: str,
+    ) -> "Sample":
+        """Return the sample with these tokens. Raises OverflowError for a number that no token has.
+
+        Args:
+            token_ids: as sampled.
+            log_probs: of each token, at the temperature, before top_p and top_k.
+            finish_reason: length: it ended for lack of tokens.
+            weight_version: what the server said its weights were.
+        """
+        return cls(array("i", token_ids), array("d", log_probs), finish_reason, weight_version)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The response, the end-of-turn token included when it came."""
+        return self.packed_ids.tolist()
+
+    @property
+    def log_probs(self) -> list[float]:
+        """Of each token, at the temperature, before top_p and top_k."""
+        return self.packed_log_probs.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.packed_ids)
 
 
 def sample_of(answer: Generated, request: Request, sampling: Sampling, weight_version: str) -> Sample:
@@ -189,9 +222,11 @@ def sample_of(answer: Generated, request: Request, sampling: Sampling, weight_ve
     if not 0 <= info.cached_tokens <= expected:
         raise Fault(f"{info.cached_tokens} of {expected} prompt tokens from a cache")
     log_probs = [entry[0] for entry in info.output_token_logprobs if entry[0] is not None]
-    sample = Sample(
-        token_ids, [min(value, 0.0) if value <= ROUNDING else value for value in log_probs], reason, info.weight_version
-    )
+    log_probs = [min(value, 0.0) if value <= ROUNDING else value for value in log_probs]
+    try:
+        sample = Sample.of(token_ids, log_probs, reason, info.weight_version)
+    except OverflowError:
+        raise Fault(f"a token id outside the vocabulary of {sampling.tokens.vocabulary_size}")
     problem = problem_of_sample(sample, sampling, weight_version)
     if problem is not None:
         raise Fault(problem)
@@ -201,10 +236,11 @@ def sample_of(answer: Generated, request: Request, sampling: Sampling, weight_ve
 def problem_of_sample(sample: Sample, sampling: Sampling, weight_version: str) -> str | None:
     """Return why a sample cannot have been drawn under these settings; None if it can."""
     ids, tokens = sample.token_ids, sampling.tokens
-    if not ids or len(sample.log_probs) != len(ids):
-        return f"{len(ids)} tokens, {len(sample.log_probs)} log-probs: a token without a finite log-prob"
-    if not all(LEAST_LOG_PROB <= value <= 0 for value in sample.log_probs):
-        return f"log-probs from {min(sample.log_probs):.3g} to {max(sample.log_probs):.3g}, which no sampled token has"
+    log_probs = sample.log_probs
+    if not ids or len(log_probs) != len(ids):
+        return f"{len(ids)} tokens, {len(log_probs)} log-probs: a token without a finite log-prob"
+    if not all(LEAST_LOG_PROB <= value <= 0 for value in log_probs):
+        return f"log-probs from {min(log_probs):.3g} to {max(log_probs):.3g}, which no sampled token has"
     if len(ids) > sampling.max_response_tokens:
         return f"{len(ids)} tokens where {sampling.max_response_tokens} were the limit"
     if not all(0 <= token < tokens.vocabulary_size for token in ids):

@@ -157,7 +157,7 @@ class Delivery:
         kept = None if store is None else store.find(key, batch.sampling, batch.weight_version)
         if kept is not None and not self._stopped.is_set():
             self.traffic.stored += 1
-            self.traffic.stored_tokens += len(kept.token_ids)
+            self.traffic.stored_tokens += kept.num_tokens
             return kept
         self.running += 1
         sample = await self._generate(index, body)

@@ -92,20 +92,22 @@ class SampleStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = open(path, "a+b")
             self._stream.seek(0)
-            content = self._stream.read()
-            whole = content.rfind(b"\n") + 1
+            self._samples: dict[str, Sample] = {}
+            whole = 0
+            for line in self._stream:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+                    self._take(line)
             self._stream.truncate(whole)
-        self._samples: dict[str, Sample] = {}
-        for line in content[:whole].splitlines():
-            self._take(line)
 
     def _take(self, line: bytes) -> None:
         """Remember the sample of a line; a damaged line is none, and is asked for again."""
         stored = _stored(line)
         if stored is None:
             return
-        sample = Sample(stored.token_ids, stored.log_probs, stored.finish_reason, stored.weight_version)
-        self._samples[stored.key] = sample
+        with suppress(OverflowError):
+            sample = Sample.of(stored.token_ids, stored.log_probs, stored.finish_reason, stored.weight_version)
+            self._samples[stored.key] = sample
 
     def key(self, request: Request, body: dict) -> str:
         """Return what tells the sample of a request from all others.

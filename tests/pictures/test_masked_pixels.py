@@ -244,7 +244,7 @@ def test_every_prompt_epoch_and_run_has_its_seed():
         prompt = Prompt(
             id=prompt_id, problem="?", answer="1", token_ids=[1], num_tokens=1, images=[], saliency=["a.npy"]
         )
-        graded = Graded(Sample([2], [-1.0], "stop", "w"), "text", Rewards(overall=1.0, accuracy=1.0, format=1.0))
+        graded = Graded(Sample.of([2], [-1.0], "stop", "w"), "text", Rewards(overall=1.0, accuracy=1.0, format=1.0))
         group = Group(epoch, [Request(prompt, number, list, sample=number) for number in range(3)], [graded] * 3)
         sampling = Sampling(1.0, 1.0, -1, 8, ANY_TOKENS)
         records = list(rollout_records([group], sampling, seed=run_seed, iteration=iteration, staleness=0))

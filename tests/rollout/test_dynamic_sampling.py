@@ -18,7 +18,7 @@ GROUP_SIZE = 5
 
 def graded(accuracy):
     rewards = Rewards(overall=accuracy, accuracy=accuracy, format=0.0)
-    return Graded(Sample([1], [-1.0], "stop", "v"), "", rewards)
+    return Graded(Sample.of([1], [-1.0], "stop", "v"), "", rewards)
 
 
 def numbered(rounds):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from array import array
 from collections import Counter
 
 import psutil
@@ -68,7 +69,7 @@ def same(samples: list, others: list) -> bool:
     all bits."""
 
     def without_log_probs(sample):
-        return dataclasses.replace(sample, log_probs=[])
+        return dataclasses.replace(sample, packed_log_probs=array("d"))
 
     return all(
         without_log_probs(one) == without_log_probs(other)
