@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 from megatron_papo.config import DataConfig, PromptSource
+from megatron_papo.data.hub_files import files_here
 from megatron_papo.data.rows import BadRow, SourceRow, hugging_face_fingerprint, read_rows
-from megatron_papo.data.sources import data_files
+from megatron_papo.data.set_files import has_known_names
 from megatron_papo.errors import UserError
 from megatron_papo.pictures.store import read_named
 from megatron_papo.reading import reading
@@ -33,10 +34,11 @@ class SourceHash:
         """Hash the data files themselves. Raises UserError where there are none or one cannot be read."""
         self._sum = hashlib.sha256()
         self._known: dict[tuple[Path | None, str], str] = {}
-        files = data_files(source)
+        files = files_here(source).tables
         base = Path(source.source)
         for file in files:
-            name = file.relative_to(base).as_posix() if base.is_dir() else file.name
+            is_below = base.is_dir() and not has_known_names(source)
+            name = file.relative_to(base).as_posix() if is_below else file.name
             with reading(file, "correct its permissions or copy it again"):
                 self._add("file", name, file_hash(file))
         if not files:

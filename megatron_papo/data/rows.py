@@ -7,17 +7,21 @@ reading goes on.
 """
 
 import json
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_papo.config import DataConfig, PromptSource
+from megatron_papo.config import BenchmarkConfig, DataConfig, PromptSource
+from megatron_papo.data.cells import pictures_of, require_unicode, text_of
+from megatron_papo.data.hub_files import files_here
+from megatron_papo.data.problems import key_of, problem_column, with_problems
+from megatron_papo.data.record_forms import FORMS, Item, read_item
+from megatron_papo.data.set_files import has_known_names
+from megatron_papo.data.source_row import BadRow, SourceRow
 from megatron_papo.data.sources import converting, data_files, is_jsonl
 from megatron_papo.errors import UserError
 from megatron_papo.reading import in_short, reading, shown
@@ -39,7 +43,6 @@ _NO_TEXT = {
     b"\xfe\xff": ("text of UTF-16", "convert it with iconv -f UTF-16 -t UTF-8"),
 }
 """How other kinds of files begin -> what they are, and what to do."""
-_CONVERSATIONS = ("conversations", "messages", "conversation")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Columns:
     saliency: str
     target: str | None
     """None: the set needs no target."""
+    problem_id: str | None = None
+    """None: no column says which rows show one problem."""
 
     @classmethod
     def of(cls, source: PromptSource, config: DataConfig, with_target: bool) -> "Columns":
@@ -62,41 +67,8 @@ class Columns:
             source.images_key or config.images_key,
             source.saliency_key or config.saliency_key,
             (source.target_key or config.target_key) if with_target else None,
+            problem_column(source),
         )
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used."""
-
-    place: str
-    """`file:row`, rows counted from 1, for messages."""
-    problem: str
-    """What is wrong with it, and what to do."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceRow:
-    """A row as the data set has it, columns named as this package names them."""
-
-    place: str
-    """`file:row`, rows counted from 1, for messages."""
-    id: str
-    problem: str
-    answer: str
-    target: str | None = None
-    images: list[bytes | str]
-    """Encoded pictures, or paths below `image_root`."""
-    image_root: Path | None
-    """None: a path is an error."""
-    saliency: list[bytes | str] | None = None
-    """A saliency map per picture: files likewise; None where the row has none."""
-    options: tuple[str, ...] = ()
-    """Texts to choose from, A first."""
-    problem_id: str | None = None
-    """The same for rows of a set that show one problem; None: no other row does."""
-    columns: tuple[str, ...] = ()
-    """Names of all columns that the row has."""
 
 
 def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> Iterator[SourceRow | BadRow]:
@@ -105,12 +77,14 @@ def read_rows(source: PromptSource, config: DataConfig, with_target: bool) -> It
     Raises UserError, naming the file, where a file as a whole cannot be read.
     """
     columns = Columns.of(source, config, with_target)
+    form = source.form if isinstance(source, BenchmarkConfig) else "columns"
     rows = (
-        row if isinstance(row, BadRow) else _parse(row, table, number, columns)
+        row if isinstance(row, BadRow) else _parse(row, table, number, columns, form)
         for table in _tables(source, config, columns)
         for number, row in table.rows
     )
-    return islice(rows, source.count)
+    kept = islice(rows, source.count)
+    return with_problems(kept, source.problem_by) if isinstance(source, BenchmarkConfig) else kept
 
 
 @dataclass(frozen=True)
@@ -126,6 +100,9 @@ class _Table:
 
 def _tables(source: PromptSource, config: DataConfig, columns: Columns) -> Iterator[_Table]:
     """Return the files of a source one after the other, or the Hugging Face data set."""
+    if has_known_names(source):
+        yield from _tables_with_known_names(source, columns)
+        return
     files = data_files(source)
     base = Path(source.source)
     root = Path(config.image_root) if config.image_root else None
@@ -133,15 +110,43 @@ def _tables(source: PromptSource, config: DataConfig, columns: Columns) -> Itera
         raise UserError(f"data.image_root: {root}: no such directory: correct it")
     for file in files:
         stem = str(file.relative_to(base).with_suffix("")) if base.is_dir() else file.stem
-        yield _Table(str(file), stem, root or file.parent, _rows_of(file, columns))
+        yield _Table(str(file), stem, root or file.parent, _rows_of(file, (*vars(columns).values(), "id")))
     if not files:
         table = undecoded(hub_data_set(source), columns.images, columns.saliency)
         name = f"{source.source} ({source.split})"
         yield _Table(name, source.split, root, _of_hub(table, name))
 
 
-def _rows_of(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]]:
+def _tables_with_known_names(source: BenchmarkConfig, columns: Columns) -> Iterator[_Table]:
+    """Return the files of a set whose publishers named them. Ids begin with the split's name, so that a set is the same
+    in each kind of files."""
+    files = files_here(source)
+    used: tuple[str | None, ...] = (*vars(columns).values(), "id")
+    if source.form != "columns":
+        used = (*FORMS[source.form].columns, columns.problem_id)
+    for index, file in enumerate(files.tables):
+        stem = source.split if len(files.tables) == 1 else f"{source.split}-{index}"
+        yield _Table(str(file), stem, files.image_root, _rows_of(file, used))
+
+
+def _rows_of(file: Path, columns: Collection[str | None]) -> Iterator[tuple[int, dict | BadRow]]:
+    """Return the rows of a file. columns: that are read; the others stand for None, or are there as well."""
+    if file.suffix.lower() == ".json":
+        return _json_array(file)
     return _jsonl(file) if is_jsonl(file) else _parquet(file, columns)
+
+
+def _json_array(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
+    """Yield the rows of a file that is one array of objects, as the authors' release has them, read as a whole."""
+    with reading(file, "copy it again"):
+        rows = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
+        if not isinstance(rows, list):
+            raise ValueError(f"a {type(rows).__name__} where an array of rows is expected")
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            yield number, BadRow(f"{file}:{number}", "expected a JSON object with the columns of a row")
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
@@ -185,7 +190,7 @@ def _is_text(line: bytes) -> bool:
 
 def _row_of_line(text: str, place: str) -> dict | BadRow:
     try:
-        _require_unicode(text, "the line")
+        require_unicode(text, "the line")
         row = json.loads(text, object_pairs_hook=_object)
     except UserError as error:
         return BadRow(place, str(error))
@@ -204,7 +209,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return entries
 
 
-def _parquet(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]]:
+def _parquet(file: Path, columns: Collection[str | None]) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield rows with the columns that are used; the names of the others stand for None."""
     from pyarrow import parquet
 
@@ -217,7 +222,7 @@ def _parquet(file: Path, columns: Columns) -> Iterator[tuple[int, dict | BadRow]
     if twice:
         raise UserError(f"{file}: two columns are called {shown(twice[0])}: rename or drop one")
     with reading(file, cure):
-        used = [name for name in (*vars(columns).values(), "id") if name in names]
+        used = [name for name in names if name in columns]
         batches = table.iter_batches(batch_size=_PARQUET_BATCH, columns=used)
     number = 0
     while True:
@@ -303,85 +308,44 @@ def undecoded(table: "datasets.Dataset", *picture_keys: str) -> "datasets.Datase
     return table
 
 
-def _parse(row: dict, table: _Table, number: int, columns: Columns) -> SourceRow | BadRow:
+def _parse(row: dict, table: _Table, number: int, columns: Columns, form: str) -> SourceRow | BadRow:
     place = f"{table.name}:{number}"
     try:
+        problem_id = None if columns.problem_id is None else key_of(row, columns.problem_id)
+        if form != "columns":
+            return _of_item(read_item(form, row), table, number, problem_id, tuple(row))
         return SourceRow(
             place=place,
             id=_identity(row, table, number),
-            problem=_text(row, columns.problem, "problem_key"),
-            answer=_text(row, columns.answer, "answer_key"),
-            target=None if columns.target is None else _text(row, columns.target, "target_key"),
-            images=_pictures(row, columns.images) or [],
+            problem=text_of(row, columns.problem, "problem_key"),
+            answer=text_of(row, columns.answer, "answer_key"),
+            target=None if columns.target is None else text_of(row, columns.target, "target_key"),
+            images=pictures_of(row, columns.images) or [],
             image_root=table.image_root,
-            saliency=_pictures(row, columns.saliency),
+            saliency=pictures_of(row, columns.saliency),
+            problem_id=problem_id,
             columns=tuple(row),
         )
     except UserError as error:
         return BadRow(place, str(error))
 
 
+def _of_item(item: Item, table: _Table, number: int, problem_id: str | None, columns: tuple[str, ...]) -> SourceRow:
+    return SourceRow(
+        place=f"{table.name}:{number}",
+        id=f"{table.stem}-{number}",
+        problem=item.problem,
+        answer=item.answer,
+        images=list(item.images),
+        image_root=table.image_root,
+        options=tuple(item.options),
+        problem_id=problem_id,
+        columns=columns,
+    )
+
+
 def _identity(row: dict, table: _Table, number: int) -> str:
     value = row.get("id")
     name = f"{table.stem}-{number}" if value is None else str(value)
-    _require_unicode(name, "id")
+    require_unicode(name, "id")
     return name
-
-
-def _text(row: dict, column: str, key: str) -> str:
-    _require_outermost(row, column)
-    if column not in row:
-        seen = ", ".join(shown(name) for name in row)
-        if set(row) & set(_CONVERSATIONS):
-            raise UserError(
-                f"no column {column} (there are: {seen}): rows of conversations are not read: make one column of the"
-                " problem, one of the answer and one of the pictures"
-            )
-        raise UserError(f"no column {column} (there are: {seen}): set data.{key}")
-    value = row[column]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = value if isinstance(value, float) and not math.isfinite(value) else str(value)
-    if isinstance(value, Decimal):
-        value = f"{value:f}"
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{column} is {shown(repr(value))}, expected a text: correct or drop the row")
-    _require_unicode(value, column)
-    return value
-
-
-def _require_unicode(text: str, what: str) -> None:
-    """Raise UserError where half a surrogate pair stands in a text, which cannot be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{what} is not valid Unicode (position {error.start}): correct or drop the row")
-
-
-def _require_outermost(row: dict, column: str) -> None:
-    """Raise UserError where the name of a column means one inside another."""
-    outer, _, inner = column.partition(".")
-    if inner and column not in row and outer in row:
-        raise UserError(
-            f"no column {column}: columns inside columns are not read: make {shown(inner)} of {shown(outer)} a column"
-            " of its own"
-        )
-
-
-def _pictures(row: dict, column: str) -> list[bytes | str] | None:
-    """Return the pictures of a column, a list of them or a single one; None where there is nothing at all."""
-    _require_outermost(row, column)
-    value = row.get(column)
-    if value is None:
-        return None
-    items = value if isinstance(value, list) else [value]
-    return [_picture(item, f"{column}[{index}]") for index, item in enumerate(items)]
-
-
-def _picture(item: object, place: str) -> bytes | str:
-    if isinstance(item, dict):
-        item = item.get("bytes") or item.get("path")
-    if not isinstance(item, (bytes, str)) or not item:
-        raise UserError(
-            f"{place}: expected a path, bytes or {{bytes, path}}, got {shown(repr(item), 60)}: correct or drop the row"
-        )
-    return item

@@ -1,8 +1,9 @@
-"""Files that a row names by path: they must lie inside the data root, links followed."""
+"""Files that a row names by path: they must lie inside the data root, links followed. The root may be a zip archive."""
 
 from pathlib import Path
 
 from megatron_papo.errors import UserError
+from megatron_papo.pictures.archive import is_archive, read_member
 from megatron_papo.reading import reading, shown
 
 
@@ -28,7 +29,10 @@ def resolve_inside(root: Path, name: str, what: str = "image") -> Path:
 
 
 def read_inside(root: Path, name: str, what: str = "image") -> bytes:
-    """Return the content of resolve_inside's file. Raises UserError."""
+    """Return the content of resolve_inside's file, or of a member where root is a zip archive. Raises UserError."""
+    _refuse_content(name, what)
+    if is_archive(Path(root)) and not Path(root).is_dir():
+        return read_member(Path(root), name, what)
     path = resolve_inside(root, name, what)
     with reading(f"{what} {path}", "replace it or drop the row"):
         return path.read_bytes()

@@ -1,0 +1,150 @@
+"""What is there of evaluation sets on this machine: counted before anything runs, no model needed."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_papo.config import BenchmarkConfig, DataConfig
+from megatron_papo.data.hub_files import in_cache
+from megatron_papo.data.rows import read_rows
+from megatron_papo.data.set_files import has_known_names, is_hub_name, set_files
+from megatron_papo.data.source_row import BadRow, SourceRow
+from megatron_papo.errors import UserError
+from megatron_papo.pictures.archive import is_archive, members_of
+from megatron_papo.pictures.decode import decode_image
+from megatron_papo.pictures.files import resolve_inside
+from megatron_papo.pictures.store import read_named
+from megatron_papo.reading import shown
+
+_SHOWN = 5
+"""Lines of one kind."""
+
+
+@dataclass
+class SetState:
+    """What is there of a set."""
+
+    records: int = 0
+    """Rows that can be used."""
+    pictures: int = 0
+    """Different ones that they show and that are there."""
+    problems: int = 0
+    """Different ones that the records show."""
+    missing: list[str] = field(default_factory=list)
+    """A line for each thing that is not there or cannot be used."""
+
+
+@dataclass
+class SuiteLook:
+    """Looks at the sets of a suite one after the other."""
+
+    config: DataConfig
+    opens_pictures: bool
+    """Also decode every picture."""
+    answers: dict[str, dict[str, tuple[str, str]]] = field(default_factory=dict)
+    """Name of a set -> problem of it -> answer, and the set that gave it: sets that share problems must agree."""
+
+    def look_at(self, name: str, source: BenchmarkConfig, seen: Callable[[], object]) -> SetState:
+        """Return what is there of a set. seen: called at each row."""
+        state = SetState()
+        try:
+            here = on_this_machine(source)
+            state.missing = set_files(here).missing
+            if not state.missing:
+                self._read(name, here, state, seen)
+        except UserError as error:
+            state.missing += error.lines
+        return state
+
+    def _read(self, name: str, source: BenchmarkConfig, state: SetState, seen: Callable[[], object]) -> None:
+        pictures: set[object] = set()
+        looks = _PictureLook(self.opens_pictures, self.config)
+        bad: list[str] = []
+        space = self.answers.setdefault(source.problems_of or name, {})
+        problems = set()
+        for row in read_rows(source, self.config, with_target=False):
+            seen()
+            if isinstance(row, BadRow):
+                bad.append(f"{row.place}: {row.problem}")
+                continue
+            state.records += 1
+            problem = row.problem_id or row.id
+            problems.add(problem)
+            answer, other = space.setdefault(problem, (row.answer, name))
+            if answer != row.answer and other != name:
+                bad.append(
+                    f"{row.place}: the answer is {shown(repr(row.answer), 40)}, that of the same problem in {other}"
+                    f" {shown(repr(answer), 40)}: the two sets do not show the same problems in the same order: correct"
+                    " problems_of or problem_by"
+                )
+            for picture in row.images:
+                line = looks.problem_of(picture, row)
+                if line is None:
+                    pictures.add((row.image_root, picture) if isinstance(picture, str) else _digest(picture))
+                else:
+                    bad.append(f"{row.place}: {line}")
+        state.pictures, state.problems = len(pictures), len(problems)
+        state.missing += shortened(bad)
+
+
+@dataclass
+class _PictureLook:
+    """Says of pictures whether they are there, each looked at once."""
+
+    opens: bool
+    config: DataConfig
+    _members: dict[Path, set[str]] = field(default_factory=dict)
+    _known: dict[tuple[Path | None, str], str | None] = field(default_factory=dict)
+
+    def problem_of(self, picture: bytes | str, row: SourceRow) -> str | None:
+        """Return what is wrong with a picture of a row; None: nothing."""
+        if isinstance(picture, bytes):
+            return self._look(picture, row.image_root)
+        key = (row.image_root, picture)
+        if key not in self._known:
+            self._known[key] = self._look(picture, row.image_root)
+        return self._known[key]
+
+    def _look(self, picture: bytes | str, root: Path | None) -> str | None:
+        try:
+            if self.opens:
+                content = picture if isinstance(picture, bytes) else read_named(picture, root)
+                decode_image(content, "image" if isinstance(picture, bytes) else f"image {shown(picture)}")
+            elif isinstance(picture, str):
+                self._require(picture, root)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _require(self, name: str, root: Path | None) -> None:
+        if root is not None and is_archive(root):
+            if root not in self._members:
+                self._members[root] = set(members_of(root))
+            if name not in self._members[root]:
+                raise UserError(f"{root}: image {shown(name)}: not in this archive: download it again, or drop the row")
+        elif root is not None:
+            resolve_inside(root, name)
+
+
+def on_this_machine(source: BenchmarkConfig) -> BenchmarkConfig:
+    """Return a set with a source that is read without a network. Raises UserError where it is on the hub alone."""
+    if not is_hub_name(source):
+        return source
+    cached = in_cache(source) if has_known_names(source) else None
+    if cached is None:
+        raise UserError(
+            f"{source.source}: not on this machine: .venv/bin/python -m tools.suite fetch --suite FILE downloads it, or"
+            " give a local copy with --source DIR"
+        )
+    return cached
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """Return the first lines, and how many there are more."""
+    more = len(lines) - _SHOWN
+    return lines if more <= 1 else [*lines[:_SHOWN], f"... and {more} more like these"]
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
