@@ -95,3 +95,12 @@ def in_cache(source: BenchmarkConfig) -> BenchmarkConfig | None:
     except LocalEntryNotFoundError:
         return None
     return source.model_copy(update={"source": directory})
+
+
+def there_already(name: str, file: str, size: int, directory: Path | None) -> bool:
+    """Say whether a file of a data set is on this machine. As `download`; size: of the file on the hub, in bytes."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if directory is not None:
+        return (directory / file).is_file() and (directory / file).stat().st_size == size
+    return isinstance(try_to_load_from_cache(name, file, repo_type="dataset"), str)

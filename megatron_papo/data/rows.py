@@ -139,7 +139,7 @@ def _rows_of(file: Path, columns: Collection[str | None]) -> Iterator[tuple[int,
 def _json_array(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield the rows of a file that is one array of objects, as the authors' release has them, read as a whole."""
     with reading(file, "copy it again"):
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object)
+        rows = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object_of_array)
         if not isinstance(rows, list):
             raise ValueError(f"a {type(rows).__name__} where an array of rows is expected")
     for number, row in enumerate(rows, 1):
@@ -207,6 +207,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
             raise UserError(f"{shown(key)} is there twice: correct or drop the row")
         entries[key] = value
     return entries
+
+
+def _object_of_array(pairs: list[tuple[str, object]]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"an object has a key twice among {', '.join(shown(key) for key, _ in pairs)}")
+    return dict(pairs)
 
 
 def _parquet(file: Path, columns: Collection[str | None]) -> Iterator[tuple[int, dict | BadRow]]:

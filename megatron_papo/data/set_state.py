@@ -11,7 +11,7 @@ from megatron_papo.data.rows import read_rows
 from megatron_papo.data.set_files import has_known_names, is_hub_name, set_files
 from megatron_papo.data.source_row import BadRow, SourceRow
 from megatron_papo.errors import UserError
-from megatron_papo.pictures.archive import is_archive, members_of
+from megatron_papo.pictures.archive import is_archive, require_member
 from megatron_papo.pictures.decode import decode_image
 from megatron_papo.pictures.files import resolve_inside
 from megatron_papo.pictures.store import read_named
@@ -94,7 +94,6 @@ class _PictureLook:
 
     opens: bool
     config: DataConfig
-    _members: dict[Path, set[str]] = field(default_factory=dict)
     _known: dict[tuple[Path | None, str], str | None] = field(default_factory=dict)
 
     def problem_of(self, picture: bytes | str, row: SourceRow) -> str | None:
@@ -111,20 +110,11 @@ class _PictureLook:
             if self.opens:
                 content = picture if isinstance(picture, bytes) else read_named(picture, root)
                 decode_image(content, "image" if isinstance(picture, bytes) else f"image {shown(picture)}")
-            elif isinstance(picture, str):
-                self._require(picture, root)
+            elif isinstance(picture, str) and root is not None:
+                (require_member if is_archive(root) else resolve_inside)(root, picture)
         except UserError as error:
             return str(error)
         return None
-
-    def _require(self, name: str, root: Path | None) -> None:
-        if root is not None and is_archive(root):
-            if root not in self._members:
-                self._members[root] = set(members_of(root))
-            if name not in self._members[root]:
-                raise UserError(f"{root}: image {shown(name)}: not in this archive: download it again, or drop the row")
-        elif root is not None:
-            resolve_inside(root, name)
 
 
 def on_this_machine(source: BenchmarkConfig) -> BenchmarkConfig:

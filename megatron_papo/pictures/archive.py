@@ -30,8 +30,16 @@ def read_member(archive: Path, name: str, what: str = "image") -> bytes:
         name: of the member, as a path from the root of the archive on.
         what: to call it in messages.
     """
-    place = f"{archive}: {what} {shown(name)}"
-    members = _member_lists(archive).get(_plain(name, place), [])
+    member = require_member(archive, name, what)
+    place = _place(archive, name, what)
+    with reading(place, _AGAIN), _archive(archive)[0].open(member) as stream:
+        return _read_at_most(stream, place)
+
+
+def require_member(archive: Path, name: str, what: str = "image") -> zipfile.ZipInfo:
+    """Return what the archive's list says of a member. Raises UserError as read_member, but does not read it."""
+    place = _place(archive, name, what)
+    members = _archive(archive)[1].get(_plain(name, place), [])
     if not members:
         raise UserError(f"{place}: not in this archive: {_AGAIN}, or drop the row")
     if len(members) > 1:
@@ -41,8 +49,11 @@ def read_member(archive: Path, name: str, what: str = "image") -> bytes:
         raise UserError(f"{place}: encrypted: unpack the archive, and remove it from beside the data")
     if member.file_size > LARGEST:
         raise _too_large(place)
-    with reading(place, _AGAIN), _opened(archive).open(member) as stream:
-        return _read_at_most(stream, place)
+    return member
+
+
+def _place(archive: Path, name: str, what: str) -> str:
+    return f"{archive}: {what} {shown(name)}"
 
 
 def _read_at_most(stream, place: str) -> bytes:
@@ -66,20 +77,6 @@ def _plain(name: str, place: str) -> str:
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise UserError(f"{place}: a name that leads out of the archive: correct it or drop the row")
     return "/".join(parts)
-
-
-def members_of(archive: Path) -> list[str]:
-    """Return the names of all files in an archive, as read_member takes them; of those that lead out none. Raises
-    UserError where it cannot be read."""
-    return list(_member_lists(archive))
-
-
-def _opened(archive: Path) -> zipfile.ZipFile:
-    return _archive(archive)[0]
-
-
-def _member_lists(archive: Path) -> dict[str, list[zipfile.ZipInfo]]:
-    return _archive(archive)[1]
 
 
 def _archive(archive: Path) -> tuple[zipfile.ZipFile, dict[str, list[zipfile.ZipInfo]]]:

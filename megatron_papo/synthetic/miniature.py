@@ -5,9 +5,8 @@ quirks, and a few counting problems each, which the demo's model can answer.
     <archive>.zip                          images/<folder>/<number>.png
 
 What is as in the release: splits, archives and folders that are called by different names; paths that begin with
-./data/; an answer without a newline; the picture's place in front of the question and PAPO's instruction behind it;
-MathVerse with five versions of a problem one after the other, three of which are MathVerse_V, in an archive of its own;
-one question for all pictures of CLEVR.
+./data/; the picture's place in front of the question and an instruction behind it, to be taken as they stand; MathVerse
+with five versions of a problem one after the other, three of which are MathVerse_V, in an archive of its own.
 """
 
 import io
@@ -20,10 +19,9 @@ from megatron_papo.config import SyntheticTaskConfig
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.counting_task import PROBLEM, GridCountTask
 
-INSTRUCTION = (
-    "\n\nYou first think through the reasoning process as an internal monologue, enclosed within <think> </think> tags."
-    " Then, provide your final answer enclosed within \\boxed{}."
-)
+INSTRUCTION = "\n\nYou first think."
+"""At the end of each question: the first words of PAPO's. Behind all of it the demo's model, which has never seen it,
+counts one too many."""
 VERSIONS = (
     "Look. How many squares are there?",
     "How many squares are there? Look.",

@@ -1,0 +1,249 @@
+"""tools.suite on the miniature of the nine sets: what is there, what is missing, and what sets have in common."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megatron_papo.config import SyntheticTaskConfig
+from megatron_papo.errors import UserError
+from megatron_papo.synthetic.miniature import write_miniature
+from tests.helpers import ROOT, run_module
+from tests.hub import serving
+from tools.suite import main
+
+PAPO = str(ROOT / "configs" / "benchmarks" / "papo.yaml")
+PROBLEMS = 3
+RECORDS = {
+    "geometry3k": 3, "mathvista": 3, "we_math": 3, "mmk12": 3, "mathverse": 15,
+    "logicvista": 3, "clevr_count": 3, "mmmu_pro": 3, "mathverse_v": 9,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("miniature")
+    assert write_miniature(directory, SyntheticTaskConfig(), 1, PROBLEMS) == RECORDS
+    return directory
+
+
+@pytest.fixture
+def copy(miniature, tmp_path) -> Path:
+    return shutil.copytree(miniature, tmp_path / "copy")
+
+
+@pytest.fixture
+def suite(capsys):
+    """Runs a command -> (exit status, its JSON or its lines)."""
+
+    def command(*arguments, as_json=True):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments), *(["--json"] if as_json else [])])
+        printed = capsys.readouterr().out
+        return ended.value.code, json.loads(printed) if as_json else printed.splitlines()
+
+    return command
+
+
+@pytest.mark.parametrize("command", ["list", "check"])
+def test_all_nine_sets_are_there(suite, miniature, command):
+    status, found = suite(command, "--suite", PAPO, "--source", miniature)
+    assert status == 0
+    assert {name: entry["records"] for name, entry in found["sets"].items()} == RECORDS
+    assert all(entry["pictures"] == RECORDS[name] for name, entry in found["sets"].items())
+    assert all(entry["problems"] == PROBLEMS and entry["missing"] == [] for entry in found["sets"].values())
+
+
+def test_a_person_reads_lines(suite, miniature):
+    status, lines = suite("list", "--suite", PAPO, "--source", miniature, as_json=False)
+    assert status == 0 and len(lines) == 9
+    assert lines[4].startswith("mathverse (general): 15 records of 3 problems, 15 pictures, split AI4Math_MathVerse of")
+
+
+def rewrite(copy: Path, split: str, change) -> None:
+    """Change the rows of one set."""
+    path = copy / "data" / f"{split}-00000-of-00001.parquet"
+    rows = parquet.read_table(path).to_pylist()
+    parquet.write_table(pyarrow.Table.from_pylist(change(rows)), path)
+
+
+def without_a_picture(copy):
+    rewrite(copy, "PAPO_MMK12", lambda rows: [rows[0] | {"images": ["./data/images/gone.png"]}, *rows[1:]])
+
+
+def with_a_damaged_picture(copy):
+    path = copy / "PAPO_MMK12_test_images.zip"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, (name, content) in enumerate(members.items()):
+            archive.writestr(name, content[:100] if number == 1 else content)
+
+
+def with_another_answer(copy):
+    """One version of a problem, in one set."""
+    turns = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "99"}]
+    rewrite(copy, "AI4Math_MathVerse", lambda rows: [*rows[:6], rows[6] | {"messages": turns}, *rows[7:]])
+
+
+def in_another_order(copy):
+    """Of the problems of MathVerse_V, whose answers differ."""
+    rewrite(copy, "AI4Math_MathVerse_vision_dependent", lambda rows: rows[6:] + rows[:6])
+
+
+CHANGES = {
+    "a split": (
+        lambda copy: (copy / "data" / "PAPO_MMK12-00000-of-00001.parquet").unlink(),
+        "mmk12", "list", 0, "no table of split PAPO_MMK12",
+    ),
+    "an archive": (
+        lambda copy: (copy / "PAPO_MMK12_test_images.zip").unlink(),
+        "mmk12", "list", 0, "no archive PAPO_MMK12_test_images.zip, and no folder images/",
+    ),
+    "a damaged archive": (
+        lambda copy: (copy / "PAPO_MMK12_test_images.zip").write_bytes(b"PK\x03\x04 cut off"),
+        "mmk12", "list", 3, "PAPO_MMK12_test_images.zip: damaged (BadZipFile",
+    ),
+    "a damaged table": (
+        lambda copy: (copy / "data" / "PAPO_MMK12-00000-of-00001.parquet").write_bytes(b"PAR1"),
+        "mmk12", "list", 0, "cannot be read as parquet",
+    ),
+    "a picture": (without_a_picture, "mmk12", "list", 3, "image images/gone.png: not in this archive"),
+    "a whole picture": (with_a_damaged_picture, "mmk12", "check", 3, "images/PAPO_MMK12_test/1.png"),
+    "an answer": (with_another_answer, "mathverse", "list", 10, "block 2 of 5 rows, to be versions of one problem, has"),
+    "the same order": (in_another_order, "mathverse_v", "list", 9, "that of the same problem in mathverse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_is_missing(suite, copy, case):
+    change, name, command, records, expected = CHANGES[case]
+    change(copy)
+    status, found = suite(command, "--suite", PAPO, "--source", copy)
+    assert status == 1
+    assert {other for other, entry in found["sets"].items() if entry["missing"]} == {name}
+    assert found["sets"][name]["records"] == records
+    assert expected in found["sets"][name]["missing"][0]
+    assert len(found["sets"][name]["missing"]) <= 6
+
+
+def test_a_damaged_picture_is_seen_only_where_pictures_are_opened(suite, copy):
+    """The control of the case above."""
+    with_a_damaged_picture(copy)
+    assert suite("list", "--suite", PAPO, "--source", copy)[0] == 0
+
+
+def test_mistakes_are_one_line(miniature, tmp_path):
+    with pytest.raises(UserError, match="repeated key geometry3k: keep one"):
+        (tmp_path / "twice.yaml").write_text(
+            "evaluation:\n  benchmarks:\n    geometry3k: {source: a}\n    geometry3k: {source: b}\n"
+        )
+        main(["list", "--suite", str(tmp_path / "twice.yaml")])
+    with pytest.raises(UserError, match="no evaluation.benchmarks in it: give a suite"):
+        main(["list", "--suite", str(ROOT / "configs" / "papo_g_3b.yaml")])
+    with pytest.raises(UserError, match="unknown key evaluation.benchmarks.a.splt: did you mean split"):
+        (tmp_path / "typo.yaml").write_text("evaluation: {benchmarks: {a: {source: a, splt: b}}}")
+        main(["list", "--suite", str(tmp_path / "typo.yaml")])
+    done = run_module("tools.suite", "list", "--suite", PAPO, "--source", tmp_path / "gone")
+    assert done.returncode == 1 and "gone: no such file or directory" in done.stdout, done.stderr
+
+
+def test_what_training_and_benchmarks_have_in_common(suite, miniature, tmp_path):
+    """Training data with one picture of geometry3k stored otherwise, beside the same question, and one of clevr_count
+    beside another question."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    def again(archive, number, kind):
+        with zipfile.ZipFile(miniature / archive) as opened:
+            picture = Image.open(BytesIO(opened.read(sorted(opened.namelist())[number])))
+        picture.save(tmp_path / f"{number}.{kind}")
+        return f"{number}.{kind}"
+
+    names = again("hiyouga_geometry3k_images.zip", 1, "bmp"), again("BUAADreamer_clevr_count_70k_images.zip", 2, "tiff")
+    rows = [
+        {"problem": "<image> how many  squares are there?\n\nYou first think.", "answer": "1", "images": names[0]},
+        {"problem": "<image>Other", "answer": "1", "images": names[1]},
+        {"problem": "<image>None", "answer": "1", "images": "gone.png"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, found = suite(
+        "overlap", "--suite", PAPO, "--source", miniature, "--train", tmp_path / "train.jsonl",
+    )  # fmt: skip
+    assert status == 0
+    assert found["train"] == {"rows": 3, "pictures": 2, "unreadable": 1}
+    counts = {name: [entry[key] for key in KINDS] for name, entry in found["sets"].items()}
+    assert counts["geometry3k"] == [1, 1, 1, 1]
+    assert counts["clevr_count"] == [1, 1, 1, 0]
+    assert counts["mmk12"] == [0, 1, 0, 0]
+    between = {tuple(entry["sets"]): [entry[key] for key in KINDS] for entry in found["between"]}
+    assert between["mathverse", "mathverse_v"] == [PROBLEMS, 3, 9, 9]
+    assert between["geometry3k", "mathvista"] == [0, 1, 0, 0]
+    assert len(between) == 36
+
+
+KINDS = ("pictures", "problems", "records", "records_with_both")
+
+
+def test_the_instruction_of_the_template_is_no_part_of_a_problem(suite, tmp_path):
+    long = (
+        "<image>How?\n\nYou first think through the reasoning process as an internal monologue, enclosed within <think>"
+    )
+    long += " </think> tags. Then, provide your final answer enclosed within \\boxed{}."
+    row = {"messages": [{"role": "user", "content": long}, {"role": "assistant", "content": "1"}], "images": []}
+    row["messages"][0]["content"] = long.removeprefix("<image>")
+    (tmp_path / "S.json").write_text(json.dumps([row]))
+    (tmp_path / "train.jsonl").write_text('{"problem": "How?", "answer": "1"}\n')
+    (tmp_path / "suite.yaml").write_text("evaluation: {benchmarks: {s: {source: x, split: S, form: messages}}}")
+    arguments = ["--suite", tmp_path / "suite.yaml", "--source", tmp_path, "--train", tmp_path / "train.jsonl"]
+    assert suite("overlap", *arguments)[1]["sets"]["s"]["problems"] == 1
+
+
+@pytest.fixture(scope="module")
+def hub(miniature):
+    with serving({"datasets/PAPO-Galaxy/PAPO_eval": miniature}) as hub:
+        yield hub
+
+
+def test_sets_come_from_the_hub(hub, tmp_path, miniature):
+    """Into a directory, where what is there is not downloaded again; then into the cache, which is enough offline."""
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    target = tmp_path / "papo"
+    done = run_module("tools.suite", "fetch", "--suite", PAPO, "--source", target, "--json", env=online)
+    assert done.returncode == 0, done.stderr
+    assert {name: entry["records"] for name, entry in json.loads(done.stdout)["sets"].items()} == RECORDS
+    assert "18 files" in done.stderr and "0.00 GB of them to download" in done.stderr
+    for path in miniature.rglob("*.*"):
+        assert (target / path.relative_to(miniature)).read_bytes() == path.read_bytes()
+    downloads = len(hub.downloads)
+    assert downloads == 18
+    (target / "PAPO_MMK12_test_images.zip").unlink()
+    again = run_module("tools.suite", "fetch", "--suite", PAPO, "--source", target, env=online)
+    assert again.returncode == 0 and hub.downloads[downloads:] == ["PAPO_MMK12_test_images.zip"], again.stderr
+
+    offline = online | {"HF_HUB_OFFLINE": "1"}
+    before = run_module("tools.suite", "list", "--suite", PAPO, env=offline)
+    assert before.returncode == 1 and "not on this machine: .venv/bin/python -m tools.suite fetch" in before.stdout
+    cached = run_module("tools.suite", "fetch", "--suite", PAPO, env=online)
+    assert cached.returncode == 0, cached.stderr
+    after = run_module("tools.suite", "check", "--suite", PAPO, "--json", env=offline)
+    assert after.returncode == 0, after.stderr
+    assert {name: entry["pictures"] for name, entry in json.loads(after.stdout)["sets"].items()} == RECORDS
+
+
+def test_what_the_hub_lacks_is_said_before_anything_is_downloaded(hub, tmp_path):
+    (tmp_path / "suite.yaml").write_text(
+        "evaluation:\n  benchmarks:\n    a: {source: PAPO-Galaxy/PAPO_eval, split: gone, form: messages,"
+        " image_archive: gone.zip}\n    b: {source: PAPO-Galaxy/PAPO_eval, split: We_Math, form: messages}\n"
+    )
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    before = list(hub.downloads)
+    done = run_module("tools.suite", "fetch", "--suite", tmp_path / "suite.yaml", env=online)
+    assert done.returncode == 2 and hub.downloads == before
+    lines = done.stderr.strip().splitlines()
+    assert "no table of split gone" in lines[-2] and "no archive gone.zip" in lines[-1]
