@@ -11,8 +11,11 @@ MARKERS = {
     "quick": [
         "checkpoint/test_layouts.py",
         "config",
+        "data/test_problems.py",
+        "data/test_record_forms.py",
         "data/test_response_tokens.py",
         "data/test_rows.py",
+        "data/test_set_files.py",
         "distributed/test_balance.py",
         "evaluation",
         "objective",

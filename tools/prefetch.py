@@ -19,8 +19,9 @@ from typing import Any
 
 from megatron_papo.config import Config, PromptSource
 from megatron_papo.config_files import load_config
+from megatron_papo.data.hub_files import download, sizes_on_hub, wanted_files
 from megatron_papo.data.rows import is_offline, load_from_hub
-from megatron_papo.data.sources import data_files
+from megatron_papo.data.set_files import files_of, has_known_names
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
 from megatron_papo.run.command_line import run
@@ -107,13 +108,20 @@ def hub_name(path: str) -> str:
 
 def get_data(name: str, source: PromptSource) -> None:
     """Download a set of prompts, unless it is made or lies in files. Raises UserError."""
-    if source.source == "synthetic" or data_files(source):
+    if source.source == "synthetic" or files_of(source).tables:
         print(f"{name}: {source.source} is not from the hub", flush=True)
         return
     print(f"{name}: downloading {source.source}, split {source.split}", flush=True)
     with reading(f"{name}.source {source.source}", "correct it, or its split"), from_hub(source.source, "data set"):
-        rows = len(load_from_hub(source))
-    print(f"{name}: {source.source}, split {source.split}, {rows} rows", flush=True)
+        if has_known_names(source):
+            wanted = wanted_files(source, sizes_on_hub(source.source))
+            if wanted.missing:
+                raise UserError(*wanted.missing)
+            download(source.source, wanted.sizes)
+            what = f"{len(wanted.sizes)} files, {sum(wanted.sizes.values()) / 1e9:.2f} GB"
+        else:
+            what = f"{len(load_from_hub(source))} rows"
+    print(f"{name}: {source.source}, split {source.split}, {what}", flush=True)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from megatron_papo.config import Change, Config, DataConfig, PromptSource, is_pl
 from megatron_papo.config_notes import bytes_on_disk
 from megatron_papo.data.chat import require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
+from megatron_papo.data.hub_files import files_here
 from megatron_papo.data.rows import hub_data_set, is_offline
-from megatron_papo.data.sources import data_files
+from megatron_papo.data.set_files import files_of, has_known_names
 from megatron_papo.distributed.gpus import count_gpus, require_usable_gpus
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig, read_hf_config
@@ -219,10 +220,13 @@ def require_sources(config: Config, prefetch: str) -> None:
 
 
 def _require_source(source: PromptSource, prefetch: str) -> None:
-    if data_files(source) or not is_offline():
+    if files_of(source).tables or not is_offline():
         return
     try:
-        hub_data_set(source)
+        if has_known_names(source):
+            files_here(source)
+        else:
+            hub_data_set(source)
     except UserError:
         raise UserError(
             f"{source.source} ({source.split}): not among the downloaded data sets, and HF_HUB_OFFLINE is set: where"

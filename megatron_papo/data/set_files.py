@@ -120,7 +120,7 @@ def archive_among(names: Iterable[str], source: BenchmarkConfig) -> str | None:
         return None
     alike = sorted(name for name in names if _alike(Path(name).name) == _alike(source.image_archive))
     exact = [name for name in alike if Path(name).name == source.image_archive]
-    return (exact or alike or [None])[0]
+    return next(iter(exact or alike), None)
 
 
 def _with_pictures(

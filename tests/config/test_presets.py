@@ -176,7 +176,7 @@ def changed(tmp_path, name: str, old: str, new: str) -> Path:
 
 def test_every_file_is_the_demo_a_preset_or_a_part_of_one():
     known = ["demo", "published", *PARTS, *PRESETS]
-    assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(f"{name}.yaml" for name in known)
+    assert sorted(path.name for path in CONFIGS.glob("*.yaml")) == sorted(f"{name}.yaml" for name in known)
 
 
 def test_every_preset_starts_from_the_published_file_and_every_part_is_used():

@@ -114,7 +114,7 @@ CHANGES = {
     ),
     "a picture": (without_a_picture, "mmk12", "list", 3, "image images/gone.png: not in this archive"),
     "a whole picture": (with_a_damaged_picture, "mmk12", "check", 3, "images/PAPO_MMK12_test/1.png"),
-    "an answer": (with_another_answer, "mathverse", "list", 10, "block 2 of 5 rows, to be versions of one problem, has"),
+    "an answer": (with_another_answer, "mathverse", "list", 10, "block 2 of 5 rows, to be versions of one problem"),
     "the same order": (in_another_order, "mathverse_v", "list", 9, "that of the same problem in mathverse"),
 }  # fmt: skip
 
