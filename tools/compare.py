@@ -26,7 +26,7 @@ from megatron_papo.evaluation import published
 from megatron_papo.evaluation.comparable import Row
 from megatron_papo.evaluation.comparison import Comparison, compare, published_rows
 from megatron_papo.evaluation.outputs import read_evaluation
-from megatron_papo.evaluation.tables import as_latex, as_markdown, as_text, grid_of
+from megatron_papo.evaluation.tables import Wanted, as_latex, as_markdown, as_text, grid_of
 from megatron_papo.reading import shown
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import ImageShown
@@ -52,7 +52,16 @@ def parse() -> argparse.Namespace:
         help="what was shown of the pictures (default: original)",
     )
     add("--vision", action="store_true", help="lines with the accuracy without the picture, and what the picture gains")
-    add("--power", action="store_true", help="lines with the smallest difference that each set would have shown")
+    add(
+        "--power",
+        action="store_true",
+        help="lines with the smallest difference that each set would have shown, and the part of sampling in the error",
+    )
+    add(
+        "--rates",
+        action="store_true",
+        help="lines with pass@k, maj@k, format, cut off, timed out, unparsed, mean length",
+    )
     add("--published", choices=[*published.TABLES], help="published rows beside them, marked as such")
     add("--format", choices=[*WRITERS, "json"], default="text", help="default: text")
     args = parser.parse_args()
@@ -79,6 +88,8 @@ def read_row(text: str, iteration: int | None, sets: Sequence[str] | None) -> Ro
         members = several.split(",")
         if not name.strip() or not all(members):
             raise UserError(f"{shown(text)}: write NAME=RUN, or NAME=RUN,RUN,... for several training seeds")
+    elif "," in text and not Path(text).exists():
+        raise UserError(f"{shown(text)}: no such directory: several training seeds need a name, as NAME=RUN,RUN,...")
     runs = [read_evaluation(member, iteration, sets) for member in members]
     if len({evaluation.checkpoint for evaluation in runs}) < len(runs):
         raise UserError(f"{shown(text)}: names one checkpoint twice: a row is over runs of different seeds")
@@ -128,7 +139,8 @@ def main() -> None:
     if args.format == "json":
         print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
     else:
-        print(WRITERS[args.format](grid_of(comparison, vision=args.vision, power=args.power)), end="")
+        wanted = Wanted(vision=args.vision, power=args.power, rates=args.rates)
+        print(WRITERS[args.format](grid_of(comparison, wanted)), end="")
 
 
 if __name__ == "__main__":

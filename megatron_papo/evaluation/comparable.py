@@ -7,7 +7,7 @@ from pydantic import JsonValue
 
 from megatron_papo.errors import UserError
 from megatron_papo.evaluation.outputs import EvaluatedSet, Evaluation
-from megatron_papo.evaluation.statistics import PromptScores
+from megatron_papo.evaluation.statistics import FEW_PROBLEMS, PromptScores
 from megatron_papo.reading import shown
 from megatron_papo.run.records import ImageShown, Protocol
 
@@ -57,6 +57,9 @@ def require_comparable(rows: Sequence[Row], names: Sequence[str], image: ImageSh
         if len(set(samples.values())) > 1:
             words = ", ".join(f"{shown(row_name)} avg@{number}" for row_name, number in samples.items())
             notes.append(f"{name}: numbers of samples differ: {words}")
+        problems_shown = len(set(first.answers["original"].problem_ids))
+        if problems_shown < FEW_PROBLEMS:
+            notes.append(f"{name}: too few problems, {problems_shown}, for intervals and p values to be trusted")
     for row in rows:
         if missing := [name for name in names if name not in row.sets]:
             notes.append(f"{shown(row.name)} lacks {', '.join(missing)}: it has no averages over them")

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_papo.evaluation import published, statistics
 from megatron_papo.evaluation.comparable import Row, in_order, require_comparable
-from megatron_papo.evaluation.scores import sets_by_group
+from megatron_papo.evaluation.scores import SetScores, set_scores, sets_by_group
 from megatron_papo.evaluation.statistics import Floats, OverSeeds, PromptScores
 from megatron_papo.run.records import ImageShown, Protocol
 
@@ -31,6 +31,20 @@ class VisionGain:
     gain: statistics.Estimate
     change: statistics.Estimate | None
     """The gain minus that of the baseline."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What stands beside an average: means over the sets, and over the runs of a row. None: not known."""
+
+    pass_at_k: float
+    """k: the number of samples."""
+    maj: float
+    format: float
+    cut_off: float | None
+    timed_out: float
+    unparsed: float
+    mean_tokens: float | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,9 @@ class Cell:
     """Of the difference, over training seeds."""
     vision: Mapping[ImageShown, VisionGain] = field(default_factory=dict)
     """By what was shown instead of the pictures."""
+    rates: Rates | None = None
+    sampling_share: float | None = None
+    """Which part of the squared standard error comes from sampling, the rest from which prompts are in the set."""
 
     @property
     def is_marked(self) -> bool:
@@ -96,6 +113,9 @@ class RowScores:
             extra["seeds"] = _by_kind(self, _json_of_seeds)
         if any(cell.detectable is not None for _, _, cell in self.cells):
             extra["detectable"] = _by_kind(self, lambda cell: cell.detectable)
+        if any(cell.rates is not None for _, _, cell in self.cells):
+            extra["rates"] = _by_kind(self, lambda cell: None if cell.rates is None else vars(cell.rates))
+            extra["sampling_share"] = _by_kind(self, lambda cell: cell.sampling_share)
         if any(cell.vision for _, _, cell in self.cells):
             extra["vision"] = _by_kind(self, _json_of_vision)
         return {"name": self.name, **_by_kind(self, Cell.as_json), **extra}
@@ -199,7 +219,12 @@ def compare(rows: Sequence[Row], baseline: str | None, image: ImageShown) -> Com
     averages = averages_of(rows, names, scores)
     protocols = {name: next(row.of_set(name)[0].protocol for row in rows if name in row.sets) for name in names}
     groups = sets_by_group(names, {name: one.groups for name, one in protocols.items()})
-    table = _Table(scores, averages, baseline, image)
+    of_runs = {
+        (row.name, name): [set_scores(one.answers[image]) for one in row.of_set(name)]
+        for row in rows
+        for name in row.sets
+    }
+    table = _Table(scores, averages, of_runs, baseline, image)
     return Comparison(
         [_row_scores(row, names, groups, table) for row in rows], names, groups, baseline, image, protocols, notes
     )
@@ -247,6 +272,8 @@ def averages_of(rows: Sequence[Row], names: Sequence[str], scores: Scores) -> Av
 class _Table:
     scores: Scores
     averages: Averages
+    of_runs: Mapping[tuple[str, str], Sequence[SetScores]]
+    """By row and set."""
     baseline: str | None
     image: ImageShown
 
@@ -254,7 +281,14 @@ class _Table:
         """Return the cell of a row for the mean over some sets, which it has."""
         own = self._mean(row, names, self.image)
         error = statistics.standard_error([self.scores[row, name, self.image] for name in names])
-        cell = Cell(own.value, error, seeds=statistics.over_seeds(own.by_run), vision=self._vision(row, names))
+        cell = Cell(
+            own.value,
+            error,
+            seeds=statistics.over_seeds(own.by_run),
+            vision={} if error is None else self._vision(row, names),
+            rates=mean_rates([scores for name in names for scores in self.of_runs[row, name]]),
+            sampling_share=self._sampling_share(row, names, error),
+        )
         if self.baseline is None or self.baseline == row or not self._has(self.baseline, names, self.image):
             return cell
         base = self._mean(self.baseline, names, self.image)
@@ -264,12 +298,19 @@ class _Table:
         return replace(
             cell,
             difference=found.value,
-            interval=found.interval,
-            p=found.p,
+            interval=None if paired is None else found.interval,
+            p=None if paired is None else found.p,
             relative_gain=statistics.relative_gain(*(self._values(which, names) for which in (row, self.baseline))),
             detectable=None if paired is None else statistics.detectable_difference(paired),
             seeds_interval=statistics.difference_over_seeds(own.by_run, base.by_run),
         )
+
+    def _sampling_share(self, row: str, names: Sequence[str], error: float | None) -> float | None:
+        """Return the mean over sets' variance from sampling, a sum over sets and runs, divided by error squared."""
+        parts = [scores.variance for name in names for scores in self.of_runs[row, name]]
+        if not error or None in parts:
+            return None
+        return sum(part.within for part in parts if part) / (len(parts) ** 2 * error**2)
 
     def _vision(self, row: str, names: Sequence[str]) -> dict[ImageShown, VisionGain]:
         gains: dict[ImageShown, VisionGain] = {}
@@ -293,6 +334,25 @@ class _Table:
 
     def _values(self, row: str, names: Sequence[str]) -> list[float]:
         return [self.averages[row, name, self.image].value for name in names]
+
+
+def mean_rates(scores: Sequence[SetScores]) -> Rates:
+    """Return the means over sets and runs, as many runs of each set."""
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
+    number = len(scores)
+    return Rates(
+        pass_at_k=sum(one.pass_at[one.samples_per_prompt] for one in scores) / number,
+        maj=sum(one.maj for one in scores) / number,
+        format=sum(one.format for one in scores) / number,
+        cut_off=mean([one.cut_off for one in scores]),
+        timed_out=sum(one.timed_out for one in scores) / number,
+        unparsed=sum(one.unparsed for one in scores) / number,
+        mean_tokens=mean([one.mean_tokens for one in scores]),
+    )
 
 
 def _row_scores(row: Row, names: Sequence[str], groups: Mapping[str, Sequence[str]], table: _Table) -> RowScores:

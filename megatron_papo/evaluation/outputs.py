@@ -130,7 +130,7 @@ def read_evaluated_set(directory: Path) -> EvaluatedSet:
         if image in answers:
             raise UserError(f"{shown(file)}: its predictions are not in order: {AGAIN}")
         with reading(file, AGAIN):
-            answers[image] = collect_answers(map(answer_of, predictions), protocol.problems_of, f"{file} ({image})")
+            answers[image] = collect_answers(map(answer_of, predictions), protocol.set, f"{file} ({image})")
     if "original" not in answers:
         raise UserError(f"{shown(file)}: holds no answers to the pictures as they are: {AGAIN}")
     return EvaluatedSet(directory, protocol, answers)

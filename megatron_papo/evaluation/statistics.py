@@ -23,6 +23,8 @@ LEVEL = 0.05
 """Two-sided: intervals hold 95 %, and p values below it are marked."""
 POWER = 0.8
 """With which a difference is called detectable."""
+FEW_PROBLEMS = 30
+"""With fewer, percentile intervals of a bootstrap are too narrow."""
 DRAWS_AT_ONCE = 200
 """How many draws of a bootstrap are in memory at a time."""
 

@@ -10,12 +10,22 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_papo.evaluation import statistics
-from megatron_papo.evaluation.comparison import Cell, Comparison, RowScores, VisionGain
+from megatron_papo.evaluation.comparison import Cell, Comparison, Rates, RowScores, VisionGain
 from megatron_papo.reading import shown
 from megatron_papo.run.records import ImageShown
 
 CHOSEN = "†"
 MARK = "*"
+RATES: dict[str, Callable[[Rates], str]] = {
+    "pass@k": lambda rates: _points(rates.pass_at_k),
+    "maj@k": lambda rates: _points(rates.maj),
+    "format": lambda rates: _points(rates.format),
+    "cut off": lambda rates: _points(rates.cut_off),
+    "timed out": lambda rates: _points(rates.timed_out),
+    "unparsed": lambda rates: _points(rates.unparsed),
+    "tokens": lambda rates: "" if rates.mean_tokens is None else f"{rates.mean_tokens:.1f}",
+}
+"""Lines of a row -> what they hold."""
 Column = tuple[str, str]
 """Kind (set, group, overall or gain) and name."""
 
@@ -51,27 +61,33 @@ def columns_of(comparison: Comparison, with_gains: bool) -> list[Column]:
     return columns
 
 
-def grid_of(comparison: Comparison, *, vision: bool, power: bool) -> Grid:
-    """Return the table.
+@dataclass(frozen=True)
+class Wanted:
+    """Which lines a row has beside average and difference."""
 
-    Args:
-        comparison: what it holds.
-        vision: with lines of what the picture is worth.
-        power: with lines of the smallest difference that would have been shown.
-    """
+    vision: bool = False
+    """What the picture is worth."""
+    power: bool = False
+    """The smallest difference that would have been shown, and which part of the error more samples would lower."""
+    rates: bool = False
+    """pass@k, maj@k, format, cut off and so on."""
+
+
+def grid_of(comparison: Comparison, wanted: Wanted) -> Grid:
+    """Return the table."""
     with_gains = any(cell.relative_gain is not None for row in comparison.rows for _, _, cell in row.cells)
     columns = columns_of(comparison, with_gains)
     own, others = ([row for row in comparison.rows if row.published == which] for which in (False, True))
-    blocks = [_block(row, columns, comparison.baseline, vision, power) for row in own]
-    blocks += [[_block(row, columns, None, False, False)[0] for row in others]] if others else []
+    blocks = [_block(row, columns, comparison.baseline, wanted) for row in own]
+    blocks += [[_block(row, columns, None, Wanted())[0] for row in others]] if others else []
     return Grid(
         [f"gain {name}" if kind == "gain" else name for kind, name in columns],
         blocks,
-        _notes(comparison, power, vision),
+        _notes(comparison, wanted),
     )
 
 
-def _block(row: RowScores, columns: Sequence[Column], baseline: str | None, vision: bool, power: bool) -> list[Line]:
+def _block(row: RowScores, columns: Sequence[Column], baseline: str | None, wanted: Wanted) -> list[Line]:
     cells = {(kind, name): cell for kind, name, cell in row.cells}
     gains = {name: cell.relative_gain for kind, name, cell in row.cells if kind != "set"}
 
@@ -96,12 +112,20 @@ def _block(row: RowScores, columns: Sequence[Column], baseline: str | None, visi
         ]
         if any(cell.seeds_interval for cell in cells.values()):
             lines.append(line("  95 % of it over seeds", lambda cell: _interval(cell.seeds_interval)))
-        if power:
+        if wanted.power:
             lines.append(line("  detectable", lambda cell: _points(cell.detectable)))
+    if wanted.power:
+        lines.append(line("  from sampling", lambda cell: _points(cell.sampling_share)))
+    for label, of_rates in RATES.items() if wanted.rates else ():
+        lines.append(line(f"  {label}", _of_rates(of_rates)))
     shown_instead: dict[ImageShown, str] = {"masked": "masked", "none": "no picture"}
-    for image, words in shown_instead.items() if vision else ():
+    for image, words in shown_instead.items() if wanted.vision else ():
         lines += _vision_lines(image, words, list(cells.values()), line)
     return lines
+
+
+def _of_rates(value: Callable[[Rates], str]) -> Callable[[Cell], str]:
+    return lambda cell: "" if cell.rates is None else value(cell.rates)
 
 
 def _vision_lines(
@@ -145,7 +169,7 @@ def _interval(interval: tuple[float, float] | None, sign: str = "+") -> str:
     return "" if interval is None else "..".join(f"{100 * end:{sign}.2f}" for end in interval)
 
 
-def _notes(comparison: Comparison, power: bool, vision: bool) -> list[str]:
+def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
     """Return what a reader has to know, a line each."""
     rows = comparison.rows
     notes = [
@@ -159,12 +183,17 @@ def _notes(comparison: Comparison, power: bool, vision: bool) -> list[str]:
             " row (Benjamini-Hochberg)"
         )
         notes.append("gain: relative, the mean over sets of (new - base) / base")
-        if power:
+        if wanted.power:
             notes.append(
                 f"detectable: a true difference of this size would be found with a probability of"
-                f" {statistics.POWER:.0%}"
+                f" {100 * statistics.POWER:.0f} %"
             )
-    if vision and any(cell.vision for row in rows for _, _, cell in row.cells):
+    if wanted.power:
+        notes.append(
+            "from sampling: percent of the squared standard error that would shrink with more samples; the rest is"
+            " which prompts are in the set"
+        )
+    if wanted.vision and any(cell.vision for row in rows for _, _, cell in row.cells):
         notes.append(
             "vision gain: with the picture minus without, paired, with 95 % interval; its change: minus that of the"
             " baseline"

@@ -148,6 +148,38 @@ def test_tables(two_runs, command):
     assert len({line.count("&") - line.count(r"\&") for line in rows}) == 1
 
 
+def test_what_stands_beside_the_averages(two_runs, command):
+    """By loops over the file: pass@4, and which part of the squared error is sampling."""
+    _, papo = two_runs
+    row = json.loads(command(papo, "--format", "json"))["rows"][0]
+    grades = {}
+    for line in (papo / "evaluation" / "iteration_0000" / "mmk12" / "predictions.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["image"] == "original":
+            grades.setdefault(record["prompt_id"], []).append(record["rewards"]["accuracy"])
+    rates = row["rates"]["sets"]["mmk12"]
+    assert rates["pass_at_k"] == pytest.approx(sum(any(of_prompt) for of_prompt in grades.values()) / 40)
+    assert (rates["format"], rates["cut_off"], rates["unparsed"], rates["mean_tokens"]) == (1, 0, 0, 2)
+    within = np.mean([np.var(of_prompt, ddof=1) for of_prompt in grades.values()]) / 4 / 40
+    share = within / row["sets"]["mmk12"]["standard_error"] ** 2
+    assert row["sampling_share"]["sets"]["mmk12"] == pytest.approx(share)
+    text = command(papo, "--rates", "--power")
+    assert f"{100 * rates['pass_at_k']:.2f}" in text and f"{100 * share:.2f}" in text
+    assert "pass@k" not in command(papo)
+
+
+def test_too_few_problems(tmp_path, command):
+    """One problem tells nothing of a difference, few tell little; control: test_json, with forty."""
+    runs = [
+        evaluation(tmp_path / name, 0, ["mathverse"], skill=skill, prompts=5) for name, skill in (("a", 0), ("b", 1))
+    ]
+    found = json.loads(command(*runs, "--baseline", "a", "--format", "json"))
+    cell = found["rows"][1]["sets"]["mathverse"]
+    assert cell["difference"] > 0.3 and cell["standard_error"] is cell["interval"] is cell["p"] is None
+    assert found["notes"] == ["mathverse: too few problems, 1, for intervals and p values to be trusted"]
+    assert "*" not in command(*runs, "--baseline", "a").splitlines()[4]
+
+
 def test_published_alone(command):
     found = json.loads(command("--published", "table1", "--format", "json"))
     by_name = {row["name"]: row for row in found["rows"]}
@@ -199,7 +231,10 @@ def test_a_row_without_all_sets_has_no_average_over_them(tmp_path, command):
     found = json.loads(command(whole, part, "--baseline", "whole", "--format", "json"))
     assert found["rows"][1]["groups"] == {} and found["rows"][1]["overall"] is None
     assert list(found["rows"][0]["sets"]) == ["mmk12", "mathverse", "evaluation"]
-    assert found["notes"] == ["part lacks mathverse, evaluation: it has no averages over them"]
+    assert found["notes"] == [
+        "mathverse: too few problems, 8, for intervals and p values to be trusted",
+        "part lacks mathverse, evaluation: it has no averages over them",
+    ]
     assert "part lacks" in command(whole, part)
     only = json.loads(command(whole, part, "--sets", "mmk12", "--format", "json"))
     assert only["rows"][1]["overall"] is not None and only["notes"] == []
@@ -240,6 +275,7 @@ def test_bad_arguments(tmp_path, command):
         ([f"{run}@2"], "iteration 2 was not evaluated: there is 3"),
         ([run, f"x={run}", f"x={run}@3"], "there is a row x already"),
         ([f"x={run},"], "write NAME=RUN"),
+        ([f"{run},{run}"], "several training seeds need a name"),
         ([run, "--baseline", "rum"], r"--baseline rum: no row of that name, there is run; rum: no such directory"),
         ([run, "--image", "none"], "run was not answered with the picture none: .*without_images=true"),
         ([run, "--sets", "mmk13"], "none of these sets was evaluated here: there is mmk12"),
