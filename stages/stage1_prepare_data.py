@@ -32,6 +32,7 @@ from megatron_papo.reading import shown
 from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import counted, progress_bar
 from megatron_papo.run.stage_output import Input, StageOutput, file_hash
+from megatron_papo.run.stages import set_section
 
 if TYPE_CHECKING:
     from megatron_papo.data.prompts import PromptMaker
@@ -79,7 +80,8 @@ def inputs_from_outside(task: Task) -> dict[str, Input]:
     for name, source in sources(task).items():
         if source.source == "synthetic":
             if source.count is None:
-                raise UserError(f"data.{name}.count: missing: say how many rows of the synthetic task to make")
+                key = f"data.{name}" if name in FILES else set_section(name)[1]
+                raise UserError(f"{key}.count: missing: say how many rows of the synthetic task to make")
             continue
         is_there = task.output.exists()
         fingerprint = source_fingerprint(source, task.config.data, name == "sft") if is_there else ""
@@ -186,12 +188,13 @@ def prepare_set(name: str, source: PromptSource, config: Config, maker: "PromptM
     with progress_bar(source.count, f"stage 1: {name}", "rows") as bar:
         write_jsonl(out.partial / FILES.get(name, "prompts.jsonl"), maker.prompts(counted(rows, bar)))
     suspicious = report.suspicious_rows(partial(grade, config.reward))
+    key = f"data.{name}" if name in FILES else set_section(name)[1]
     problems = [
-        *report.bad_rows(name, data.skip_bad_rows),
-        *report.no_pictures(name, Columns.of(source, data, with_target), shows_masked(config, name)),
-        *too_suspicious(name, suspicious, report.kept, data.max_suspicious_share),
+        *report.bad_rows(key, data.skip_bad_rows),
+        *report.no_pictures(key, Columns.of(source, data, with_target), shows_masked(config, name)),
+        *too_suspicious(key, suspicious, report.kept, data.max_suspicious_share),
     ]
-    problems = problems or report.no_rows(name, source.source)
+    problems = problems or report.no_rows(key, source.source)
     if problems:
         raise UserError(*problems)
     if maker.source_hash is not None:

@@ -19,8 +19,8 @@ from typing import Any
 
 from megatron_papo.config import Config, PromptSource
 from megatron_papo.config_files import load_config
-from megatron_papo.data.hub_files import download, sizes_on_hub, wanted_files
-from megatron_papo.data.rows import is_offline, load_from_hub
+from megatron_papo.data.hub_files import download, is_offline, sizes_on_hub, wanted_files
+from megatron_papo.data.rows import load_from_hub
 from megatron_papo.data.set_files import files_of, has_known_names
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown

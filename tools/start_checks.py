@@ -15,8 +15,8 @@ from megatron_papo.config import Change, Config, DataConfig, PromptSource, is_pl
 from megatron_papo.config_notes import bytes_on_disk
 from megatron_papo.data.chat import require_checkpoint, require_ids_in_vocabulary, tokenizer_hash
 from megatron_papo.data.fingerprint import source_fingerprint
-from megatron_papo.data.hub_files import files_here
-from megatron_papo.data.rows import hub_data_set, is_offline
+from megatron_papo.data.hub_files import files_here, is_offline
+from megatron_papo.data.rows import hub_data_set
 from megatron_papo.data.set_files import files_of, has_known_names
 from megatron_papo.distributed.gpus import count_gpus, require_usable_gpus
 from megatron_papo.errors import UserError

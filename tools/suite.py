@@ -19,9 +19,9 @@ from pathlib import Path
 
 from megatron_papo.config import BenchmarkConfig, Config, PromptSource
 from megatron_papo.config_files import resolve_config
-from megatron_papo.data.hub_files import download, sizes_on_hub, there_already, wanted_files
+from megatron_papo.data.hub_files import download, is_offline, sizes_on_hub, there_already, wanted_files
 from megatron_papo.data.overlap import Contents, Shared, contents_of, shared
-from megatron_papo.data.rows import is_offline, read_rows
+from megatron_papo.data.rows import read_rows
 from megatron_papo.data.set_files import has_known_names, is_hub_name
 from megatron_papo.data.set_state import SetState, SuiteLook, on_this_machine
 from megatron_papo.errors import UserError

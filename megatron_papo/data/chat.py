@@ -124,6 +124,7 @@ class ChatFormat:
 
             self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.settings, system = settings, settings.system_prompt
+        self._instruction = settings.prompt_template.format(problem="\0").rpartition("\0")[2].strip()
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self.image_pad = self._token_id(directory, IMAGE_PAD)
         self.end_of_turn = self._token_id(directory, END_OF_TURN)
@@ -145,6 +146,11 @@ class ChatFormat:
         would take it for a picture.
         """
         self._refuse_control_tokens(problem, "the problem")
+        if self._instruction and problem.rstrip().endswith(self._instruction):
+            raise UserError(
+                "the problem ends with the instruction that prompt_template adds: set the set's prompt_template to"
+                ' "{problem}", or leave the instruction out of the data'
+            )
         text = self._around(problem)
         places = text.count(IMAGE_PLACE)
         if places == 0:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_papo.config import BenchmarkConfig, PromptSource
-from megatron_papo.data.set_files import SetFiles, archive_among, files_of, has_known_names, is_hub_name, tables_of
+from megatron_papo.data.set_files import (
+    SetFiles,
+    archive_among,
+    files_of,
+    has_known_names,
+    is_hub_name,
+    set_files,
+    tables_of,
+)
 from megatron_papo.errors import UserError
 from megatron_papo.reading import reading, shown
 
@@ -71,18 +79,29 @@ def files_here(source: PromptSource) -> SetFiles:
 
 
 def _from_hub(source: BenchmarkConfig) -> SetFiles:
-    from huggingface_hub import constants, snapshot_download
-
     name = source.source
-    with reading(f"{name}: no such directory, and the Hugging Face data set of this name cannot be loaded", _CURE):
-        if constants.HF_HUB_OFFLINE:
-            directory = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
-        else:
+    what = f"{name}: no such directory, and the Hugging Face data set of this name cannot be loaded"
+    try:
+        with reading(what, _CURE):
+            if is_offline():
+                raise ConnectionError("HF_HUB_OFFLINE is set")
             wanted = wanted_files(source, sizes_on_hub(name))
             if wanted.missing:
                 raise UserError(*wanted.missing)
-            directory = download(name, wanted.sizes)
-    return files_of(source.model_copy(update={"source": str(directory)}))
+            here = source.model_copy(update={"source": str(download(name, wanted.sizes))})
+    except UserError:
+        cached = in_cache(source)
+        if cached is None or set_files(cached).missing:
+            raise
+        here = cached
+    return files_of(here)
+
+
+def is_offline() -> bool:
+    """Say whether the Hugging Face libraries were told to use no network."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def in_cache(source: BenchmarkConfig) -> BenchmarkConfig | None:
@@ -90,8 +109,9 @@ def in_cache(source: BenchmarkConfig) -> BenchmarkConfig | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    none: list[str] = []  # of the data set's files must be there: those of other sets may be missing
     try:
-        directory = snapshot_download(source.source, repo_type="dataset", local_files_only=True)
+        directory = snapshot_download(source.source, repo_type="dataset", local_files_only=True, allow_patterns=none)
     except LocalEntryNotFoundError:
         return None
     return source.model_copy(update={"source": directory})

@@ -48,11 +48,11 @@ class SetReport:
         if any(picture.seen.one_colour for picture in pictures):
             self.one_colour.append(place)
 
-    def bad_rows(self, name: str, allowed: int) -> list[str]:
+    def bad_rows(self, key: str, allowed: int) -> list[str]:
         """Return what to say about the rows that cannot be used; nothing where they are few enough to be left out.
 
         Args:
-            name: of the set.
+            key: of the set in the configuration.
             allowed: data.skip_bad_rows.
         """
         count = len(self.bad)
@@ -62,7 +62,7 @@ class SetReport:
         more = f" ({count - len(lines)} more are not shown)" if count > len(lines) else ""
         return [
             *lines,
-            f"data.{name}: {count} of {self.rows} rows cannot be used{more}: correct or drop them, or have up to so"
+            f"{key}: {count} of {self.rows} rows cannot be used{more}: correct or drop them, or have up to so"
             f" many left out with --set data.skip_bad_rows={count}",
         ]
 
@@ -70,29 +70,29 @@ class SetReport:
         """Return what is wrong with the first rows that cannot be used, a line each."""
         return [f"{row.place}: {row.problem}" for row in self.bad[:BAD_ROWS_SHOWN]]
 
-    def no_rows(self, name: str, source: str) -> list[str]:
+    def no_rows(self, key: str, source: str) -> list[str]:
         """Return why a set has no prompt; nothing where it has one.
 
         Args:
-            name: of the set.
+            key: of the set in the configuration.
             source: where its rows are from.
         """
         if self.kept:
             return []
         if not self.rows:
-            return [f"data.{name}: {shown(source)}: no row in it: name another data source or add rows"]
+            return [f"{key}: {shown(source)}: no row in it: name another data source or add rows"]
         cures = (["raise data.max_prompt_tokens"] if self.overlong else []) + (["correct the rows"] if self.bad else [])
         return [
             *self.first_bad_rows(),
-            f"data.{name}: no row left of {shown(source)} ({self.overlong} overlong, {len(self.bad)} left out):"
+            f"{key}: no row left of {shown(source)} ({self.overlong} overlong, {len(self.bad)} left out):"
             f" {', '.join(cures)} or add others",
         ]
 
-    def no_pictures(self, name: str, columns: Columns, uses_pictures: bool) -> list[str]:
+    def no_pictures(self, key: str, columns: Columns, uses_pictures: bool) -> list[str]:
         """Return what to say about a set without any picture; nothing where that may be right.
 
         Args:
-            name: of the set.
+            key: of the set in the configuration.
             columns: that were read.
             uses_pictures: whether something is computed from the pictures of this set.
         """
@@ -100,13 +100,13 @@ class SetReport:
         if self.rows_with_pictures or not self.columns or not (others or uses_pictures):
             return []
         seen = ", ".join(map(shown, self.columns))
-        cure = f"set data.{name}.images_key={shown((others or ['COLUMN'])[0])}"
+        cure = f"set {key}.images_key={shown((others or ['COLUMN'])[0])}"
         if uses_pictures:
             cure += (
                 " (a set without pictures goes with objective.kl_prcp_coef=0, objective.masked_image_entropy_coef=0 and"
                 " evaluation.masked_images=false)"
             )
-        return [f"data.{name}: no row has a picture in column {columns.images}; the columns are {seen}: {cure}"]
+        return [f"{key}: no row has a picture in column {columns.images}; the columns are {seen}: {cure}"]
 
     def suspicious_rows(self, grade: Grade) -> Suspicious:
         """Return the rows that look wrong. grade: the grader of responses."""
@@ -145,10 +145,10 @@ class SetReport:
         return sum(getattr(seen, quality) for seen in self.pictures.values())
 
 
-def too_suspicious(name: str, suspicious: Suspicious, kept: int, limit: float) -> list[str]:
+def too_suspicious(key: str, suspicious: Suspicious, kept: int, limit: float) -> list[str]:
     """Return what to say about kinds of suspicious rows that are a larger share than data.max_suspicious_share."""
     return [
-        f"data.{name}: {_in_words(kind, rows, kept)}: more than data.max_suspicious_share {limit}: correct the rows,"
+        f"{key}: {_in_words(kind, rows, kept)}: more than data.max_suspicious_share {limit}: correct the rows,"
         " name another column, or raise it"
         for kind, rows in suspicious.items()
         if len(rows) > limit * kept

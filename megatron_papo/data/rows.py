@@ -286,13 +286,6 @@ def load_from_hub(source: PromptSource) -> "datasets.Dataset":
     return datasets.load_dataset(source.source, split=source.split)
 
 
-def is_offline() -> bool:
-    """Say whether the Hugging Face libraries were told to use no network."""
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
-
-
 def _of_hub(table: "datasets.Dataset", name: str) -> Iterator[tuple[int, dict]]:
     numbers = _short_floats(table.features.arrow_schema)
     for number in range(len(table)):

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import zipfile
 
 import numpy as np
 import pyarrow
@@ -761,6 +762,114 @@ def test_an_evaluation_set_is_one_of_the_configuration(stage, tmp_path):
     (tmp_path / "set.jsonl").write_text(json.dumps({"problem": "?", "answer": "1"}) + "\n")
     with pytest.raises(UserError, match="made from something else .*differs in"):
         stage(tmp_path / "set.jsonl")  # the training data are another output
+
+
+def conversation(answer="1", problem="<image>How many?", images=("./data/images/s/1.png",)):
+    turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "images": list(images)}
+
+
+@pytest.fixture
+def released(tmp_path):
+    """Writes a set as the authors' release has it -> the setting that names it `verse`."""
+
+    def write(rows, pictures=("1.png",), **keys):
+        directory = tmp_path / "release"
+        directory.mkdir(exist_ok=True)
+        (directory / "S.json").write_text(json.dumps(rows))
+        with zipfile.ZipFile(directory / "S_images.zip", "w") as archive:
+            for number, name in enumerate(pictures):
+                archive.writestr(f"images/s/{name}", png(56, 84, number))
+        keys = {
+            "form": "messages",
+            "split": "S",
+            "image_archive": "S_images.zip",
+            "prompt_template": "{problem}",
+        } | keys
+        return "evaluation.benchmarks.verse=" + json.dumps({"source": str(directory), **keys})
+
+    return write
+
+
+def test_a_set_of_a_suite_becomes_prompts_of_problems(stage, released):
+    rows = [conversation(str(number // 2), f"<image>Version {number % 2}") for number in range(4)]
+    suite = released(rows, problem_by="block:2", problems_of=None)
+    output = stage("unused", suite, output="set", evaluation_set="verse")
+    prompts = read_jsonl(output / "prompts.jsonl", Prompt)
+    assert [prompt.problem_id for prompt in prompts] == ["verse/1", "verse/1", "verse/2", "verse/2"]
+    assert [prompt.id for prompt in prompts] == ["S-1", "S-2", "S-3", "S-4"]
+    assert read_manifest(output).counts == {"verse": 4, "verse_dropped_overlong": 0, "images": 1}
+    assert stage("unused", suite, output="set", evaluation_set="verse") == output  # done already: the same content
+    released([*rows[:3], conversation("1", "<image>Other")])
+    with pytest.raises(UserError, match="made from something else .*differs in"):
+        stage("unused", suite, output="set", evaluation_set="verse")
+
+
+def test_options_reach_the_prompts(stage, tmp_path):
+    row = {
+        "question": "How?",
+        "option": "A. 3; B. 4",
+        "answer": "B",
+        "image_path": {"bytes": png(56, 84), "path": None},
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "testmini.parquet")
+    suite = {"source": str(tmp_path / "testmini.parquet"), "form": "we_math", "grading": "choice"}
+    output = stage("unused", f"evaluation.benchmarks.w={json.dumps(suite)}", output="set", evaluation_set="w")
+    [prompt] = read_jsonl(output / "prompts.jsonl", Prompt)
+    assert (prompt.options, prompt.answer) == (["3", "4"], "B")
+    assert prompt.problem == "<image>How?\nChoices:\n(A) 3\n(B) 4"
+
+
+def test_all_that_is_wrong_with_a_set_of_a_suite_is_said_at_once(stage, released, tmp_path):
+    rows = [
+        conversation(),
+        conversation(answer=["1"]),
+        conversation(answer=1),
+        conversation(answer=""),
+        conversation(images=()),
+        conversation(images=("./data/images/s/gone.png",)),
+        conversation(images=("./data/../../secret.png",)),
+    ]
+    with pytest.raises(UserError) as error:
+        stage("unused", released(rows), output="set", evaluation_set="verse")
+    lines = [line.replace(f"{tmp_path}/release/", "") for line in error.value.lines]
+    assert [line[:9] for line in lines[:6]] == [f"S.json:{number}:" for number in range(2, 8)]
+    for line, expected in zip(
+        lines,
+        [
+            "expected a text", "expected a text", "expected a text", "0 images for 1 <image> places",
+            "S_images.zip: image images/s/gone.png: not in this archive", "a name that leads out of the archive",
+            "evaluation.benchmarks.verse: 6 of 7 rows cannot be used",
+        ],
+        strict=True,
+    ):  # fmt: skip
+        assert expected in line
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_instruction_is_not_given_twice(stage, released):
+    suite = released(
+        [conversation(problem="<image>How many?\nThink first. \n")], prompt_template="{problem}\nThink first."
+    )
+    with pytest.raises(
+        UserError, match="the problem ends with the instruction that prompt_template adds: set the set's"
+    ):
+        stage("unused", suite, output="set", evaluation_set="verse")
+    verbatim = released([conversation(problem="<image>How many?\nThink first. \n")])
+    stage("unused", verbatim, output="verbatim", evaluation_set="verse")
+    stripped = released([conversation()], prompt_template="{problem}\nThink first.")
+    stage("unused", stripped, output="added", evaluation_set="verse")
+
+
+def test_what_a_suite_needs_is_not_there(stage, released, tmp_path):
+    suite = released([conversation()], image_archive="gone.zip", split="T")
+    with pytest.raises(UserError) as error:
+        stage("unused", suite, output="set", evaluation_set="verse")
+    assert "no table of split T" in error.value.lines[0] and "no archive gone.zip" in error.value.lines[1]
+    suite = released([conversation()])
+    (tmp_path / "release" / "S_images.zip").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="S_images.zip: damaged .BadZipFile"):
+        stage("unused", suite, output="set", evaluation_set="verse")
 
 
 def test_the_demo_through_the_command_line(demo_data, evaluation_data, tiny_hf):

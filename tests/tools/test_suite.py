@@ -1,7 +1,10 @@
 """tools.suite on the miniature of the nine sets: what is there, what is missing, and what sets have in common."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from pyarrow import parquet
 from megatron_papo.config import SyntheticTaskConfig
 from megatron_papo.errors import UserError
 from megatron_papo.synthetic.miniature import write_miniature
-from tests.helpers import ROOT, run_module
+from tests.helpers import DEMO_CONFIG, ROOT, run_module
 from tests.hub import serving
 from tools.suite import main
 
@@ -226,14 +229,35 @@ def test_sets_come_from_the_hub(hub, tmp_path, miniature):
     again = run_module("tools.suite", "fetch", "--suite", PAPO, "--source", target, env=online)
     assert again.returncode == 0 and hub.downloads[downloads:] == ["PAPO_MMK12_test_images.zip"], again.stderr
 
+    we_math = {"source": "PAPO-Galaxy/PAPO_eval", "form": "messages", "split": "We_Math"}
+    we_math |= {"image_archive": "We-Math_We-Math_images.zip"}
+    setting = f"evaluation.benchmarks.we_math={json.dumps(we_math)}"
+    model = ["--set", f"model.path={tmp_path}", "--set", setting]
+    fetched = run_module("tools.prefetch", "--config", DEMO_CONFIG, *model, env=online)
+    assert fetched.returncode == 0, fetched.stderr
+    assert "evaluation.benchmarks.we_math: PAPO-Galaxy/PAPO_eval, split We_Math, 2 files, 0.00 GB" in fetched.stdout
+
     offline = online | {"HF_HUB_OFFLINE": "1"}
-    before = run_module("tools.suite", "list", "--suite", PAPO, env=offline)
-    assert before.returncode == 1 and "not on this machine: .venv/bin/python -m tools.suite fetch" in before.stdout
+    before = run_module("tools.suite", "list", "--suite", PAPO, "--json", env=offline)
+    missing = {name: entry["missing"] for name, entry in json.loads(before.stdout)["sets"].items()}
+    assert before.returncode == 1 and [name for name, lines in missing.items() if not lines] == ["we_math"]
+    downloads = len(hub.downloads)
     cached = run_module("tools.suite", "fetch", "--suite", PAPO, env=online)
-    assert cached.returncode == 0, cached.stderr
+    assert cached.returncode == 0 and len(hub.downloads) == downloads + 16, cached.stderr
     after = run_module("tools.suite", "check", "--suite", PAPO, "--json", env=offline)
     assert after.returncode == 0, after.stderr
     assert {name: entry["pictures"] for name, entry in json.loads(after.stdout)["sets"].items()} == RECORDS
+
+    # where the network is gone, though nobody said so, what is in the cache is read
+    read = (
+        "from megatron_papo.config import BenchmarkConfig; from megatron_papo.data.hub_files import files_here;"
+        f" print(files_here(BenchmarkConfig(**{we_math})).tables)"
+    )
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", read], cwd=ROOT, env=os.environ | online | gone, capture_output=True, text=True
+    )
+    assert "We_Math-00000-of-00001.parquet" in done.stdout, done.stderr
 
 
 def test_what_the_hub_lacks_is_said_before_anything_is_downloaded(hub, tmp_path):
