@@ -4,6 +4,8 @@
     .venv/bin/python -m tools.suite check   --suite configs/benchmarks/papo.yaml [--source DIR]
     .venv/bin/python -m tools.suite fetch   --suite configs/benchmarks/papo.yaml [--source DIR]
     .venv/bin/python -m tools.suite overlap --suite configs/benchmarks/papo.yaml [--source DIR] --train SOURCE
+    .venv/bin/python -m tools.suite score   FILE ... [--suite configs/benchmarks/papo.yaml]
+    .venv/bin/python -m tools.suite export  EVALUATION --form lmms-eval --output DIR
 
 A suite is a configuration file with evaluation.benchmarks, or a part of one. Nothing runs and no model is needed; only
 `fetch` uses a network. With --json one object is printed, {"sets": {NAME: {"records", "pictures", "missing", ...}}}.
@@ -30,6 +32,7 @@ from megatron_papo.run.command_line import run
 from megatron_papo.run.console import progress_bar
 from megatron_papo.run.room import require_room
 from tools.prefetch import from_hub
+from tools.suite_outputs import add_export_options, add_score_options, export_evaluation, score_files
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
 """What a suite that is a part of a configuration lacks."""
@@ -46,7 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="{list,check,fetch,overlap}")
+    commands = parser.add_subparsers(required=True, metavar="{list,check,fetch,overlap,score,export}")
 
     def add(name: str, command: Callable[[argparse.Namespace], int], told: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.")
@@ -65,6 +68,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     train_help = "training data: a .jsonl or .parquet file, a directory of them, or the name of a Hugging Face dataset"
     overlapping.add_argument("--train", required=True, metavar="SOURCE", help=train_help)
     overlapping.add_argument("--split", default="train", metavar="NAME", help="of the training data (default: train)")
+    add_score_options(add("score", score, "grade files of predictions, of PAPO-Eval or of this pipeline"))
+    add_export_options(add("export", export, "write an evaluation in the files of lmms-eval"))
     return parser.parse_args(arguments)
 
 
@@ -224,6 +229,18 @@ def in_words(found: Shared) -> str:
         f"{found.pictures} pictures (in {found.records} rows), {found.problems} problem texts, both together in"
         f" {found.records_with_both} rows"
     )
+
+
+def score(args: argparse.Namespace) -> int:
+    """Grade files of predictions; return the exit status."""
+    score_files(args, {} if args.suite is None else sets_of(read_suite(args.suite)))
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write an evaluation in the files of another program; return the exit status."""
+    export_evaluation(args)
+    return 0
 
 
 if __name__ == "__main__":
