@@ -198,7 +198,12 @@ def test_seeds(tmp_path, command):
     alone = [json.loads(command(run, "--format", "json"))["rows"][0]["sets"]["mmk12"]["avg"] for run in runs]
     assert found["name"] == "papo" and found["sets"]["mmk12"]["avg"] == pytest.approx(np.mean(alone))
     assert found["seeds"]["sets"]["mmk12"]["deviation"] == pytest.approx(np.std(alone, ddof=1))
-    assert "sd of 3 seeds" in command(base, joined)
+    assert "sd of 3 seeds" in command(base, joined) and "of it over seeds" not in command(base, joined)
+    others = [evaluation(tmp_path / f"base{i}", 0, ["mmk12"], skill=0.4, seed=i) for i in range(3)]
+    both = ("base=" + ",".join(map(str, others)), joined, "--baseline", "base")
+    assert "95 % of it over seeds" in command(*both)
+    low, high = json.loads(command(*both, "--format", "json"))["rows"][1]["seeds"]["overall"]["interval_of_difference"]
+    assert low < np.mean(alone) - np.mean([average(run, "mmk12") for run in others]) < high
     with pytest.raises(compare.UserError, match="one checkpoint twice"):
         command(f"papo={runs[0]},{runs[0]}")
 
