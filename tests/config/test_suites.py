@@ -119,3 +119,19 @@ def test_a_preset_takes_the_suite_as_a_part(tmp_path):
     mine.write_text(mine.read_text().replace("mmk12:", "mmk_12:"))
     with pytest.raises(UserError, match="evaluation.benchmarks.mmk_12.source"):
         load_config(mine)
+
+
+def test_the_suite_of_the_pages_samples_and_shows_pictures_alike():
+    papo, pages = (
+        yaml.safe_load((CONFIGS / "benchmarks" / f"{name}.yaml").read_text()) for name in ("papo", "hub_pages")
+    )
+    assert {key: pages["evaluation"][key] for key in PROTOCOL} == PROTOCOL
+    config = resolve_config(
+        CONFIGS / "benchmarks" / "hub_pages.yaml", ["model.path=m"], below=CONFIGS / "published.yaml"
+    )
+    for name, entry in config.config.evaluation.benchmarks.items():
+        assert entry.form == name and entry.groups == papo["evaluation"]["benchmarks"][name]["groups"]
+
+
+def test_every_suite_is_here():
+    assert sorted(path.name for path in (CONFIGS / "benchmarks").iterdir()) == ["hub_pages.yaml", "papo.yaml"]

@@ -271,3 +271,66 @@ def test_what_the_hub_lacks_is_said_before_anything_is_downloaded(hub, tmp_path)
     assert done.returncode == 2 and hub.downloads == before
     lines = done.stderr.strip().splitlines()
     assert "no table of split gone" in lines[-2] and "no archive gone.zip" in lines[-1]
+
+
+PAGES = {
+    "hiyouga/geometry3k": ("data/test-00000-of-00001", {"problem": "<image>Find x.", "answer": "5"}, "images"),
+    "AI4Math/MathVista": (
+        "data/testmini-00000-of-00001-725687bf7a18d64b",
+        {"question": "Which?", "choices": ["1", "2"], "answer": "2", "unit": "cm", "image": "images/1.jpg"},
+        "decoded_image",
+    ),
+    "We-Math/We-Math": (
+        "data/testmini-00000-of-00001",
+        {"question": "How?", "option": "A. 3; B. 4", "answer": "B"},
+        "image_path",
+    ),
+    "AI4Math/MathVerse": (
+        "testmini",
+        {"question": "As shown\nChoices:\nA:1\nB:2", "answer": "B", "problem_index": "7"},
+        "image",
+    ),
+    "lscpku/LogicVista": ("data/test-00000-of-00001", {"question": "Next?", "answer": "A, C"}, "image"),
+    "MMMU/MMMU_Pro": (
+        "standard (10 options)/test-00000-of-00001",
+        {"question": "What is <image 1>?", "options": "['x', 'y']", "answer": "B"},
+        "image_1",
+    ),
+}
+"""Page -> its table, a row, and the column of pictures, as publicly described."""
+
+
+def test_the_pages_of_the_sets_on_the_hub(tmp_path):
+    """Two rows each, beside files and folders of other splits that must be left alone."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    stream = BytesIO()
+    Image.new("RGB", (56, 56)).save(stream, "PNG")
+    picture = {"bytes": stream.getvalue(), "path": "1.png"}
+    for page, (table, row, column) in PAGES.items():
+        path = tmp_path / "pages" / page / f"{table}.parquet"
+        path.parent.mkdir(parents=True)
+        row = row | {column: [picture] if column == "images" else picture}
+        parquet.write_table(pyarrow.Table.from_pylist([row, row]), path)
+        others = ["testmini_text_only.parquet", "README.md"]
+        others += ["standard (4 options)/test-00000-of-00001.parquet"] if page == "MMMU/MMMU_Pro" else []
+        for other in others:
+            (tmp_path / "pages" / page / other).parent.mkdir(exist_ok=True)
+            (tmp_path / "pages" / page / other).write_text("not to be read")
+    with serving({f"datasets/{page}": tmp_path / "pages" / page for page in PAGES}) as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        suite = ["--suite", ROOT / "configs" / "benchmarks" / "hub_pages.yaml"]
+        done = run_module("tools.suite", "fetch", *suite, "--json", env=online)
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert sorted(hub.downloads) == sorted(Path(table).name + ".parquet" for table, *_ in PAGES.values())
+    counts = {
+        name: (entry["records"], entry["pictures"], entry["problems"])
+        for name, entry in json.loads(done.stdout)["sets"].items()
+    }
+    assert counts == dict.fromkeys(["geometry3k", "mathvista", "we_math", "logicvista", "mmmu_pro"], (2, 1, 2)) | {
+        "mathverse": (2, 1, 1)
+    }
+    refused = run_module("tools.suite", "fetch", *suite, "--source", tmp_path / "all", env=online)
+    assert refused.returncode == 2 and "the sets are from 6 data sets" in refused.stderr
