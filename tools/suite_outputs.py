@@ -41,7 +41,9 @@ AS_IN_THE_FILE = {
 def add_score_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `score`."""
     parser.formatter_class, parser.description = argparse.RawDescriptionHelpFormatter, SCORE_HELP
-    files_help = "a file, a directory of files, or NAME=FILE,FILE,... for the passes over one set"
+    files_help = (
+        "a file, a directory of files, a run or RUN@ITERATION, or NAME=FILE,FILE,... for the passes over one set"
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help=files_help)
     suite_help = "configuration file with evaluation.benchmarks: names, groups, gradings and problems of the sets"
     parser.add_argument("--suite", type=Path, metavar="FILE", help=suite_help)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from megatron_papo.config import BenchmarkConfig
 from megatron_papo.errors import UserError
+from megatron_papo.evaluation.outputs import PREDICTIONS, evaluated_directories
 from megatron_papo.evaluation.outside_predictions import PredictionsFile, responses, scan
 from megatron_papo.reading import reading, shown
 from megatron_papo.run.records import ImageShown
 from megatron_papo.run.stage_output import differences
 
-PREDICTIONS = "predictions.jsonl"
-UNFINISHED = ".partial"
 MOSTLY = 0.5
 """Files that share more of their prompts than this, and not all, are passes of which one is incomplete or another."""
 
@@ -73,7 +72,7 @@ def joined_sets(
     """Return the sets that a user names. Raises UserError before anything is graded.
 
     Args:
-        arguments: FILE, DIRECTORY or NAME=FILE,FILE,...
+        arguments: as a user types them: FILE, DIRECTORY, RUN, RUN@ITERATION or NAME=FILE,FILE,...
         suite: sets by name; a file called like a set, its split or its archive is a file of that set.
         image: which of our predictions count.
         passes_per_file: how many passes a file of others holds; None: as often as it repeats itself.
@@ -97,35 +96,26 @@ def joined_sets(
     return sets
 
 
-def _split(argument: str) -> tuple[str | None, list[Path]]:
+def _split(argument: str) -> tuple[str | None, list[str]]:
     """Return the name of a set, where the argument gives one, and paths."""
     name, sign, rest = argument.partition("=")
     with reading(argument, "name a file of predictions"):
         if not sign or Path(argument).exists():
-            return None, [Path(argument)]
+            return None, [argument]
     if not name.strip() or not all(rest.split(",")):
         raise UserError(f"{shown(argument)}: expected NAME=FILE or NAME=FILE,FILE,...")
-    return name, [Path(part) for part in rest.split(",")]
+    return name, rest.split(",")
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the files of predictions that a path stands for: itself, or those of a directory."""
+def _files(text: str) -> list[Path]:
+    """Return the files of predictions that a path stands for: itself, those of an evaluation, or of a directory."""
+    path = Path(text)
     with reading(path, "name a file of predictions"):
-        if not path.is_dir():
+        if not path.is_dir() and (path.exists() or "@" not in text):
             return [path]
-        if (path / PREDICTIONS).is_file():
-            return [path / PREDICTIONS]
-        found = sorted(file for file in path.glob(f"*/{PREDICTIONS}") if file.parent.suffix != UNFINISHED) or sorted(
-            path.glob("*.jsonl")
-        )
-        below = [] if found else sorted(path.glob("evaluation/*/"))
-        if len(below) == 1:
-            return _files(below[0])
-    if below:
-        raise UserError(f"{shown(path)}: {len(below)} evaluations are there: name one, e.g. {shown(below[-1])}")
-    if not found:
-        raise UserError(f"{shown(path)}: no {PREDICTIONS} and no other .jsonl below it: name a file of predictions")
-    return found
+        ours = (path / "evaluation").is_dir() or any(path.glob(PREDICTIONS)) or any(path.glob(f"*/{PREDICTIONS}"))
+        theirs = [] if ours else sorted(path.glob("*.jsonl"))
+    return theirs or [directory / PREDICTIONS for directory in evaluated_directories(text)[2]]
 
 
 def _set_named_after(path: Path, suite: Mapping[str, BenchmarkConfig]) -> str | None:

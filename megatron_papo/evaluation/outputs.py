@@ -59,14 +59,7 @@ def read_evaluation(text: str, iteration: int | None = None, only: Collection[st
         iteration: of a run whose name has no @N; None: the last one that was evaluated.
         only: names of the sets to read; None: all.
     """
-    with reading(text, "name a run such as runs/demo, or an evaluation"):
-        match = None if Path(text).exists() else re.fullmatch(r"(.+)@(\d{1,6})", text)
-        path, number = (Path(match[1]), int(match[2])) if match else (Path(text), iteration)
-        if not path.is_dir():
-            raise UserError(f"{shown(path)}: no such directory: name a run such as runs/demo, or an evaluation")
-        if match and not (path / "evaluation").is_dir():
-            raise UserError(f"{shown(text)}: {shown(path)} is no run, of which @{number} names an iteration")
-        directories = _directories(path, number)
+    path, number, directories = evaluated_directories(text, iteration)
     sets: dict[str, EvaluatedSet] = {}
     protocols = {place: read_record(place / PROTOCOL, Protocol, AGAIN) for place in directories}
     wanted = [place for place, protocol in protocols.items() if only is None or protocol.set in only]
@@ -82,7 +75,26 @@ def read_evaluation(text: str, iteration: int | None = None, only: Collection[st
             )
         if sets.setdefault(one.protocol.set, one) is not one:
             raise UserError(f"{shown(path)}: holds the set {one.protocol.set} twice: move one of them away")
-    return Evaluation(f"{_name(path)}@{number}" if match else _name(path), path, sets)
+    return Evaluation(_name(path) if number is None else f"{_name(path)}@{number}", path, sets)
+
+
+def evaluated_directories(text: str, iteration: int | None = None) -> tuple[Path, int | None, list[Path]]:
+    """Return the path of what a user names, the iteration if it has @N, and where its outputs of stage 7 lie.
+
+    Raises UserError where there are none.
+
+    Args:
+        text: as a user types it.
+        iteration: as of read_evaluation.
+    """
+    with reading(text, "name a run such as runs/demo, or an evaluation"):
+        match = None if Path(text).exists() else re.fullmatch(r"(.+)@(\d{1,6})", text)
+        path, number = (Path(match[1]), int(match[2])) if match else (Path(text), None)
+        if not path.is_dir():
+            raise UserError(f"{shown(path)}: no such directory: name a run such as runs/demo, or an evaluation")
+        if match and not (path / "evaluation").is_dir():
+            raise UserError(f"{shown(text)}: {shown(path)} is no run, of which @{number} names an iteration")
+        return path, number, _directories(path, iteration if number is None else number)
 
 
 def _name(path: Path) -> str:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_papo.errors import UserError
+from megatron_papo.evaluation.outputs import PROTOCOL
 from megatron_papo.reading import read_record, reading, refuse_constant, shown
 from megatron_papo.run.records import ImageShown, Prediction, Protocol, Rewards
+from megatron_papo.run.stage_output import verify_files
 
 LONGEST_LINE = 64 << 20
 """Bytes: a response with its token ids has a few ten thousand."""
 THEIRS = ("prompt", "predict", "label")
-PROTOCOL = "protocol.json"
 AGAIN = "make the file again, or leave it out"
 
 
@@ -95,6 +96,8 @@ def scan(path: Path, image: ImageShown, column: str | None = None) -> Prediction
     beside = path.parent / PROTOCOL
     with reading(beside, "choose a directory that can be read"):
         has_protocol = ours and beside.is_file()
+    if ours:
+        verify_files(path.parent)
     protocol = read_record(beside, Protocol, "evaluate again, or remove it") if has_protocol else None
     return PredictionsFile(path, protocol, ours, digest.hexdigest(), keys, has_ids, image, seeds)
 

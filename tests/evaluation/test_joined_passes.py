@@ -81,7 +81,7 @@ def test_a_directory_and_the_names_of_a_suite(tmp_path):
     line = refused(tmp_path / "m")  # control: without names, three of five prompts look like a pass that was cut short
     assert "passes over different prompts" in line
     assert "problem is missing" in refused(write(tmp_path / "mathverse.jsonl", ONCE), suite=suite)
-    assert "no predictions.jsonl" in refused(write(tmp_path / "none" / "a.txt", []).parent)
+    assert "nothing was evaluated here" in refused(write(tmp_path / "none" / "a.txt", []).parent)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,10 @@ def test_our_own_predictions(tmp_path):
     evaluated(tmp_path / "run" / "evaluation" / "iteration_0002" / "geo")
     assert joined(tmp_path / "run")[0].name == "geo"
     evaluated(tmp_path / "run" / "evaluation" / "iteration_0004" / "geo", seed=1)
-    assert "2 evaluations are there: name one" in refused(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")  # a run has other files of that kind
+    assert [one.files[0].path.parent.parent.name for one in joined(tmp_path / "run")] == ["iteration_0004"]
+    assert [one.files[0].path.parent.parent.name for one in joined(f"{tmp_path / 'run'}@2")] == ["iteration_0002"]
+    assert "iteration 3 was not evaluated: there is 2, 4" in refused(f"{tmp_path / 'run'}@3")
 
 
 @pytest.mark.parametrize(
