@@ -200,7 +200,8 @@ def overlap(args: argparse.Namespace) -> int:
             return contents_of(read_rows(source, config.data, False), config.data, instruction, bar.update)
 
     train = read("train", PromptSource(source=args.train, split=args.split))
-    sets = {name: read(name, on_this_machine(source)) for name, source in sets_of(config).items()}
+    outside = {name: source for name, source in sets_of(config).items() if source.source != "synthetic"}
+    sets = {name: read(name, on_this_machine(source)) for name, source in outside.items()}
     with_train = {name: shared(train, contents) for name, contents in sets.items()}
     between = {(first, second): shared(sets[first], sets[second]) for first, second in combinations(sets, 2)}
     if args.json:

@@ -6,6 +6,7 @@ own part of it; a column `id` is used where there is one. A row that cannot be u
 reading goes on.
 """
 
+import codecs
 import json
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -132,16 +133,20 @@ def _tables_with_known_names(source: BenchmarkConfig, columns: Columns) -> Itera
 def _rows_of(file: Path, columns: Collection[str | None]) -> Iterator[tuple[int, dict | BadRow]]:
     """Return the rows of a file. columns: that are read; the others stand for None, or are there as well."""
     if file.suffix.lower() == ".json":
-        return _json_array(file)
+        return _json_array(file) if _begins_with(file, b"[") else _jsonl(file)
     return _jsonl(file) if is_jsonl(file) else _parquet(file, columns)
+
+
+def _begins_with(file: Path, sign: bytes) -> bool:
+    """Say whether the first character of a text, white space and byte order mark aside, is this one."""
+    with reading(file, "correct its permissions or copy it again"), open(file, "rb") as stream:
+        return stream.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip().startswith(sign)
 
 
 def _json_array(file: Path) -> Iterator[tuple[int, dict | BadRow]]:
     """Yield the rows of a file that is one array of objects, as the authors' release has them, read as a whole."""
     with reading(file, "copy it again"):
         rows = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_object_of_array)
-        if not isinstance(rows, list):
-            raise ValueError(f"a {type(rows).__name__} where an array of rows is expected")
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):
             yield number, row

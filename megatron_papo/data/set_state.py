@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_papo.config import BenchmarkConfig, DataConfig
-from megatron_papo.data.hub_files import in_cache
+from megatron_papo.data.hub_files import in_cache, is_offline
 from megatron_papo.data.rows import read_rows
 from megatron_papo.data.set_files import has_known_names, is_hub_name, set_files
 from megatron_papo.data.source_row import BadRow, SourceRow
@@ -48,6 +48,8 @@ class SuiteLook:
     def look_at(self, name: str, source: BenchmarkConfig, seen: Callable[[], object]) -> SetState:
         """Return what is there of a set. seen: called at each row."""
         state = SetState()
+        if source.source == "synthetic":  # made by stage 1, each row a problem of its own
+            return SetState(source.count or 0, source.count or 0, source.count or 0)
         try:
             here = on_this_machine(source)
             state.missing = set_files(here).missing
@@ -84,6 +86,8 @@ class SuiteLook:
                     pictures.add((row.image_root, picture) if isinstance(picture, str) else _digest(picture))
                 else:
                     bad.append(f"{row.place}: {line}")
+        if not state.records and not bad:
+            bad.append(f"{source.source}: no row in it: download it again, or name another source")
         state.pictures, state.problems = len(pictures), len(problems)
         state.missing += shortened(bad)
 
@@ -119,9 +123,14 @@ class _PictureLook:
 
 def on_this_machine(source: BenchmarkConfig) -> BenchmarkConfig:
     """Return a set with a source that is read without a network. Raises UserError where it is on the hub alone."""
-    if not is_hub_name(source):
-        return source
-    cached = in_cache(source) if has_known_names(source) else None
+    if not has_known_names(source):
+        if set_files(source).tables or is_offline():
+            return source
+        raise UserError(
+            f"{source.source}: on the hub, read by the datasets library: .venv/bin/python -m tools.prefetch downloads"
+            " it, and with HF_HUB_OFFLINE=1 it is counted here"
+        )
+    cached = in_cache(source) if is_hub_name(source) else source
     if cached is None:
         raise UserError(
             f"{source.source}: not on this machine: .venv/bin/python -m tools.suite fetch --suite FILE downloads it, or"

@@ -2,8 +2,10 @@
 
 import json
 
+import hypothesis
 import pyarrow
 import pytest
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from megatron_papo.config import BenchmarkConfig, DataConfig, PromptSource
@@ -197,20 +199,60 @@ def test_parquet_and_json_of_a_set_are_the_same_rows(tmp_path):
 
 
 JSON = {
-    "[{}": "not JSON",
-    '{"messages": []}': "a dict where an array of rows is expected",
-    "[1]": "expected a JSON object with the columns of a row",
-    '[{"a": 1, "a": 2}]': "has a key twice among a, a",
-    "[" * 100_000: "nested too deeply",
-    "": "not JSON",
+    "[{}": "S.json: not JSON",
+    "{": "S.json:1: an array or JSON of several lines, not an object per line",
+    '{"messages": []}': "S.json:1: messages has the turns [], expected user and assistant",
+    " \n [1]": "S.json:1: expected a JSON object with the columns of a row",
+    '[{"a": 1, "a": 2}]': "S.json: an object has a key twice among a, a",
+    "[" * 100_000: "S.json: nested too deeply",
+    "\x1f\x8b": "S.json:1: not JSON",
 }
 
 
 @pytest.mark.parametrize("text", JSON)
-def test_json_that_is_no_array_of_rows(tmp_path, text):
+def test_json_that_is_no_rows(tmp_path, text):
     (tmp_path / "S.json").write_text(text)
     try:
         [row] = read(tmp_path)
-        assert isinstance(row, BadRow) and JSON[text] in row.problem
+        assert isinstance(row, BadRow)
+        line = f"{row.place}: {row.problem}"
     except UserError as error:
-        assert len(error.lines) == 1 and JSON[text] in str(error) and "S.json" in str(error)
+        [line] = error.lines
+    assert line.startswith(f"{tmp_path}/{JSON[text]}")
+
+
+def test_json_may_be_an_array_or_lines(tmp_path):
+    rows = [messages(answer=str(number)) for number in range(3)]
+    for text in (json.dumps(rows), "\ufeff \n" + json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))):
+        (tmp_path / "S.json").write_text(text)
+        assert [row.answer for row in read(tmp_path)] == ["0", "1", "2"]
+    (tmp_path / "S.json").write_text("")
+    assert read(tmp_path) == []
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.binary(max_size=4)
+    | st.sampled_from(["A", "['x', 'y']", "A. 1; B. 2", "<image>", "<image 1>", "<image 9>", "user", "\ud800", "(A)"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["role", "content", "bytes", "path", "x"]), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=25)
+def test_whatever_a_row_holds_it_is_an_item_or_one_line(form, data):
+    columns = st.sampled_from([*FORMS[form].columns, "other"])
+    row = data.draw(st.dictionaries(columns, VALUES, max_size=8))
+    good = {name: value for case, (row, _) in GOOD.items() if case.startswith(form) for name, value in row.items()}
+    if data.draw(st.booleans()):
+        row = good | row
+    try:
+        item = read_item(form, row)
+    except UserError as error:
+        assert len(error.lines) == 1 and len(str(error)) < 1000
+    else:
+        assert item.problem.strip() and item.answer.strip()
+        assert item.problem.count("<image>") in (0, len(item.images))
+        assert all(isinstance(image, (str, bytes)) for image in item.images)

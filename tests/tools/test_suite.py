@@ -115,6 +115,10 @@ CHANGES = {
         lambda copy: (copy / "data" / "PAPO_MMK12-00000-of-00001.parquet").write_bytes(b"PAR1"),
         "mmk12", "list", 0, "cannot be read as parquet",
     ),
+    "all rows": (
+        lambda copy: rewrite(copy, "PAPO_MMK12", lambda rows: []),
+        "mmk12", "list", 0, "no row in it",
+    ),
     "a picture": (without_a_picture, "mmk12", "list", 3, "image images/gone.png: not in this archive"),
     "a whole picture": (with_a_damaged_picture, "mmk12", "check", 3, "images/PAPO_MMK12_test/1.png"),
     "an answer": (with_another_answer, "mathverse", "list", 10, "block 2 of 5 rows, to be versions of one problem"),
@@ -138,6 +142,26 @@ def test_a_damaged_picture_is_seen_only_where_pictures_are_opened(suite, copy):
     """The control of the case above."""
     with_a_damaged_picture(copy)
     assert suite("list", "--suite", PAPO, "--source", copy)[0] == 0
+
+
+def test_sets_that_are_no_files_of_a_release(suite, tmp_path):
+    """One that stage 1 makes, a file with columns, and one that the datasets library reads from the hub."""
+    (tmp_path / "mine.jsonl").write_text('{"q": "?", "answer": "1", "key": 7}\n' * 3)
+    (tmp_path / "suite.yaml").write_text(
+        f"""evaluation:
+  benchmarks:
+    made: {{source: synthetic, count: 5}}
+    mine: {{source: {tmp_path}/mine.jsonl, problem_key: q, problem_by: "column:key"}}
+    far: {{source: somebody/else}}
+"""
+    )
+    status, found = suite("list", "--suite", tmp_path / "suite.yaml")
+    counts = {
+        name: (entry["records"], entry["pictures"], entry["problems"], len(entry["missing"]))
+        for name, entry in found["sets"].items()
+    }
+    assert status == 1
+    assert counts == {"made": (5, 5, 5, 0), "mine": (3, 0, 1, 0), "far": (0, 0, 0, 1)}
 
 
 def test_mistakes_are_one_line(miniature, tmp_path):
@@ -237,17 +261,6 @@ def test_sets_come_from_the_hub(hub, tmp_path, miniature):
     assert fetched.returncode == 0, fetched.stderr
     assert "evaluation.benchmarks.we_math: PAPO-Galaxy/PAPO_eval, split We_Math, 2 files, 0.00 GB" in fetched.stdout
 
-    offline = online | {"HF_HUB_OFFLINE": "1"}
-    before = run_module("tools.suite", "list", "--suite", PAPO, "--json", env=offline)
-    missing = {name: entry["missing"] for name, entry in json.loads(before.stdout)["sets"].items()}
-    assert before.returncode == 1 and [name for name, lines in missing.items() if not lines] == ["we_math"]
-    downloads = len(hub.downloads)
-    cached = run_module("tools.suite", "fetch", "--suite", PAPO, env=online)
-    assert cached.returncode == 0 and len(hub.downloads) == downloads + 16, cached.stderr
-    after = run_module("tools.suite", "check", "--suite", PAPO, "--json", env=offline)
-    assert after.returncode == 0, after.stderr
-    assert {name: entry["pictures"] for name, entry in json.loads(after.stdout)["sets"].items()} == RECORDS
-
     # where the network is gone, though nobody said so, what is in the cache is read
     read = (
         "from megatron_papo.config import BenchmarkConfig; from megatron_papo.data.hub_files import files_here;"
@@ -258,6 +271,13 @@ def test_sets_come_from_the_hub(hub, tmp_path, miniature):
         [sys.executable, "-c", read], cwd=ROOT, env=os.environ | online | gone, capture_output=True, text=True
     )
     assert "We_Math-00000-of-00001.parquet" in done.stdout, done.stderr
+
+    downloads = len(hub.downloads)
+    cached = run_module("tools.suite", "fetch", "--suite", PAPO, env=online)
+    assert cached.returncode == 0 and len(hub.downloads) == downloads + 16, cached.stderr
+    after = run_module("tools.suite", "check", "--suite", PAPO, "--json", env=online | {"HF_HUB_OFFLINE": "1"})
+    assert after.returncode == 0, after.stderr
+    assert {name: entry["pictures"] for name, entry in json.loads(after.stdout)["sets"].items()} == RECORDS
 
 
 def test_what_the_hub_lacks_is_said_before_anything_is_downloaded(hub, tmp_path):
