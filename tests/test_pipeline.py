@@ -60,6 +60,28 @@ def test_one_metrics_file_and_one_tensorboard_directory(small_run):
     assert not list(small_run.rglob("megatron/tensorboard"))
 
 
+def test_the_table_of_the_run(small_run):
+    """tools.compare reads what stage 7 wrote: its averages are those of metrics.json."""
+    start = f"{small_run}@0"
+    result = run_module("tools.compare", start, small_run, "--baseline", start, "--format", "json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["name"] for row in rows] == [f"{small_run.name}@0", small_run.name]
+    metrics = [
+        json.loads((small_run / f"evaluation/iteration_000{n}/evaluation/metrics.json").read_text()) for n in (0, 1)
+    ]
+    for row, measured in zip(rows, metrics, strict=True):
+        assert row["sets"]["evaluation"]["avg"] == pytest.approx(measured["accuracy"])
+        masked = row["vision"]["sets"]["evaluation"]["masked"]
+        assert masked["gain"] == pytest.approx(measured["accuracy"] - measured["accuracy_masked"])
+        rates = row["rates"]["overall"]
+        assert rates["format"] == pytest.approx(measured["format"])
+        assert rates["cut_off"] == pytest.approx(measured["cut_off_share"])
+        assert rates["mean_tokens"] == pytest.approx(measured["mean_response_tokens"])
+    difference = metrics[1]["accuracy"] - metrics[0]["accuracy"]
+    assert rows[1]["sets"]["evaluation"]["difference"] == pytest.approx(difference)
+
+
 def test_the_log_has_lines_with_time_and_stage(small_run):
     text = (small_run / "log.txt").read_bytes().decode()
     assert "\r" not in text and "\x1b" not in text

@@ -1,9 +1,11 @@
 """The published rows give their own averages and gains, by the functions that make ours."""
 
 import pytest
+import yaml
 
-from megatron_papo.evaluation.published import ABLATIONS, GENERAL, SETS, TABLE1, VISION
+from megatron_papo.evaluation.published import ABLATIONS, GENERAL, GROUPS, SETS, TABLE1, VISION
 from megatron_papo.evaluation.statistics import relative_gain
+from tests.helpers import ROOT
 
 KNOWN = {row.name: row for row in TABLE1 if row.of_sets}
 
@@ -37,3 +39,11 @@ def test_only_what_is_known_is_there():
     assert set(KNOWN) == {"GRPO 3B", "PAPO-G 3B", "GRPO 7B", "PAPO-G 7B"}
     assert all(not row.sets for row in (*TABLE1, *ABLATIONS) if row.name not in KNOWN)
     assert len({row.name for row in (*TABLE1, *ABLATIONS)}) == len(TABLE1) + len(ABLATIONS) == 26
+
+
+def test_the_published_suite_has_these_sets():
+    """By the same names, in the same groups: otherwise no published number would stand in its column."""
+    suite = yaml.safe_load((ROOT / "configs" / "benchmarks" / "papo.yaml").read_text())["evaluation"]["benchmarks"]
+    assert list(suite) == list(SETS)
+    for group, names in GROUPS.items():
+        assert [name for name, entry in suite.items() if group in entry["groups"]] == list(names)
