@@ -97,30 +97,39 @@ def read_row(text: str, iteration: int | None, sets: Sequence[str] | None) -> Ro
 
 
 def read_rows(args: argparse.Namespace) -> tuple[list[Row], str | None]:
-    """Return the rows, and the name of the one that is the baseline. Raises UserError, also for two of one name."""
-    rows: dict[str, Row] = {}
-    for text in dict.fromkeys(args.rows):
-        row = read_row(text, args.iteration, args.sets)
-        if row.name in rows:
-            raise UserError(f"{shown(text)}: there is a row {row.name} already: name it, as OTHER={shown(text)}")
-        rows[row.name] = row
-    typed = dict(zip(dict.fromkeys(args.rows), rows, strict=True))
-    if args.baseline is None or args.baseline in rows:
-        return [*rows.values()], args.baseline
-    if args.baseline in typed:
-        return [*rows.values()], typed[args.baseline]
+    """Return the rows, and the name of the one that is the baseline; one that is no row becomes the first.
+
+    Raises UserError, also for two rows of one name. Where the last parts of two paths are the same, the whole paths are
+    the names.
+    """
+    rows = {text: read_row(text, args.iteration, args.sets) for text in dict.fromkeys(args.rows)}
+    baseline = args.baseline
+    if baseline is not None and baseline not in rows and baseline not in {row.name for row in rows.values()}:
+        row = _baseline_apart(baseline, args, [row.name for row in rows.values()])
+        same = [text for text, other in rows.items() if _places(other) == _places(row)]
+        rows = rows if same else {baseline: row, **rows}
+        baseline = same[0] if same else baseline
+    names = [row.name for row in rows.values()]
+    for text, row in rows.items():
+        if names.count(row.name) > 1 and "=" not in text:
+            rows[text] = replace(row, name=shown(text))
+    names = [row.name for row in rows.values()]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]}: two rows of this name: call one of them something else, as OTHER=RUN")
+    return [*rows.values()], rows[baseline].name if baseline in rows else baseline
+
+
+def _baseline_apart(text: str, args: argparse.Namespace, names: Sequence[str]) -> Row:
+    """Return a baseline that is none of the rows by its name. Raises UserError, naming the rows."""
     try:
-        row = read_row(args.baseline, args.iteration, args.sets)
+        return read_row(text, args.iteration, args.sets)
     except UserError as error:
-        names = ", ".join(rows)
-        raise UserError(f"--baseline {shown(args.baseline)}: no row of that name, there is {names}; {error}")
-    if row.name not in rows:
-        return [row, *rows.values()], row.name
-    if [run.directory.resolve() for run in row.runs] != [run.directory.resolve() for run in rows[row.name].runs]:
-        raise UserError(
-            f"--baseline {shown(args.baseline)}: another row has its name, {row.name}: write BASE=... for it"
-        )
-    return [*rows.values()], row.name
+        raise UserError(f"--baseline {shown(text)}: no row of that name, there is {', '.join(names)}; {error}")
+
+
+def _places(row: Row) -> list[set[Path]]:
+    """Return where the outputs lie that a row was read from, by run."""
+    return [{one.directory.resolve() for one in run.sets.values()} for run in row.runs]
 
 
 def main() -> None:

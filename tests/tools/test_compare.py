@@ -223,6 +223,20 @@ def test_iterations(tmp_path, command):
     assert json.loads(command(run, "--iteration", "0", "--format", "json"))["rows"][0]["sets"] == found[0]["sets"]
 
 
+def test_names(tmp_path, command):
+    """Where the last parts of two paths are the same, the whole paths are the names; a baseline is found by its path,
+    however that is written."""
+    one = evaluation(tmp_path / "a" / "out", 0, ["mmk12"], skill=0.3)
+    two = evaluation(tmp_path / "b" / "out", 0, ["mmk12"], skill=0.8)
+    found = json.loads(command(one, two, "--baseline", one / "." / ".." / "out", "--format", "json"))
+    assert [row["name"] for row in found["rows"]] == [str(one), str(two)] and found["baseline"] == str(one)
+    assert found["rows"][1]["sets"]["mmk12"]["difference"] > 0
+    by_text = json.loads(command(two, "--baseline", one, "--format", "json"))
+    assert [row["name"] for row in by_text["rows"]] == [str(one), str(two)] and by_text["baseline"] == str(one)
+    named = json.loads(command(f"x={one}", two, "--baseline", "x", "--format", "json"))
+    assert [row["name"] for row in named["rows"]] == ["x", "out"]
+
+
 def test_numbers_of_samples_may_differ(tmp_path, command):
     few = evaluation(tmp_path / "few", 0, ["mmk12"], samples=2)
     many = evaluation(tmp_path / "many", 0, ["mmk12"], samples=4)
@@ -278,7 +292,7 @@ def test_bad_arguments(tmp_path, command):
         ([tmp_path / "gone"], "no such directory"),
         ([tmp_path / "empty"], "nothing was evaluated here"),
         ([f"{run}@2"], "iteration 2 was not evaluated: there is 3"),
-        ([run, f"x={run}", f"x={run}@3"], "there is a row x already"),
+        ([run, f"x={run}", f"x={run}@3"], "x: two rows of this name"),
         ([f"x={run},"], "write NAME=RUN"),
         ([f"{run},{run}"], "several training seeds need a name"),
         ([run, "--baseline", "rum"], r"--baseline rum: no row of that name, there is run; rum: no such directory"),
