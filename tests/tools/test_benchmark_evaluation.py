@@ -17,4 +17,5 @@ def test_records_are_scored_without_being_held():
     )  # the control: read at once it takes several times
     assert records["read_all"]["memory_mb"] > 2 * records["file_mb"] and records["ratio"] > 5
     assert records["hold"]["memory_mb"] < records["read_all"]["memory_mb"]
+    assert report["bookkeeping"]["processor_ms"] > 0
     assert grading["per_second"] > 0 and 0 < grading["own_processor_ms"] < grading["processor_ms"]

@@ -3,10 +3,11 @@
     python -m tools.benchmark.evaluation --prompts 20000 --samples 8 --tokens 300
 
 Grading: ordinary responses by two processes, alone and with one in twenty hostile (tools/benchmark/grading.py has the
-kinds), and what it costs the process that samples. Records: predictions.jsonl of all prompts is written; held, as stage
-7 holds its responses while it samples; read into scores; and for comparison read as a whole: each in a process of its
-own, whose peak of memory is taken. Times on a machine that does other work say little; seconds of the processors and
-ratios do. The last line is one JSON object.
+kinds), and what it costs the process that samples. Bookkeeping: what else that process does for a response, which is
+to make the request, read and compare the answer, and keep the sample. Records: predictions.jsonl of all prompts is
+written; held, as stage 7 holds its responses while it samples; read into scores; and for comparison read as a whole:
+each in a process of its own, whose peak of memory is taken. Times on a machine that does other work say little; seconds
+of the processors and ratios do. The last line is one JSON object.
 """
 
 import argparse
@@ -19,15 +20,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_papo.config import RewardConfig
+from megatron_papo.data.response_tokens import ResponseTokens
 from megatron_papo.evaluation.scores import answer_of, collect_answers, set_scores
 from megatron_papo.rollout.groups import Graded
 from megatron_papo.run.command_line import run
-from megatron_papo.run.records import Prediction, Rewards, read_jsonl, stream_jsonl, write_jsonl
-from megatron_papo.sglang.answers import Sample
+from megatron_papo.run.records import Prediction, Prompt, Rewards, read_jsonl, stream_jsonl, write_jsonl
+from megatron_papo.sglang.answers import Sample, read_generated, sample_of
+from megatron_papo.sglang.requests import Request, Sampling, build_request
+from megatron_papo.sglang.sample_store import SampleStore
 from tools.benchmark.grading import Pair, graded, hostile, ordinary
 
 VOCABULARY = 151_936
+END = 151_645
+"""Ends a turn of Qwen2.5-VL."""
 CHARACTERS_PER_TOKEN = 4
+PICTURE_CHARACTERS = 300_000
 
 
 def predictions(prompts: int, samples: int, tokens: int) -> Iterator[Prediction]:
@@ -125,6 +132,39 @@ def grading(responses: int, workers: int) -> dict[str, float]:
     }
 
 
+def bookkeeping(responses: int, tokens: int) -> dict[str, float]:
+    """Return the milliseconds of the processor for each response of `tokens` tokens, graders and HTTP left out."""
+    draw = random.Random(1)
+    sampling = Sampling(1.0, 1.0, 50, tokens, ResponseTokens(VOCABULARY, (VOCABULARY - 1,), frozenset({END})))
+    prompt = Prompt(id="p", problem="?", answer="3", token_ids=[*range(200)], num_tokens=500, images=["a.png"])
+    picture = "data:image/png;base64," + "A" * PICTURE_CHARACTERS
+    answers = [
+        _answer(f"r{number}", [draw.randrange(END) for _ in range(tokens - 1)] + [END]) for number in range(responses)
+    ]
+    with tempfile.TemporaryDirectory() as directory, SampleStore(Path(directory) / "samples", "bfloat16") as store:
+        begun = time.process_time()
+        for number, answer in enumerate(answers):
+            request = Request(prompt, number, lambda: [picture])
+            key = store.key(request, build_request(request, [picture], sampling, "v"))
+            store.add(key, sample_of(read_generated(answer, f"r{number}"), request, sampling, "v"))
+        seconds = time.process_time() - begun
+    return {"responses": responses, "tokens": tokens, "processor_ms": 1000 * seconds / responses}
+
+
+def _answer(rid: str, ids: list[int]) -> bytes:
+    """Return what SGLang answers."""
+    info = {
+        "id": rid,
+        "finish_reason": {"type": "stop", "matched": END},
+        "prompt_tokens": 500,
+        "completion_tokens": len(ids),
+        "cached_tokens": 0,
+        "weight_version": "v",
+        "output_token_logprobs": [[-1.2345678, token, None] for token in ids],
+    }
+    return json.dumps({"text": "a" * CHARACTERS_PER_TOKEN * len(ids), "output_ids": ids, "meta_info": info}).encode()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=20_000, help="records: prompts (default 20000)")
@@ -141,6 +181,8 @@ def main() -> None:
         " samples",
         flush=True,
     )
+    report["bookkeeping"] = book = bookkeeping(args.responses, args.tokens)
+    print(f"bookkeeping: {book['processor_ms']:.2f} ms for each response of {args.tokens} tokens", flush=True)
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         path = Path(directory) / "predictions.jsonl"
         records = {work.__name__: alone(work, path, args) for work in (write, hold, score, read_all)}
