@@ -26,7 +26,7 @@ class SetState:
     """What is there of a set."""
 
     records: int = 0
-    """Rows that can be used."""
+    """Rows that can be used, if their pictures can."""
     pictures: int = 0
     """Different ones that they show and that are there."""
     problems: int = 0
@@ -46,7 +46,13 @@ class SuiteLook:
     """Name of a set -> problem of it -> answer, and the set that gave it: sets that share problems must agree."""
 
     def look_at(self, name: str, source: BenchmarkConfig, seen: Callable[[], object]) -> SetState:
-        """Return what is there of a set. seen: called at each row."""
+        """Return what is there of a set.
+
+        Args:
+            name: of the set.
+            source: where it is.
+            seen: called at each row.
+        """
         state = SetState()
         if source.source == "synthetic":  # made by stage 1, each row a problem of its own
             return SetState(source.count or 0, source.count or 0, source.count or 0)
@@ -60,36 +66,40 @@ class SuiteLook:
         return state
 
     def _read(self, name: str, source: BenchmarkConfig, state: SetState, seen: Callable[[], object]) -> None:
-        pictures: set[object] = set()
-        looks = _PictureLook(self.opens_pictures, self.config)
-        bad: list[str] = []
-        space = self.answers.setdefault(source.problems_of or name, {})
-        problems = set()
-        for row in read_rows(source, self.config, with_target=False):
-            seen()
-            if isinstance(row, BadRow):
-                bad.append(f"{row.place}: {row.problem}")
-                continue
-            state.records += 1
-            problem = row.problem_id or row.id
-            problems.add(problem)
-            answer, other = space.setdefault(problem, (row.answer, name))
-            if answer != row.answer and other != name:
-                bad.append(
-                    f"{row.place}: the answer is {shown(repr(row.answer), 40)}, that of the same problem in {other}"
-                    f" {shown(repr(answer), 40)}: the two sets do not show the same problems in the same order: correct"
-                    " problems_of or problem_by"
-                )
-            for picture in row.images:
-                line = looks.problem_of(picture, row)
-                if line is None:
-                    pictures.add((row.image_root, picture) if isinstance(picture, str) else _digest(picture))
-                else:
-                    bad.append(f"{row.place}: {line}")
+        """Count what a set's rows show, also where the reading ends early. Raises UserError where a file is damaged."""
+        looks, pictures, problems, bad = _PictureLook(self.opens_pictures, self.config), set(), set(), []
+        try:
+            for row in read_rows(source, self.config, with_target=False):
+                seen()
+                if isinstance(row, BadRow):
+                    bad.append(f"{row.place}: {row.problem}")
+                    continue
+                state.records += 1
+                problems.add(row.problem_id or row.id)
+                bad += self._disagreement(name, source.problems_of or name, row)
+                for picture in row.images:
+                    line = looks.problem_of(picture, row)
+                    if line is None:
+                        pictures.add((row.image_root, picture) if isinstance(picture, str) else _digest(picture))
+                    else:
+                        bad.append(f"{row.place}: {line}")
+        finally:
+            state.pictures, state.problems = len(pictures), len(problems)
+            state.missing += shortened(bad)
         if not state.records and not bad:
-            bad.append(f"{source.source}: no row in it: download it again, or name another source")
-        state.pictures, state.problems = len(pictures), len(problems)
-        state.missing += shortened(bad)
+            state.missing.append(f"{source.source}: no row in it: download it again, or name another source")
+
+    def _disagreement(self, name: str, space: str, row: SourceRow) -> list[str]:
+        """Return a line where the answer of a row is not that of the same problem in another set."""
+        answers = self.answers.setdefault(space, {})
+        answer, other = answers.setdefault(row.problem_id or row.id, (row.answer, name))
+        if answer == row.answer or other == name:
+            return []
+        return [
+            f"{row.place}: the answer is {shown(repr(row.answer), 40)}, that of the same problem in {other}"
+            f" {shown(repr(answer), 40)}: the two sets do not show the same problems in the same order: correct"
+            " problems_of or problem_by"
+        ]
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """configs/benchmarks: the published suite has the published protocol and the nine sets, every key spelled out."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -135,3 +136,14 @@ def test_the_suite_of_the_pages_samples_and_shows_pictures_alike():
 
 def test_every_suite_is_here():
     assert sorted(path.name for path in (CONFIGS / "benchmarks").iterdir()) == ["hub_pages.yaml", "papo.yaml"]
+
+
+def test_the_files_that_the_page_shows_are_configurations(tmp_path):
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    shown = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    sets = []
+    for number, text in enumerate(shown):
+        (tmp_path / "configs" / f"{number}.yaml").write_text(text)
+        sets.append(list(load_config(tmp_path / "configs" / f"{number}.yaml").evaluation_sets))
+    assert sets == [list(SETS), ["evaluation", *SETS, "my_set"]]
