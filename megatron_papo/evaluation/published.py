@@ -1,7 +1,7 @@
 """Published results: avg@8 of PAPO's authors (arXiv 2507.06448) in percent, as they print it.
 
-Of four rows the values of the nine sets are known, and give the published averages and gains to a hundredth; of the
-others the averages alone. None: not published, or not known to us.
+Of four rows the values of the nine sets are known to us at second hand; they stand here because they give the published
+averages and gains to a hundredth. Of the others the averages alone are known. None: not published, or not known.
 """
 
 from collections.abc import Sequence
