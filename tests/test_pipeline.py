@@ -82,6 +82,25 @@ def test_the_table_of_the_run(small_run):
     assert rows[1]["sets"]["evaluation"]["difference"] == pytest.approx(difference)
 
 
+def test_the_responses_of_the_run_graded_again_and_exported(small_run, tmp_path):
+    """tools.suite score gives what stage 7 recorded, read or graded anew; lmms-eval's lines hold the same."""
+    end = small_run / "evaluation/iteration_0001/evaluation"
+    measured = json.loads((end / "metrics.json").read_text())
+    for how, accuracy in (
+        (["--grading", "mathruler"], measured["accuracy"]),
+        (["--image", "masked"], measured["accuracy_masked"]),
+    ):
+        result = run_module("tools.suite", "score", small_run, *how, "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["sets"]["evaluation"]["avg"] == pytest.approx(accuracy)
+    result = run_module("tools.suite", "export", end, "--form", "lmms-eval", "--output", tmp_path / "exported")
+    assert result.returncode == 0, result.stderr
+    [samples] = (tmp_path / "exported").glob("*_samples_evaluation.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [line["doc_id"] for line in lines] == list(range(measured["prompts"]))
+    assert sum(line["score"] for line in lines) / len(lines) == pytest.approx(measured["accuracy"])
+
+
 def test_the_log_has_lines_with_time_and_stage(small_run):
     text = (small_run / "log.txt").read_bytes().decode()
     assert "\r" not in text and "\x1b" not in text
