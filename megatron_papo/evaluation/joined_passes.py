@@ -13,9 +13,9 @@ from megatron_papo.config import BenchmarkConfig
 from megatron_papo.errors import UserError
 from megatron_papo.evaluation.outputs import PREDICTIONS, evaluated_directories
 from megatron_papo.evaluation.outside_predictions import PredictionsFile, responses, scan
+from megatron_papo.evaluation.protocol import SAMPLING
 from megatron_papo.reading import reading, shown
-from megatron_papo.run.records import ImageShown
-from megatron_papo.run.stage_output import differences
+from megatron_papo.run.records import ImageShown, Protocol
 
 MOSTLY = 0.5
 """Files that share more of their prompts than this, and not all, are passes of which one is incomplete or another."""
@@ -92,7 +92,7 @@ def joined_sets(
                 raise UserError(f"{shown(path)}: holds the same as {shown(seen[file.digest])}: give it once")
             seen[file.digest] = path
             _add(sets, file, passes_of(file, passes_per_file), chosen)
-    _require_one_checkpoint(sets)
+    _require_one_evaluation(sets)
     return sets
 
 
@@ -276,26 +276,32 @@ def _require_same_kind(other: JoinedSet, file: PredictionsFile) -> None:
         pair = f"{shown(file.path)} and {shown(one.path)}"
         if one.ours != file.ours:
             raise UserError(f"{pair}: one is of PAPO-Eval, the other is not: score them one by one")
-        if one.protocol and file.protocol and (changed := _changed(one, file)):
-            raise UserError(f"{pair}: {changed}: they are no passes of one evaluation: score them one by one")
+        if one.protocol and file.protocol and (found := _differences(file.protocol, one.protocol)):
+            raise UserError(f"{pair} differ in {'; '.join(found)}: no passes of one evaluation: score them one by one")
         if one.seeds & file.seeds:
             raise UserError(f"{pair}: hold the same samples (prompt and sampling seed): leave one out")
 
 
-def _changed(one: PredictionsFile, other: PredictionsFile) -> str:
-    """Return what differs in two protocols, or nothing."""
-    names = {"checkpoint", "data", "protocol"}
-    before, after = (file.protocol.model_dump(include=names) if file.protocol else {} for file in (one, other))
-    return "" if before == after else differences(before, after)
+def _differences(one: Protocol, other: Protocol) -> list[str]:
+    """Return in what two evaluations of a set differ so that their samples are not those of one."""
+    found = [] if one.data == other.data else ["prompts"]
+    return found + _different_settings(one, other, one.protocol.keys() | other.protocol.keys())
 
 
-def _require_one_checkpoint(sets: Iterable[JoinedSet]) -> None:
-    """Raise UserError where sets were answered by different checkpoints, as far as the files say so."""
-    known = [file for one in sets for file in one.files if file.protocol]
-    for file in known[1:]:
-        first = known[0]
-        if first.protocol and file.protocol and first.protocol.checkpoint != file.protocol.checkpoint:
+def _different_settings(one: Protocol, other: Protocol, keys: Iterable[str]) -> list[str]:
+    """Return the checkpoint, where it differs, and those of the keys that do."""
+    found = [] if one.checkpoint == other.checkpoint else [f"checkpoint ({shown(one.hf)} and {shown(other.hf)})"]
+    pairs = {key: (one.protocol.get(key, "not given"), other.protocol.get(key, "not given")) for key in sorted(keys)}
+    return found + [shown(f"{key} ({first} and {second})") for key, (first, second) in pairs.items() if first != second]
+
+
+def _require_one_evaluation(sets: Iterable[JoinedSet]) -> None:
+    """Raise UserError where sets were answered by different checkpoints, or sampled differently, as far as the files
+    say so: there is no average over them."""
+    known = [(file, file.protocol) for one in sets for file in one.files if file.protocol]
+    for file, protocol in known[1:]:
+        first, its_protocol = known[0]
+        if found := _different_settings(its_protocol, protocol, ("dtype", *SAMPLING)):
             raise UserError(
-                f"{shown(first.path)} is of the checkpoint {shown(first.protocol.hf)}, {shown(file.path)} of another,"
-                f" {shown(file.protocol.hf)}: score them one by one"
+                f"{shown(first.path)} and {shown(file.path)} differ in {'; '.join(found)}: score them one by one"
             )

@@ -185,9 +185,9 @@ def test_our_own_predictions(tmp_path):
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"checkpoint": "c2"}, "differs in checkpoint"),
-        ({"protocol": {"temperature": 0.7, "grading": "mathruler"}}, "differs in protocol.temperature"),
-        ({"data": "d2"}, "differs in data"),
+        ({"checkpoint": "c2"}, "differ in checkpoint (runs/a/hf and runs/a/hf)"),
+        ({"protocol": {"temperature": 0.7, "grading": "mathruler"}}, "differ in temperature (0.7 and 1.0)"),
+        ({"data": "d2"}, "differ in prompts"),
         ({"seed": 0, "prompts": "ba"}, "hold the same samples"),
         ({"prompts": "ac"}, "not a prompt of"),
     ],
@@ -205,4 +205,7 @@ def test_sets_of_two_checkpoints_have_no_common_average(tmp_path):
     second = evaluated(tmp_path / "b", prompts="xy", set="other", data="d2")
     assert [one.name for one in joined(first, second)] == ["geo", "other"]
     third = evaluated(tmp_path / "c", prompts="xy", set="other", data="d2", checkpoint="c2", hf="runs/b/hf")
-    assert "of the checkpoint runs/a/hf" in refused(first, third) and "runs/b/hf" in refused(first, third)
+    assert "differ in checkpoint (runs/a/hf and runs/b/hf)" in refused(first, third)
+    greedy = {"temperature": 0.0, "grading": "choice"}  # a set may have a grading of its own, but no sampling
+    fourth = evaluated(tmp_path / "d", prompts="xy", set="other", data="d2", protocol=greedy)
+    assert "differ in temperature (1.0 and 0.0): score them one by one" in refused(first, fourth)
