@@ -7,6 +7,7 @@ People and models write the same option as B, (B), B., \\text{B}, b, "B: 5 cm" o
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from string import ascii_uppercase
 
 from megatron_papo.errors import UserError
@@ -16,6 +17,10 @@ LONGEST_CONTENT = 2000
 """Characters; a longer content names no option."""
 NESTED = 4
 """Fonts within fonts that are taken off: \\textbf{\\text{B}} is two."""
+OPTIONS_REMEMBERED = 1024
+"""Prompts whose options are cleaned once for all responses: more than are under way at a time."""
+_STOPS = str.maketrans({"\u3001": ". ", "\u3002": ". "})
+"""Behind a letter Chinese texts have these."""
 _FONT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb|cal|normal)|boldsymbol|mbox|hbox|operatorname|boxed)"
     r" ?\{([^{}]*)\}"
@@ -72,7 +77,7 @@ def letters_named(content: str, options: Sequence[str]) -> frozenset[str]:
     letter = _letter(bare) if bare else ""
     if letter.isupper():
         return frozenset(letter) & frozenset(letters)
-    plain = [_plain(option) for option in options]
+    plain = _all_plain(tuple(options))
     same = frozenset(name for name, option in zip(letters, plain, strict=False) if option and option == _plain(text))
     if same:
         return same
@@ -107,13 +112,20 @@ def _cleaned(content: str) -> str:
     """Return a text without LaTeX's fonts, dollar signs, emphasis and quotation marks, with plain single spaces."""
     if len(content) > LONGEST_CONTENT:
         return ""
-    text = _SPACE.sub(" ", _SIZED.sub("", unicodedata.normalize("NFKC", content).replace("$", "").replace("**", "")))
+    text = unicodedata.normalize("NFKC", content).translate(_STOPS).replace("$", "").replace("**", "")
+    text = _SPACE.sub(" ", _SIZED.sub("", text))
     for _ in range(NESTED):
         text = _FONT.sub(r"\1", text)
     text = text.strip(" \"'`\u2018\u2019\u201c\u201d")
     if text.startswith("{") and text.endswith("}"):
         text = text[1:-1]
     return " ".join(text.split())
+
+
+@lru_cache(OPTIONS_REMEMBERED)
+def _all_plain(options: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what _plain makes of options, which come again with every response to their prompt."""
+    return tuple(_plain(option) for option in options)
 
 
 def _plain(text: str) -> str:

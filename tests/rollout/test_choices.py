@@ -32,13 +32,25 @@ RIGHT = [
     *("\\text{B}", "\\textbf{B}", "\\mathrm{B}", "\\mathbf{(B)}", "\\text{(B)}", "(\\text{B})", "\\left(B\\right)"),
     *("option B", "Option (B)", "choice b", "The answer is B", "The correct answer is: B."),
     *("B: 7 cm", "B. 7 cm", "(B) 7 cm", "B) 7 cm", "B - 7 cm", "b: 7 cm", "\\text{B. 7 cm}", "B:\\ 7\\text{ cm}"),
-    *("B: seven centimetres", "7 cm", "7 cm.", "7\\text{ cm}", "7.0\\,\\text{cm}", "7"),
+    *("B: seven centimetres", "B\u3002", "B\u30017 cm", "7 cm", "7 cm.", "7\\text{ cm}", "7.0\\,\\text{cm}", "7"),
 ]
 """Contents of a box that say B, by its letter or by its text; the last two equal the text by mathruler alone."""
 WRONG = [
     *("A", "(C)", "d", "E", "", " ", "BB", "AB", "B7", "Banana", "option", "9 cm", "2 m", "\\text{}"),
     *("A or B", "B or A", "A, B", "A and B", "B and C", "A/B", "(A) or (B)", "(B) or (C)", "(A)(B)", "(B) (C)"),
-    *("A. B", "B. C", "both A and B", "not B", "B, C", "B+C", "(b) + (c)", "(b)-(c)", "b: c", "B = 7 cm or 5 cm"),
+    *(
+        "A. B",
+        "B. C",
+        "A\u3001B",
+        "both A and B",
+        "not B",
+        "B, C",
+        "B+C",
+        "(b) + (c)",
+        "(b)-(c)",
+        "b: c",
+        "B = 7 cm or 5 cm",
+    ),
     *("A: 7 cm", "B: 5 cm", "(B) None of the above", "A. 5 cm B. 7 cm", "B. 7 cm C. 9 cm", "\\text{A}\\text{B}"),
 ]
 """Of another option, of two, of one by its letter and another by its text, of none."""
