@@ -36,7 +36,7 @@ class Row:
 def require_comparable(rows: Sequence[Row], names: Sequence[str], image: ImageShown) -> list[str]:
     """Return what a reader should know of rows that were evaluated alike. Raises UserError, a line for each set, where
     they were not."""
-    problems, notes = [], []
+    problems, notes, few = [], [], []
     for name in names:
         entries = [(row.called(run), run.sets[name]) for row in rows if name in row.sets for run in row.runs]
         (first_name, first), *others = entries
@@ -59,7 +59,9 @@ def require_comparable(rows: Sequence[Row], names: Sequence[str], image: ImageSh
             notes.append(f"{name}: numbers of samples differ: {words}")
         problems_shown = len(set(first.answers["original"].problem_ids))
         if problems_shown < FEW_PROBLEMS:
-            notes.append(f"{name}: too few problems, {problems_shown}, for intervals and p values to be trusted")
+            few.append(f"{name} {problems_shown}")
+    if few:
+        notes.append(f"too few problems for errors, intervals and p values to be trusted: {', '.join(few)}")
     for row in rows:
         if missing := [name for name in names if name not in row.sets]:
             notes.append(f"{shown(row.name)} lacks {', '.join(missing)}: it has no averages over them")

@@ -176,7 +176,7 @@ def test_too_few_problems(tmp_path, command):
     found = json.loads(command(*runs, "--baseline", "a", "--format", "json"))
     cell = found["rows"][1]["sets"]["mathverse"]
     assert cell["difference"] > 0.3 and cell["standard_error"] is cell["interval"] is cell["p"] is None
-    assert found["notes"] == ["mathverse: too few problems, 1, for intervals and p values to be trusted"]
+    assert found["notes"] == ["too few problems for errors, intervals and p values to be trusted: mathverse 1"]
     assert "*" not in command(*runs, "--baseline", "a").splitlines()[4]
 
 
@@ -251,7 +251,7 @@ def test_a_row_without_all_sets_has_no_average_over_them(tmp_path, command):
     assert found["rows"][1]["groups"] == {} and found["rows"][1]["overall"] is None
     assert list(found["rows"][0]["sets"]) == ["mmk12", "mathverse", "evaluation"]
     assert found["notes"] == [
-        "mathverse: too few problems, 8, for intervals and p values to be trusted",
+        "too few problems for errors, intervals and p values to be trusted: mathverse 8",
         "part lacks mathverse, evaluation: it has no averages over them",
     ]
     assert "part lacks" in command(whole, part)
