@@ -26,7 +26,7 @@ def main(*arguments) -> None:
 
 def scored(capsys, *arguments):
     """Return what `score --json` prints, and what it says beside."""
-    main("score", *arguments, "--json")
+    main("score", *arguments, "--json", "--workers", 1)
     captured = capsys.readouterr()
     return json.loads(captured.out), captured.err
 
@@ -59,7 +59,7 @@ def test_two_passes_of_papo_eval_by_hand(tmp_path, capsys):
         write(tmp_path / f"{name}.jsonl", rows)
     in_two, _ = scored(capsys, f"geometry3k={tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}")
     assert in_two == scores
-    main("score", one)
+    main("score", one, "--workers", 1)
     printed = capsys.readouterr().out
     assert "geometry3k" in printed and "50.00" in printed and "Traceback" not in printed
 
