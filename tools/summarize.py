@@ -106,6 +106,9 @@ def main() -> None:
     show(summary)
     if summary["chosen_on_the_reported_set"]:
         print(f"keep_best chose checkpoints by this very set, {summary['evaluation_set']}: of those it is no measure")
+    if len(directory.config.evaluation_sets) > 1:
+        root = directory.root
+        print(f"all sets: .venv/bin/python -m tools.compare {root}@0 {root} --baseline {root}@0")
     print(f"summary: {directory.summary}")
 
 

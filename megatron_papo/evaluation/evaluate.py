@@ -1,6 +1,7 @@
 """avg@k of a checkpoint on an evaluation set: what stage 7 does, and a resident stage 4 between two samplings."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -30,7 +31,7 @@ from megatron_papo.rollout.sample_and_grade import (
 )
 from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
-from megatron_papo.run.stage_output import StageOutput, read_manifest, samples_of
+from megatron_papo.run.stage_output import StageOutput, nested, partial_of, read_manifest, samples_of
 from megatron_papo.sglang.requests import Sampling
 from megatron_papo.sglang.sample_store import SampleStore, require_store
 from megatron_papo.sglang.server import release_memory
@@ -79,6 +80,7 @@ def evaluate(task: Task, server: str, started: float | None = None) -> bool:
         server: Directory of the servers, or URLs.
         started: time.time() when the work could begin; None: with this process.
     """
+    make_way_for_more_samples(task)
     inputs = task.inputs(model_fingerprint)
     out = task.stage_output(inputs, started)
     if out.done:
@@ -90,6 +92,24 @@ def evaluate(task: Task, server: str, started: float | None = None) -> bool:
     with out:
         answer(task, server, inputs["hf"].fingerprint, out)
     return True
+
+
+def make_way_for_more_samples(task: Task) -> None:
+    """Put an output away that has fewer samples per prompt and is otherwise what is asked for: its samples are in the
+    store, from which the new one is made."""
+    manifest = read_manifest(task.output)
+    if manifest is None:
+        return
+    made, wanted = manifest.recipe.config, nested(task.stage.values(task.whole_config, task.turn))
+    before, now = (recipe.get("evaluation", {}).get("samples_per_prompt") for recipe in (made, wanted))
+    if before is None or now is None or before >= now:
+        return
+    if made | {"evaluation": made["evaluation"] | {"samples_per_prompt": now}} != wanted:
+        return
+    print(f"{task.output}: {before} samples per prompt are there, {now} are wanted: asks for the others", flush=True)
+    partial = partial_of(task.output)
+    shutil.rmtree(partial, ignore_errors=True)
+    task.output.rename(partial)
 
 
 def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
