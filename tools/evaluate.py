@@ -24,19 +24,19 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-from megatron_papo.evaluation.comparable import Row
-from megatron_papo.evaluation.comparison import compare
-from megatron_papo.evaluation.outputs import Evaluation, read_evaluation
-from megatron_papo.evaluation.tables import as_text, grid_of
 
 from megatron_papo.config import Config
 from megatron_papo.config_files import resolve_config
 from megatron_papo.distributed.gpus import count_gpus, device_of
 from megatron_papo.errors import UserError
+from megatron_papo.evaluation.comparable import Row
+from megatron_papo.evaluation.comparison import compare
 from megatron_papo.evaluation.evaluate import evaluate_all
+from megatron_papo.evaluation.outputs import Evaluation, read_evaluation
 from megatron_papo.evaluation.scores import suite_scores
+from megatron_papo.evaluation.tables import Wanted, as_text, grid_of
 from megatron_papo.reading import shown
 from megatron_papo.run.command_line import Task, choose_device, run
 from megatron_papo.run.records import ImageShown
@@ -49,7 +49,16 @@ from tools.start_checks import problems_of_machine, problems_of_run
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
 """What a suite that is a part of a configuration lacks."""
-NO_TRAINING = ("data.evaluation=null", "evaluate_every=null", "keep_best=0", "sft=null", "data.sft=null")
+NO_TRAINING = (
+    "data.train={source: synthetic, count: 1}",
+    "data.sft=null",
+    "data.evaluation=null",
+    "sft=null",
+    "rollout.max_response_tokens=1",
+    "evaluate_every=null",
+    "keep_best=0",
+)
+"""In place of what only training reads, and the start checks look at."""
 ON_ALL_GPUS = ("server.first_gpu=0",)
 TODO = ("1", "7:0")
 """What is to be done, as run_all.sh calls it."""
@@ -132,7 +141,8 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
     finally:
         if urls_of(server) is None and args.server is None:
             stop_all(directory.server)
-    return read_evaluation(str(directory.root), 0, names)
+    evaluation = read_evaluation(str(directory.root), 0, names)
+    return replace(evaluation, sets={name: evaluation.sets[name] for name in names})
 
 
 def as_json(evaluation: Evaluation) -> dict[str, object]:
@@ -156,7 +166,7 @@ def main() -> None:
         print(json.dumps(as_json(evaluation), indent=1, allow_nan=False))
         return
     vision = any(len(one.answers) > 1 for one in evaluation.sets.values())
-    print(as_text(grid_of(compare([Row(evaluation.name, [evaluation])], None, "original"), vision=vision, power=False)))
+    print(as_text(grid_of(compare([Row(evaluation.name, [evaluation])], None, "original"), Wanted(vision=vision))))
     print(f"predictions and protocol: {args.output}{os.sep}evaluation; beside others: tools.compare {args.output} ...")
 
 

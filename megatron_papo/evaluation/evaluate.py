@@ -1,7 +1,6 @@
 """avg@k of a checkpoint on an evaluation set: what stage 7 does, and a resident stage 4 between two samplings."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -31,7 +30,7 @@ from megatron_papo.rollout.sample_and_grade import (
 )
 from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
-from megatron_papo.run.stage_output import StageOutput, nested, partial_of, read_manifest, samples_of
+from megatron_papo.run.stage_output import StageOutput, nested, put_away, read_manifest, samples_of
 from megatron_papo.sglang.requests import Sampling
 from megatron_papo.sglang.sample_store import SampleStore, require_store
 from megatron_papo.sglang.server import release_memory
@@ -107,9 +106,7 @@ def make_way_for_more_samples(task: Task) -> None:
     if made | {"evaluation": made["evaluation"] | {"samples_per_prompt": now}} != wanted:
         return
     print(f"{task.output}: {before} samples per prompt are there, {now} are wanted: asks for the others", flush=True)
-    partial = partial_of(task.output)
-    shutil.rmtree(partial, ignore_errors=True)
-    task.output.rename(partial)
+    put_away(task.output)
 
 
 def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:

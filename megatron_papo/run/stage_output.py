@@ -357,6 +357,13 @@ def _remove_partial(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def put_away(output: Path) -> None:
+    """Make a published output one that is not: what is to be made in its place removes it."""
+    _remove_partial(partial_of(output))
+    (output / MARK).touch()
+    output.rename(partial_of(output))
+
+
 def samples_of(output: Path) -> Path:
     """Return the file that keeps the samples of an output until it is published (sglang/sample_store.py)."""
     return output.with_name(output.name + ".samples.jsonl")

@@ -96,7 +96,8 @@ def what_differs(run: RunDirectory, stage: Stage, turn: Turn, manifest: Manifest
         recorded = recorded_places.get(spec.name)
         if path in stale:
             return f"input {spec.name} is stale"
-        if made is not None and made.fingerprint != recipe["inputs"].get(spec.name):
+        known = recipe["inputs"].get(spec.name)  # None: stage 1 reads the tokenizer alone
+        if made is not None and known not in (None, made.fingerprint):
             return f"input {spec.name} is another one"
         from_outside = made is None and not path.is_relative_to(run.root)
         if from_outside and recorded is not None and not is_same_place(recorded, path):

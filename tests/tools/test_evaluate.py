@@ -9,7 +9,7 @@ import pytest
 
 from megatron_papo.evaluation.statistics import pass_at_k
 from megatron_papo.run.records import Prediction, Prompt, read_jsonl
-from tests.helpers import ROOT, run_module, settings
+from tests.helpers import DEMO_CONFIG, ROOT, run_module, settings
 
 GROUPS = {
     "general": ["geometry3k", "mathvista", "we_math", "mmk12", "mathverse"],
@@ -23,18 +23,32 @@ SAMPLES = 2
 def miniature(tmp_path_factory):
     """The directory of the miniature: tables, archives, miniature.yaml."""
     output = tmp_path_factory.mktemp("suite") / "miniature"
-    made = run_module("tools.miniature_suite", "--output", output, "--problems", 2)
+    made = run_module("tools.miniature_suite", "--output", output, "--problems", 4)
     assert made.returncode == 0, made.stderr
     return output
 
 
 @pytest.fixture(scope="module")
-def evaluate(server, server_dir, miniature, tiny_hf):
+def counting_model(tmp_path_factory):
+    """The demo's tiny model after a short cold start: it answers in the format, and is right now and then."""
+    root = tmp_path_factory.mktemp("counting")
+    wanted = ["--config", DEMO_CONFIG, *settings("data.train.count=8", "data.sft.count=512", "sft.steps=40")]
+    data = run_module("stages.stage1_prepare_data", *wanted, "--output", root / "data")
+    assert data.returncode == 0, data.stderr
+    inputs = ["--data", root / "data", "--hf", root / "data" / "model", "--output", root / "sft"]
+    torchrun = ["tools.torchrun", "--standalone", "--nproc-per-node", 2, "-m", "--", "stages.stage2_sft"]
+    trained = run_module(*torchrun, *wanted, *inputs)
+    assert trained.returncode == 0, trained.stderr
+    return root / "sft"
+
+
+@pytest.fixture(scope="module")
+def evaluate(server, server_dir, miniature, counting_model):
     """Runs the tool; the model, suite and servers are given."""
 
     def call(output, *arguments, overrides=()):
-        wanted = settings(f"evaluation.samples_per_prompt={SAMPLES}", "evaluation.max_response_tokens=8", *overrides)
-        inputs = ["--hf", tiny_hf, "--suite", miniature / "miniature.yaml", "--server", server_dir]
+        wanted = settings(f"evaluation.samples_per_prompt={SAMPLES}", "evaluation.max_response_tokens=24", *overrides)
+        inputs = ["--hf", counting_model, "--suite", miniature / "miniature.yaml", "--server", server_dir]
         return run_module("tools.evaluate", *inputs, "--output", output, *wanted, *arguments)
 
     return call
@@ -79,6 +93,8 @@ def test_the_object_says_what_the_predictions_say(evaluated):
             assert numbers["groups"][group]["avg"] == pytest.approx(mean)
         assert numbers["overall"]["avg"] == pytest.approx(sum(numbers["sets"][name]["avg"] for name in SETS) / 9)
     assert set(printed["images"]) == {"masked", "none"}
+    averages = {numbers["avg"] for numbers in printed["sets"].values()}
+    assert len(averages) > 2 and 0.02 < printed["overall"]["avg"] < 0.98  # a control: there is something to average
 
 
 def test_prompts_are_those_of_the_files(evaluated):
@@ -88,12 +104,12 @@ def test_prompts_are_those_of_the_files(evaluated):
     prompts = {name: read_jsonl(sets / name / "prompts.jsonl", Prompt) for name in SETS}
     for records in prompts.values():
         assert all(prompt.problem.startswith("<image>") for prompt in records)
-        assert all("boxed" in prompt.problem for prompt in records)
+        assert all(prompt.problem.endswith("\n\nYou first think.") for prompt in records)
         assert all(len(prompt.images) == 1 for prompt in records)
     problems = {name: [prompt.problem_id for prompt in records] for name, records in prompts.items()}
     assert problems["mathverse"] == [f"mathverse/{number}" for number in ids(problems["mathverse"]) for _ in range(5)]
     assert problems["mathverse_v"] == [f"mathverse/{number}" for number in ids(problems["mathverse"]) for _ in range(3)]
-    assert len(set(problems["geometry3k"])) == len(problems["geometry3k"]) == 2
+    assert len(set(problems["geometry3k"])) == len(problems["geometry3k"]) == 4
     alone = [prompt.without_images() for prompt in prompts["geometry3k"]]
     assert all(len(a.token_ids) < len(p.token_ids) for a, p in zip(alone, prompts["geometry3k"], strict=True))
     answers = [
@@ -129,9 +145,9 @@ def test_it_goes_on_and_asks_for_more_samples_only(evaluated, evaluate, tmp_path
     assert more.returncode == 0, more.stderr
     assert "asks for the others" in more.stdout
     stored = (output / "evaluation" / "iteration_0000" / "mmk12.samples.jsonl").read_text()
-    assert len(stored.splitlines()) == 3 * 3 * 2  # nothing was sampled twice
+    assert len(stored.splitlines()) == 3 * 3 * 4  # nothing was sampled twice
     records = read_jsonl(output / "evaluation" / "iteration_0000" / "mmk12" / "predictions.jsonl", Prediction)
-    assert len(records) == 3 * 3 * 2
+    assert len(records) == 3 * 3 * 4
     kept = "".join(record.model_dump_json() + "\n" for record in records if record.sample < SAMPLES)
     assert kept.encode() == before
 
@@ -141,7 +157,11 @@ def test_it_goes_on_and_asks_for_more_samples_only(evaluated, evaluate, tmp_path
     [
         (["--sets", "mathvers"], [], "--sets mathvers: the suite has no set of that name"),
         (["--source", "/nowhere"], [], "/nowhere"),
-        ([], ["evaluation.benchmarks.geometry3k.split=none"], "geometry3k"),
+        (
+            [],
+            ["evaluation.benchmarks.mmmu_pro.split=none", "evaluation.benchmarks.mmmu_pro.image_archive=null"],
+            "no table of split none",
+        ),
         ([], ["evaluation.benchmarks.mmk12.image_archive=none.zip"], "mmk12"),
         ([], ["evaluation.tempreature=2"], "did you mean temperature?"),
     ],
