@@ -43,11 +43,7 @@ FILES = {"train": "prompts.jsonl", "sft": "sft.jsonl"}
 
 
 def main() -> None:
-    prepare_all(StageParser("stage1_prepare_data", __doc__ or "").parse()[1])
-
-
-def prepare_all(tasks: Sequence[Task]) -> None:
-    """Make the outputs of these turns that are not there yet."""
+    _, tasks = StageParser("stage1_prepare_data", __doc__ or "").parse()
     started = None
     for task in tasks:
         out = task.stage_output(inputs_from_outside(task), started)

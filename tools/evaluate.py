@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +45,6 @@ from megatron_papo.run.run_config import settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, Turn
 from megatron_papo.sglang.server import stop_all, urls_of
-from stages.stage1_prepare_data import prepare_all
 from tools.start_checks import problems_of_machine, problems_of_run
 
 DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
@@ -133,7 +133,7 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
     problems = problems_of_run(directory, TODO) + problems_of_machine(directory, TODO, own_launcher=True)
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    prepare_all([Task.in_run(directory, STAGES["stage1_prepare_data"], Turn(None, name)) for name in names])
+    prepare(directory, names)
     server = args.server or str(directory.server)
     try:
         tasks = [Task.in_run(directory, STAGES["stage7_evaluate"], Turn(0, name)) for name in names]
@@ -143,6 +143,15 @@ def evaluate(args: argparse.Namespace) -> Evaluation:
             stop_all(directory.server)
     evaluation = read_evaluation(str(directory.root), 0, names)
     return replace(evaluation, sets={name: evaluation.sets[name] for name in names})
+
+
+def prepare(directory: RunDirectory, names: Sequence[str]) -> None:
+    """Have stage 1 make the sets that are not there yet. It says itself what is wrong, and ends this process then."""
+    chosen = [word for name in names for word in ("--evaluation-set", name)]
+    command = [sys.executable, "-m", "stages.stage1_prepare_data", "--run", str(directory.root), *chosen]
+    status = subprocess.run(command, stdout=sys.stdout).returncode
+    if status:
+        sys.exit(status)
 
 
 def as_json(evaluation: Evaluation) -> dict[str, object]:

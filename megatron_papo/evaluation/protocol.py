@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_papo.config import BenchmarkConfig
 from megatron_papo.data.chat import RenderSettings
+from megatron_papo.evaluation.chosen_on import is_chosen_on
 from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, Protocol
@@ -44,7 +45,7 @@ def protocol_of(task: Task, name: str, of_set: BenchmarkConfig, checkpoint: str,
         hf=str(task.path("hf")),
         data=content_of(prompts),
         protocol=protocol,
-        chosen_on=task.run is not None and config.keep_best > 0 and config.evaluation.validation == name,
+        chosen_on=is_chosen_on(task, name, prompts),
     )
 
 

@@ -143,7 +143,8 @@ class StageParser:
             add("--iteration", type=int, metavar="N", help=f"number of the iteration, from {first}")
             add("--iterations", type=iteration_range, metavar="A-B", help="stay for all of these iterations of the run")
         if self.has_sets:
-            add("--evaluation-set", metavar="NAME", help="only this evaluation set of the run")
+            set_help = "only this evaluation set of the run (may be repeated)"
+            add("--evaluation-set", dest="evaluation_sets", action="append", metavar="NAME", help=set_help)
         for spec in self.stage.inputs:
             made_by = " or ".join(f"stage {STAGES[maker_name].number}" for maker_name in spec.made_by)
             add(f"--{spec.name}", type=Path, metavar="DIR", help=f"{spec.help} (in a run: what {made_by} made)")
@@ -176,31 +177,28 @@ class StageParser:
             self.parser.error("--iterations stands for the iterations of a --run: give --iteration")
         if self.stage.iteration_decides and args.iteration is None:
             self.parser.error("without --run needed: --iteration")
-        turn = Turn(getattr(args, "iteration", None), getattr(args, "evaluation_set", None))
+        names = getattr(args, "evaluation_sets", None) or [None]
+        if len(names) > 1:
+            self.parser.error("without --run one output is made: give one --evaluation-set")
+        turn = Turn(getattr(args, "iteration", None), names[0])
         config = load_config(args.config, args.overrides)
         choose_device(config)
         return args, [self._task(args, config, turn, None)]
 
     def _turns(self, args: argparse.Namespace, run: RunDirectory) -> list[Turn]:
-        turns = self.stage.turns(run)
+        turns, wanted = self.stage.turns(run), getattr(args, "evaluation_sets", None) or []
+        for name in wanted:
+            if name not in run.config.evaluation_sets:
+                names = ", ".join(run.config.evaluation_sets)
+                raise UserError(f"--evaluation-set {name}: the run has no set of that name: there is {names}")
         if self.has_iterations:
             numbers = args.iterations or ([] if args.iteration is None else [args.iteration])
             if not numbers:
                 self.parser.error("say which iteration of the run: --iteration N, or --iterations A-B")
             if self.has_sets:
-                turns = [Turn(number, name) for number in numbers for name in run.evaluated_sets(number)]
-                if args.evaluation_set in run.config.evaluation_sets:
-                    turns = [Turn(number, args.evaluation_set) for number in numbers]
-            else:
-                turns = [Turn(number) for number in numbers]
-        if self.has_sets and args.evaluation_set is not None:
-            turns = [turn for turn in turns if turn.evaluation_set == args.evaluation_set]
-            if not turns:
-                names = ", ".join(run.config.evaluation_sets)
-                raise UserError(
-                    f"--evaluation-set {args.evaluation_set}: the run has no set of that name: there is {names}"
-                )
-        return turns
+                return [Turn(number, name) for number in numbers for name in wanted or run.evaluated_sets(number)]
+            return [Turn(number) for number in numbers]
+        return [turn for turn in turns if turn.evaluation_set in wanted] if wanted else turns
 
     def _task(self, args: argparse.Namespace, config: Config, turn: Turn, run: RunDirectory | None) -> Task:
         self._check_iteration(turn)

@@ -140,7 +140,7 @@ class Protocol(Record):
     protocol: dict[str, JsonValue]
     """All settings that decide the responses or their grades."""
     chosen_on: bool
-    """keep_best chooses checkpoints of this run by this set."""
+    """keep_best of the run that made the checkpoint chooses by this set, whatever it is called there."""
 
 
 class Metrics(BaseModel):

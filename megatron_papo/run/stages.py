@@ -378,8 +378,6 @@ STAGES: dict[str, Stage] = {
                 "data.prompt_template",
                 "data.system_prompt",
                 "data.strip_problem",
-                "keep_best",
-                "evaluation.validation",
                 "server",
                 "rollout.concurrency",
                 "rollout.request_timeout_seconds",

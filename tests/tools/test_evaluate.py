@@ -163,7 +163,7 @@ def test_it_goes_on_and_asks_for_more_samples_only(evaluated, evaluate, tmp_path
             "no table of split none",
         ),
         ([], ["evaluation.benchmarks.mmk12.image_archive=none.zip"], "mmk12"),
-        ([], ["evaluation.tempreature=2"], "did you mean temperature?"),
+        ([], ["evaluation.top_kk=2"], "did you mean top_k?"),
     ],
 )
 def test_what_is_wrong_is_said_at_once(evaluate, tmp_path, arguments, overrides, said):
