@@ -43,7 +43,9 @@ def suite_of(directory: Path) -> str:
     """Return the suite file of a miniature: the published one, read from its directory."""
     text = read_text(PAPO, "check the repository out again")
     source = json.dumps(str(directory.absolute()))
-    text = re.sub(r"^  source: null .*$", f"  source: {source}", text, count=1, flags=re.MULTILINE)
+    ours = {"source": source, "max_response_tokens": "20"}
+    for key, value in ours.items():
+        text = re.sub(rf"^  {key}: .*$", f"  {key}: {value}", text, count=1, flags=re.MULTILINE)
     return (
         text + "\ndata:\n  max_prompt_tokens: 1024             # the tiny model takes 4096 tokens, responses included\n"
     )

@@ -142,6 +142,21 @@ def guarded_runs(numbers: Numbers) -> list[str]:
     ]
 
 
+def miniature(numbers: Numbers) -> list[str]:
+    """Return the table of tools.compare, turned, of the demo's model before and after PAPO on the nine sets in
+    miniature."""
+    before, after = numbers["miniature"]["rows"]
+    lines = ["| set | cold start | after PAPO | difference, 95 % interval |", "|---|---|---|---|"]
+    cells = [(name, before["sets"][name], after["sets"][name]) for name in before["sets"]]
+    cells += [(f"**{name}**", before["groups"][name], after["groups"][name]) for name in before["groups"]]
+    cells += [("**overall**", before["overall"], after["overall"])]
+    for name, old, new in cells:
+        averages = (f"{percent(cell['avg'])} ± {100 * cell['standard_error']:.1f}" for cell in (old, new))
+        low, high = (f"{100 * end:+.1f}" for end in new["interval"])
+        lines.append(f"| {name} | {' | '.join(averages)} | {100 * new['difference']:+.1f} ({low} to {high}) |")
+    return lines
+
+
 def alarms_of(run_numbers: dict[str, Any]) -> str:
     """Return "9 alarms, the first at step 18"."""
     count = run_numbers["alarms"]
@@ -150,7 +165,16 @@ def alarms_of(run_numbers: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[Numbers], list[str]]] = {
     function.__name__: function
-    for function in (demo_seeds, demo_machines, demo_range, demo_training, demo_accuracy, demo_seconds, guarded_runs)
+    for function in (
+        demo_seeds,
+        demo_machines,
+        demo_range,
+        demo_training,
+        demo_accuracy,
+        demo_seconds,
+        guarded_runs,
+        miniature,
+    )
 }
 
 

@@ -26,6 +26,8 @@ def is_chosen_on(task: Task, name: str, prompts: Sequence[Prompt]) -> bool:
     if run is None or not run.config.keep_best:
         return False
     validation = run.config.evaluation.validation
+    if run is task.run and task.turn.iteration == 0:
+        return False  # nothing was chosen yet
     if run is task.run and validation == name:
         return True
     try:

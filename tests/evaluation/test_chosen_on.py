@@ -50,6 +50,7 @@ def test_in_its_run(make_run):
     assert is_chosen_on(task, "evaluation", prompts(range(10)))
     assert is_chosen_on(task, "other", prompts(range(10)))  # the same under another name
     assert not is_chosen_on(task, "other", prompts(range(10, 20)))
+    assert not is_chosen_on(Task.in_run(best, STAGE, Turn(0, "evaluation")), "evaluation", prompts(range(10)))
     plain = make_run("plain")
     assert not is_chosen_on(Task.in_run(plain, STAGE, Turn(1, "evaluation")), "evaluation", prompts(range(10)))
 
