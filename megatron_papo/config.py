@@ -693,7 +693,8 @@ class EvaluationConfig(Section):
     benchmarks: Annotated[dict[SetName, BenchmarkConfig], EVALUATION] = {}
     """The sets of a suite by name, e.g. those of configs/benchmarks/papo.yaml."""
     source: Annotated[PathText | None, PLACE] = None
-    """Directory of a local copy that all benchmarks are read from. null: each set's own source."""
+    """Directory of a local copy of the benchmarks, in place of the names of Hugging Face datasets; a set whose own
+    source is a file or directory stays there. null: each set's own source."""
     during_training: list[str] | None = None
     """Names of the evaluation sets that evaluate_every runs. null: all. Before the first and after the last iteration
     all are run in any case."""
@@ -751,8 +752,10 @@ class Config(Section):
         """The evaluation sets by name: data.evaluation, called `evaluation`, and the benchmarks."""
         own, place = self.data.evaluation, self.evaluation.source
         sets = {} if own is None else {"evaluation": BenchmarkConfig.model_validate(dict(own))}
-        moved = {} if place is None else {"source": place}
-        return sets | {name: entry.model_copy(update=moved) for name, entry in self.evaluation.benchmarks.items()}
+        for name, entry in self.evaluation.benchmarks.items():
+            is_moved = place is not None and not _is_file_name(entry.source)
+            sets[name] = entry.model_copy(update={"source": place}) if is_moved else entry
+        return sets
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -901,6 +904,11 @@ class Config(Section):
                 f" data_parallel_size {dp}:"
                 f" --set training.global_batch_size={-(-self.training.global_batch_size // dp) * dp}"
             )
+
+
+def _is_file_name(source: str) -> bool:
+    """Say whether a source is written as a file or directory: OWNER/NAME is the name of a Hugging Face data set."""
+    return source.startswith(("/", ".")) or source.endswith((".jsonl", ".parquet", ".json")) or source.count("/") > 1
 
 
 def section_type(field: FieldInfo) -> type[Section] | None:

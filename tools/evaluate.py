@@ -20,7 +20,6 @@ writes  OUTPUT/evaluation/sets/SET (prompts and pictures) and OUTPUT/evaluation/
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 
 from megatron_papo.config import Config
 from megatron_papo.config_files import resolve_config
+from megatron_papo.data.chat import require_checkpoint
 from megatron_papo.distributed.gpus import count_gpus, device_of
 from megatron_papo.errors import UserError
 from megatron_papo.evaluation.comparable import Row
@@ -40,6 +40,7 @@ from megatron_papo.evaluation.scores import suite_scores
 from megatron_papo.evaluation.tables import Wanted, as_text, grid_of
 from megatron_papo.reading import shown
 from megatron_papo.run.command_line import Task, choose_device, run
+from megatron_papo.run.output_lock import OutputLock
 from megatron_papo.run.records import ImageShown
 from megatron_papo.run.run_config import settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
@@ -101,18 +102,27 @@ def settings_of(args: argparse.Namespace) -> list[str]:
     return [place, *NO_TRAINING, *ON_ALL_GPUS, *first, *dtype, *moved, *args.overrides]
 
 
-def open_output(args: argparse.Namespace) -> RunDirectory:
-    """Return the output, its configuration written. Raises UserError for one of another evaluation."""
+def open_output(args: argparse.Namespace) -> tuple[RunDirectory, list[str]]:
+    """Return the output and the names of the sets to evaluate on. Its configuration is written once all is well.
+
+    Raises UserError with everything that is known to go wrong, and for an output of another evaluation.
+    """
+    require_checkpoint(args.hf)
     directory, differences = settle_run(
         args.output, DEFAULTS, args.suite, settings_of(args), Path.cwd(), below=DEFAULTS, option="--output"
     )
     for change in differences:
-        if change.key == "model.path":
+        if change.key == "model.path" and (directory.root / "evaluation").exists():
             raise UserError(
                 f"{args.output}: holds an evaluation of {change.old}, not of {change.new}: choose another --output"
             )
+    names = chosen_sets(directory.config, args.sets)
+    choose_device(directory.config)
+    problems = problems_of_run(directory, TODO) + problems_of_machine(directory, TODO, own_launcher=True)
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
     write_run(directory, differences, shlex.join(["tools.evaluate", *sys.argv[1:]]))
-    return directory
+    return directory, names
 
 
 def chosen_sets(config: Config, wanted: Sequence[str] | None) -> list[str]:
@@ -125,21 +135,26 @@ def chosen_sets(config: Config, wanted: Sequence[str] | None) -> list[str]:
 
 
 def evaluate(args: argparse.Namespace) -> Evaluation:
-    """Make what is missing of the output, and read it."""
-    directory = open_output(args)
-    config = directory.config
-    names = chosen_sets(config, args.sets)
-    choose_device(config)
-    problems = problems_of_run(directory, TODO) + problems_of_machine(directory, TODO, own_launcher=True)
-    if problems:
-        raise UserError(*dict.fromkeys(problems))
+    """Make what is missing of the output, and read it. Raises UserError where another process is at it."""
+    if args.server is not None:
+        urls_of(args.server)
+    lock = OutputLock(args.output.absolute())
+    try:
+        return evaluate_alone(args)
+    finally:
+        lock.release()
+
+
+def evaluate_alone(args: argparse.Namespace) -> Evaluation:
+    """Do what `evaluate` does, once no other process may."""
+    directory, names = open_output(args)
     prepare(directory, names)
     server = args.server or str(directory.server)
     try:
         tasks = [Task.in_run(directory, STAGES["stage7_evaluate"], Turn(0, name)) for name in names]
         evaluate_all(tasks, lambda task: server)
     finally:
-        if urls_of(server) is None and args.server is None:
+        if args.server is None:
             stop_all(directory.server)
     evaluation = read_evaluation(str(directory.root), 0, names)
     return replace(evaluation, sets={name: evaluation.sets[name] for name in names})
@@ -176,7 +191,8 @@ def main() -> None:
         return
     vision = any(len(one.answers) > 1 for one in evaluation.sets.values())
     print(as_text(grid_of(compare([Row(evaluation.name, [evaluation])], None, "original"), Wanted(vision=vision))))
-    print(f"predictions and protocol: {args.output}{os.sep}evaluation; beside others: tools.compare {args.output} ...")
+    command = shlex.join([".venv/bin/python", "-m", "tools.compare", str(args.output)])
+    print(f"predictions and protocol: {args.output / 'evaluation'}; beside others: {command} ...")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_papo.data.cells import picture_of, pictures_of, plain_text_of
+from megatron_papo.data.cells import picture_of, pictures_of, plain_text_of, require_unicode
 from megatron_papo.data.chat import IMAGE_PLACE
 from megatron_papo.errors import UserError
 from megatron_papo.reading import shown
@@ -55,6 +55,8 @@ def read_item(form: str, row: dict) -> Item:
     places = item.problem.count(IMAGE_PLACE)
     if places and places != len(item.images):
         raise UserError(f"{len(item.images)} images for {places} {IMAGE_PLACE} places: correct or drop the row")
+    for what, text in (("the question", item.problem), *(("an option", text) for text in item.options)):
+        require_unicode(text, what)
     if item.options and item.answer not in tuple(LETTERS[: len(item.options)]):
         raise UserError(
             f"the answer is {shown(repr(item.answer))}, the options go from A to {LETTERS[len(item.options) - 1]}:"

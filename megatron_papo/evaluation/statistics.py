@@ -196,6 +196,10 @@ class Estimate:
     """Two-sided, of the hypothesis that it is 0."""
 
 
+ROUNDING = 1e-12
+"""Two averages that differ by less are equal: sums of thirds and tenths are not exact, and ties count on both sides."""
+
+
 def estimate(value: float, drawn: Floats) -> Estimate:
     """Return a difference with its percentile interval and the two-sided p value that belongs to it.
 
@@ -208,6 +212,7 @@ def estimate(value: float, drawn: Floats) -> Estimate:
         drawn: [draws] the same, of each draw.
     """
     drawn = drawn[~np.isnan(drawn)]
+    drawn = np.where(np.abs(drawn) < ROUNDING, 0.0, drawn)
     low, high = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2]).tolist()
     fewer = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     return Estimate(value, (low, high), min(1.0, 2 * (1 + fewer) / (len(drawn) + 1)))

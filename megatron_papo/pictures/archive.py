@@ -10,6 +10,8 @@ from megatron_papo.reading import reading, shown
 
 LARGEST = 64 << 20
 """Bytes of one member, unpacked."""
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Ways of packing that zipfile unpacks piece by piece; of the others a small member may fill the memory at once."""
 _ENCRYPTED = 0x1
 """Bit of a member's flags."""
 _CHUNK = 1 << 20
@@ -47,6 +49,8 @@ def require_member(archive: Path, name: str, what: str = "image") -> zipfile.Zip
     [member] = members
     if member.flag_bits & _ENCRYPTED:
         raise UserError(f"{place}: encrypted: unpack the archive, and remove it from beside the data")
+    if member.compress_type not in _BOUNDED:
+        raise UserError(f"{place}: packed in a way that is not read: pack the archive again, with zip's own deflate")
     if member.file_size > LARGEST:
         raise _too_large(place)
     return member

@@ -7,6 +7,7 @@ replicas are in replica_1, replica_2, ... below it, those on other nodes in node
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +53,8 @@ def _url(text: str) -> str:
                 return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
     except ValueError as error:
         problem = in_short(error)
-    raise UserError(f"--server {shown(text)}: no address of a server ({problem}): http://HOST:PORT, or a directory")
+    without_secret = shown(re.sub("//[^/]*@", "//...@", text))
+    raise UserError(f"--server {without_secret}: no address of a server ({problem}): http://HOST:PORT, or a directory")
 
 
 def open_servers(where: str, model: Path, config: ServerConfig, dtype: str) -> Sequence[Server]:

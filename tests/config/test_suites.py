@@ -147,3 +147,13 @@ def test_the_files_that_the_page_shows_are_configurations(tmp_path):
         (tmp_path / "configs" / f"{number}.yaml").write_text(text)
         sets.append(list(load_config(tmp_path / "configs" / f"{number}.yaml").evaluation_sets))
     assert sets == [list(SETS), ["evaluation", *SETS, "my_set"]]
+
+
+def test_a_local_copy_takes_the_place_of_hub_names_alone():
+    """A set of one's own, named as a file, stays where it is."""
+    own = {"own": "/data/own/test.jsonl", "relative": "own.parquet", "folder": "./own"}
+    sets = [f"evaluation.benchmarks.{name}.source={source}" for name, source in own.items()]
+    hub = "evaluation.benchmarks.hub.source=OWNER/NAME"
+    config = load_config(CONFIGS / "demo.yaml", [*sets, hub, "evaluation.source=/copy"])
+    found = {name: entry.source for name, entry in config.evaluation_sets.items()}
+    assert found == own | {"hub": "/copy", "evaluation": "synthetic"}

@@ -124,6 +124,10 @@ BAD = {
     "logicvista: a number": ({"question": "x", "answer": 3, "image": PICTURE}, "answer is '3', expected a text"),
     "mmmu_pro: code": (
         {"question": "x", "options": "__import__('os')", "answer": "A", "image_1": PICTURE}, "a list of texts"),
+    "mmmu_pro: half a surrogate pair in an option": (
+        {"question": "x", "options": ["a\ud83d", "b"], "answer": "A", "image_1": PICTURE},
+        "an option is not valid Unicode",
+    ),
     "mmmu_pro: no options": ({"question": "x", "options": "[]", "answer": "A", "image_1": PICTURE}, "options is empty"),
     "mmmu_pro: more than letters": (
         {"question": "x", "options": ["y"] * 27, "answer": "A", "image_1": PICTURE}, "27 texts, more than"),

@@ -310,3 +310,18 @@ def test_the_page_says_what_was_computed():
         assert f"{100 * statistics.detectable_difference(error):.1f}" == detectable
         other = statistics.expected_half_width(published[name] / 100, int(prompts), 8, between_share=0.9, **more)
         assert f"{100 * other:.1f}" != half_width
+
+
+def test_draws_that_tie_count_on_both_sides_whatever_the_rounding():
+    """Scores in tenths, whose sums are not exact, against the same draws in whole numbers."""
+    rng = np.random.default_rng(7)
+    right = rng.integers(4, 7, size=(40, 2))
+    problems = [str(number) for number in range(40)]
+    tenths, whole = (
+        statistics.bootstrap_averages({"set": statistics.PromptScores(scores, problems)}, seed=1, draws=2000)["set"]
+        for scores in (right / 10, right.astype(float))
+    )
+    exact = np.rint((whole[:, 1] - whole[:, 0]) * 40)  # whole numbers: sums of right answers
+    assert (exact == 0).sum() > 5 and ((tenths[:, 1] - tenths[:, 0])[exact == 0] != 0).any()  # there are such ties
+    found = statistics.estimate(0.0, tenths[:, 1] - tenths[:, 0])
+    assert found.p == statistics.estimate(0.0, exact).p

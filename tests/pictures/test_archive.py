@@ -142,6 +142,16 @@ def test_damaged_archives_are_one_line(tmp_path, damage):
     assert len(error.value.lines) == 1 and str(path) in str(error.value) and "download it again" in str(error.value)
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_unpacks_all_at_once_is_refused_before_it_is_read(tmp_path, compression):
+    """A member of a few bytes whose header lies about its size: zipfile would unpack all of it before it looks."""
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("images/a.png", bytes(1 << 20))
+    with pytest.raises(UserError, match="packed in a way that is not read: pack the archive again"):
+        read_member(path, "images/a.png")
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_every_flipped_byte_is_an_error_or_the_same_content(tmp_path, compression):
     """The checksum of a member is checked; what the flip leaves whole may be read."""

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from megatron_papo.evaluation.statistics import pass_at_k
+from megatron_papo.run.output_lock import OutputLock
 from megatron_papo.run.records import Prediction, Prompt, read_jsonl
 from tests.helpers import DEMO_CONFIG, ROOT, run_module, settings
 
@@ -171,6 +172,22 @@ def test_what_is_wrong_is_said_at_once(evaluate, tmp_path, arguments, overrides,
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
     assert any(said in line for line in errors), refused.stderr
+
+
+def test_a_mistake_leaves_nothing_behind(evaluate, tmp_path, counting_model):
+    output = tmp_path / "corrected"
+    for wrong in (["--hf", tmp_path / "none"], ["--sets", "none"], ["--server", "http://user:s3cret@127.0.0.1:9"]):
+        refused = evaluate(output, *wrong)
+        assert refused.returncode == 2 and not output.exists() and "s3cret" not in refused.stderr, refused.stderr
+
+
+def test_two_at_once_do_not_meet(evaluate, tmp_path):
+    output = tmp_path / "one"
+    lock = OutputLock(output)
+    refused = evaluate(output)
+    lock.release()
+    assert refused.returncode == 2 and "another process is making it" in refused.stderr, refused.stderr
+    assert not output.exists()
 
 
 def test_another_checkpoint_is_refused(evaluated, evaluate, checkpoints):
