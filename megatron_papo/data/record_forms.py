@@ -55,7 +55,7 @@ def read_item(form: str, row: dict) -> Item:
     places = item.problem.count(IMAGE_PLACE)
     if places and places != len(item.images):
         raise UserError(f"{len(item.images)} images for {places} {IMAGE_PLACE} places: correct or drop the row")
-    for what, text in (("the question", item.problem), *(("an option", text) for text in item.options)):
+    for what, text in (*(("an option", text) for text in item.options), ("the question", item.problem)):
         require_unicode(text, what)
     if item.options and item.answer not in tuple(LETTERS[: len(item.options)]):
         raise UserError(
