@@ -28,7 +28,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_papo.config import Config
-from megatron_papo.config_files import resolve_config
 from megatron_papo.data.chat import require_checkpoint
 from megatron_papo.distributed.gpus import count_gpus, device_of
 from megatron_papo.errors import UserError
@@ -47,9 +46,8 @@ from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, Turn
 from megatron_papo.sglang.server import stop_all, urls_of
 from tools.start_checks import problems_of_machine, problems_of_run
+from tools.suite import DEFAULTS, read_suite
 
-DEFAULTS = Path(__file__).resolve().parents[1] / "configs" / "published.yaml"
-"""What a suite that is a part of a configuration lacks."""
 NO_TRAINING = (
     "data.train={source: synthetic, count: 1}",
     "data.sft=null",
@@ -61,8 +59,8 @@ NO_TRAINING = (
 )
 """In place of what only training reads, and the start checks look at."""
 ON_ALL_GPUS = ("server.first_gpu=0",)
-TODO = ("1", "7:0")
-"""What is to be done, as run_all.sh calls it."""
+STAGES_WANTED = ("1", "7:0")
+"""As run_all.sh calls them."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,14 +89,9 @@ def settings_of(args: argparse.Namespace) -> list[str]:
     """
     moved = [] if args.source is None else [f"evaluation.source={json.dumps(str(Path(args.source).absolute()))}"]
     place = f"model.path={json.dumps(str(args.hf.absolute()))}"
-    found = resolve_config(args.suite, [place, "evaluation.validation=evaluation"], below=DEFAULTS).config
-    names = list(found.evaluation.benchmarks)
-    if not names:
-        raise UserError(
-            f"{args.suite}: no evaluation.benchmarks in it: give a suite such as configs/benchmarks/papo.yaml"
-        )
+    found = read_suite(args.suite)
     dtype = [] if device_of(found) == "cuda" and count_gpus() else ["model.dtype=float32"]
-    first = [f"evaluation.validation={names[0]}"]
+    first = [f"evaluation.validation={next(iter(found.evaluation.benchmarks))}"]
     return [place, *NO_TRAINING, *ON_ALL_GPUS, *first, *dtype, *moved, *args.overrides]
 
 
@@ -118,7 +111,9 @@ def open_output(args: argparse.Namespace) -> tuple[RunDirectory, list[str]]:
             )
     names = chosen_sets(directory.config, args.sets)
     choose_device(directory.config)
-    problems = problems_of_run(directory, TODO) + problems_of_machine(directory, TODO, own_launcher=True)
+    problems = problems_of_run(directory, STAGES_WANTED) + problems_of_machine(
+        directory, STAGES_WANTED, own_launcher=True
+    )
     if problems:
         raise UserError(*dict.fromkeys(problems))
     write_run(directory, differences, shlex.join(["tools.evaluate", *sys.argv[1:]]))
