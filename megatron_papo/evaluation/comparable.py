@@ -62,6 +62,12 @@ def require_comparable(rows: Sequence[Row], names: Sequence[str], image: ImageSh
             few.append(f"{name} {problems_shown}")
     if few:
         notes.append(f"too few problems for errors, intervals and p values to be trusted: {', '.join(few)}")
+    called: dict[str, str] = {}
+    for row in rows:
+        for run in row.runs:
+            before = called.setdefault(run.checkpoint, row.called(run))
+            if before != row.called(run):
+                notes.append(f"{shown(before)} and {shown(row.called(run))} are one checkpoint: what differs is chance")
     for row in rows:
         if missing := [name for name in names if name not in row.sets]:
             notes.append(f"{shown(row.name)} lacks {', '.join(missing)}: it has no averages over them")

@@ -14,6 +14,7 @@ from megatron_papo.evaluation import published, statistics
 from megatron_papo.evaluation.comparable import Row, in_order, require_comparable
 from megatron_papo.evaluation.scores import SetScores, set_scores, sets_by_group
 from megatron_papo.evaluation.statistics import Floats, OverSeeds, PromptScores
+from megatron_papo.reading import shown
 from megatron_papo.run.records import ImageShown, Protocol
 
 SEED = 1
@@ -70,13 +71,16 @@ class Cell:
     """By what was shown instead of the pictures."""
     rates: Rates | None = None
     sampling_share: float | None = None
-    """Which part of the squared standard error comes from sampling, the rest from which prompts are in the set."""
+    """Which part of the squared standard error comes from sampling, the rest from which prompts are in the set: an
+    estimate, which small sets may drive to 1."""
+    few_problems: bool = False
+    """Of the set, or of one of the sets: p is not to be trusted."""
 
     @property
     def is_marked(self) -> bool:
-        """Whether the difference is one at a level of .05."""
+        """Whether the difference is one at a level of .05, and there are enough problems to say so."""
         p = self.p if self.p_corrected is None else self.p_corrected
-        return p is not None and p < statistics.LEVEL
+        return p is not None and p < statistics.LEVEL and not self.few_problems
 
     def as_json(self) -> Json:
         names = ("avg", "standard_error", "difference", "interval", "p", "p_corrected", "relative_gain")
@@ -219,6 +223,7 @@ def compare(rows: Sequence[Row], baseline: str | None, image: ImageShown) -> Com
     averages = averages_of(rows, names, scores)
     protocols = {name: next(row.of_set(name)[0].protocol for row in rows if name in row.sets) for name in names}
     groups = sets_by_group(names, {name: one.groups for name, one in protocols.items()})
+    notes += incomplete_groups(groups, protocols)
     of_runs = {
         (row.name, name): [set_scores(one.answers[image]) for one in row.of_set(name)]
         for row in rows
@@ -228,6 +233,19 @@ def compare(rows: Sequence[Row], baseline: str | None, image: ImageShown) -> Com
     return Comparison(
         [_row_scores(row, names, groups, table) for row in rows], names, groups, baseline, image, protocols, notes
     )
+
+
+def incomplete_groups(groups: Mapping[str, Sequence[str]], protocols: Mapping[str, Protocol]) -> list[str]:
+    """Return which averages are over a part of their group, as the suite has it."""
+    notes = []
+    for group, members in groups.items():
+        whole = dict.fromkeys(chain(*(protocols[name].group_sets.get(group, []) for name in members)))
+        missing = [name for name in whole if name not in members]
+        if missing:
+            notes.append(
+                f"{shown(group)}: the mean over {len(members)} of its {len(whole)} sets, without {', '.join(missing)}"
+            )
+    return notes
 
 
 def in_published_order(names: set[str]) -> list[str]:
@@ -288,6 +306,9 @@ class _Table:
             vision={} if error is None else self._vision(row, names),
             rates=mean_rates([scores for name in names for scores in self.of_runs[row, name]]),
             sampling_share=self._sampling_share(row, names, error),
+            few_problems=any(
+                len(set(self.scores[row, name, self.image].problems)) < statistics.FEW_PROBLEMS for name in names
+            ),
         )
         if self.baseline is None or self.baseline == row or not self._has(self.baseline, names, self.image):
             return cell
@@ -310,7 +331,7 @@ class _Table:
         parts = [scores.variance for name in names for scores in self.of_runs[row, name]]
         if not error or None in parts:
             return None
-        return sum(part.within for part in parts if part) / (len(parts) ** 2 * error**2)
+        return min(1.0, sum(part.within for part in parts if part) / (len(parts) ** 2 * error**2))
 
     def _vision(self, row: str, names: Sequence[str]) -> dict[ImageShown, VisionGain]:
         gains: dict[ImageShown, VisionGain] = {}

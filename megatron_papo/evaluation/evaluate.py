@@ -1,9 +1,11 @@
 """avg@k of a checkpoint on an evaluation set: what stage 7 does, and a resident stage 4 between two samplings."""
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 from megatron_papo.checkpoint.model_files import model_fingerprint, require_one_model
 from megatron_papo.checkpoint.proof import require_proof_if_converted
@@ -21,6 +23,7 @@ from megatron_papo.evaluation.predictions import (
 from megatron_papo.evaluation.protocol import protocol_of
 from megatron_papo.pictures.preprocess import PictureSettings
 from megatron_papo.rollout.pictures import Pictures, probe_of
+from megatron_papo.rollout.rewards import reward_of
 from megatron_papo.rollout.sample_and_grade import (
     Sampler,
     load_weights,
@@ -30,7 +33,7 @@ from megatron_papo.rollout.sample_and_grade import (
 )
 from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, read_jsonl, write_jsonl
-from megatron_papo.run.stage_output import StageOutput, nested, put_away, read_manifest, samples_of
+from megatron_papo.run.stage_output import StageOutput, read_manifest, samples_of
 from megatron_papo.sglang.requests import Sampling
 from megatron_papo.sglang.sample_store import SampleStore, require_store
 from megatron_papo.sglang.server import release_memory
@@ -44,15 +47,17 @@ def evaluate_all(tasks: Sequence[Task], server: Callable[[Task], str]) -> None:
         server: Gives the directory of the servers, or URLs, that a turn is to use.
     """
     wanted = [responses_wanted(task) for task in tasks]
-    begun, started, sampled = time.monotonic(), None, 0
+    started, seconds, answered = None, 0.0, 0
     for number, task in enumerate(tasks):
-        sampled += wanted[number] * evaluate(task, server(task), started)
+        taken = evaluate(task, server(task), started)
+        seconds, answered = seconds + taken, answered + (wanted[number] if taken else 0)
         started = time.time()  # of the next output: this one's time is its own
         left = sum(wanted[number + 1 :])
         if not left:
             continue
-        minutes = (time.monotonic() - begun) / sampled * left / 60 if sampled else None
-        about = "" if minutes is None else f", about {minutes:.0f} minutes for the others"
+        others = seconds / answered * left if answered else 0.0
+        words = f"{others:.0f} s" if others < 90 else f"{others / 60:.0f} minutes"
+        about = f", about {words} for the others" if answered else ""
         print(
             f"evaluation: {number + 1} of {len(tasks)} sets, {sum(wanted) - left:,} of {sum(wanted):,}"
             f" responses{about}",
@@ -68,8 +73,9 @@ def responses_wanted(task: Task) -> int:
     return int(prompts) * settings.samples_per_prompt * len(images_shown(settings))
 
 
-def evaluate(task: Task, server: str, started: float | None = None) -> bool:
-    """Make the output of one turn of stage 7, where it is not there yet; return whether there was anything to do.
+def evaluate(task: Task, server: str, started: float | None = None) -> float:
+    """Make the output of one turn of stage 7, where it is not there yet; return the seconds that the responses took, 0
+    where there was nothing to do.
 
     The store of its samples stays beside it: of an evaluation that is made again with more samples per prompt, or after
     other changes that leave these samples as they are, only the others are asked for.
@@ -79,38 +85,46 @@ def evaluate(task: Task, server: str, started: float | None = None) -> bool:
         server: Directory of the servers, or URLs.
         started: time.time() when the work could begin; None: with this process.
     """
-    make_way_for_more_samples(task)
     inputs = task.inputs(model_fingerprint)
-    out = task.stage_output(inputs, started)
+    out = task.stage_output(inputs, started, replaces=has_its_responses)
     if out.done:
         out.announce_done()
-        return False
+        return 0.0
     require_proof_if_converted(task.path("hf"))
     require_one_model(task.path("hf"))
     require_store(samples_of(task.output))
+    if task.output.exists():
+        print(f"{task.output}: made again: the responses that are there are kept, others asked for", flush=True)
     with out:
-        answer(task, server, inputs["hf"].fingerprint, out)
-    return True
+        return answer(task, server, inputs["hf"].fingerprint, out)
 
 
-def make_way_for_more_samples(task: Task) -> None:
-    """Put an output away that has fewer samples per prompt and is otherwise what is asked for: its samples are in the
-    store, from which the new one is made."""
-    manifest = read_manifest(task.output)
-    if manifest is None:
-        return
-    made, wanted = manifest.recipe.config, nested(task.stage.values(task.whole_config, task.turn))
-    before, now = (recipe.get("evaluation", {}).get("samples_per_prompt") for recipe in (made, wanted))
-    if before is None or now is None or before >= now:
-        return
-    if made | {"evaluation": made["evaluation"] | {"samples_per_prompt": now}} != wanted:
-        return
-    print(f"{task.output}: {before} samples per prompt are there, {now} are wanted: asks for the others", flush=True)
-    put_away(task.output)
+def has_its_responses(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Say of two recipes whether the second asks for all responses of the first, and at most for more: the store has
+    them, and only grades, groups and averages are made anew."""
+    made, wanted = copy.deepcopy(made), copy.deepcopy(wanted)
+    more = [recipe["config"].get("evaluation", {}) for recipe in (made, wanted)]
+    if any(before > after for before, after in zip(*(_extent(section) for section in more), strict=True)):
+        return False
+    for recipe in (made, wanted):
+        recipe["config"].pop("reward", None)
+        evaluation = recipe["config"].get("evaluation", {})
+        for key in ("samples_per_prompt", "masked_images", "without_images"):
+            evaluation.pop(key, None)
+        for entry in evaluation.get("benchmarks", {}).values():
+            for key in ("grading", "groups"):
+                entry.pop(key, None)
+    return made == wanted
 
 
-def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
-    """Sample, grade and average; write predictions.jsonl, metrics.json and protocol.json.
+def _extent(evaluation: dict[str, Any]) -> list[int]:
+    """Return how much an evaluation asks for."""
+    return [int(evaluation.get(key, 0)) for key in ("samples_per_prompt", "masked_images", "without_images")]
+
+
+def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> float:
+    """Sample, grade and average; write predictions.jsonl, metrics.json and protocol.json; return the seconds of
+    sampling.
 
     Args:
         task: A turn of stage 7.
@@ -146,7 +160,8 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
     version = load_weights(client, hf, fingerprint, probe_of(prompts, pictures))
     begun = time.monotonic()
     with SampleStore(samples_of(task.output), config.model.dtype) as store:
-        sampler = Sampler(client, version, sampling, tokenizer, config.reward, store, of_set.grading)
+        reward = reward_of(config.reward, of_set.grading)
+        sampler = Sampler(client, version, sampling, tokenizer, reward, store, of_set.grading)
         graded = iter(sample_and_grade_all(sampler, [*chain(*requests.values())], name))
         answers = {image: [(request, next(graded)) for request in asked] for image, asked in requests.items()}
     seconds = time.monotonic() - begun
@@ -165,6 +180,7 @@ def answer(task: Task, server: str, fingerprint: str, out: StageOutput) -> None:
     accuracies = "".join(f"{said[image]}{metrics['accuracy' + SUFFIXES[image]]:.4f}" for image in answers)
     words = f"{name}: avg@{settings.samples_per_prompt} on {len(prompts)} prompts: {accuracies}"
     print(f"{hf}: {words} in {seconds:.0f} s", flush=True)
+    return seconds
 
 
 def set_of(task: Task) -> tuple[str, BenchmarkConfig]:

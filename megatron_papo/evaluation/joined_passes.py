@@ -11,9 +11,8 @@ from pathlib import Path
 
 from megatron_papo.config import BenchmarkConfig
 from megatron_papo.errors import UserError
-from megatron_papo.evaluation.outputs import PREDICTIONS, evaluated_directories
+from megatron_papo.evaluation.outputs import AS_SAMPLED, PREDICTIONS, evaluated_directories
 from megatron_papo.evaluation.outside_predictions import PredictionsFile, responses, scan
-from megatron_papo.evaluation.protocol import SAMPLING
 from megatron_papo.reading import reading, shown
 from megatron_papo.run.records import ImageShown, Protocol
 
@@ -301,7 +300,7 @@ def _require_one_evaluation(sets: Iterable[JoinedSet]) -> None:
     known = [(file, file.protocol) for one in sets for file in one.files if file.protocol]
     for file, protocol in known[1:]:
         first, its_protocol = known[0]
-        if found := _different_settings(its_protocol, protocol, ("dtype", *SAMPLING)):
+        if found := _different_settings(its_protocol, protocol, AS_SAMPLED):
             raise UserError(
                 f"{shown(first.path)} and {shown(file.path)} differ in {'; '.join(found)}: score them one by one"
             )

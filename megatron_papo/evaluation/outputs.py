@@ -14,11 +14,14 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_papo.errors import UserError
+from megatron_papo.evaluation.protocol import SAMPLING
 from megatron_papo.evaluation.scores import SetAnswers, answer_of, collect_answers
 from megatron_papo.reading import read_record, reading, shown
 from megatron_papo.run.records import ImageShown, Prediction, Protocol, stream_jsonl
 from megatron_papo.run.stage_output import partial_of, verify_files
 
+AS_SAMPLED = ("dtype", *SAMPLING)
+"""Settings in which all sets of an evaluation agree."""
 PREDICTIONS, PROTOCOL = "predictions.jsonl", "protocol.json"
 AGAIN = "evaluate again with stages.stage7_evaluate or tools.evaluate"
 UNFINISHED = partial_of(Path("set")).suffix
@@ -72,6 +75,12 @@ def read_evaluation(text: str, iteration: int | None = None, only: Collection[st
             raise UserError(
                 f"{shown(one.directory)}: answered by another checkpoint ({shown(one.protocol.hf)}) than"
                 f" {first.protocol.set} beside it ({shown(first.protocol.hf)}): {AGAIN}"
+            )
+        different = [key for key in AS_SAMPLED if first.protocol.protocol.get(key) != one.protocol.protocol.get(key)]
+        if different:
+            raise UserError(
+                f"{shown(one.directory)}: sampled otherwise ({', '.join(different)}) than {first.protocol.set} beside"
+                f" it: there is no average over both: {AGAIN}, or name one of them alone with --sets"
             )
         if sets.setdefault(one.protocol.set, one) is not one:
             raise UserError(f"{shown(path)}: holds the set {one.protocol.set} twice: move one of them away")

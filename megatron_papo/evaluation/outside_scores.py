@@ -11,7 +11,7 @@ from megatron_papo.evaluation.joined_passes import JoinedSet
 from megatron_papo.evaluation.outside_predictions import Response, responses
 from megatron_papo.evaluation.scores import Answer, SetAnswers, collect_answers
 from megatron_papo.reading import reading, shown
-from megatron_papo.rollout.rewards import Grader, Submitted, boxed_answer
+from megatron_papo.rollout.rewards import Grader, Submitted, boxed_answer, reward_of
 from megatron_papo.run.console import counted, progress_bar
 from megatron_papo.run.records import Rewards
 
@@ -49,14 +49,8 @@ def answers_of(one: JoinedSet, grading: Grading | None, entry: BenchmarkConfig |
         rows = counted(_located(one, problems), bar)
         if grading is None:
             return collect_answers((_answer(row, row.recorded) for row in rows), problems.space, where)
-        with Grader(RewardConfig(workers=workers, missing_box_is_none=_missing_box_is_none(one, grading))) as grader:
+        with Grader(reward_of(RewardConfig(workers=workers), grading)) as grader:
             return collect_answers(_graded(rows, grader, grading), problems.space, where)
-
-
-def _missing_box_is_none(one: JoinedSet, grading: Grading) -> bool:
-    """Return whether a response without a box says None: as the authors grade, or as our evaluation did."""
-    protocol = one.files[0].protocol
-    return bool(protocol.protocol.get("missing_box_is_none")) if protocol else grading == "published"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from megatron_papo.run.command_line import Task
 from megatron_papo.run.records import Prompt, Protocol
 
 SAMPLING = ("temperature", "top_p", "top_k", "max_response_tokens")
-GRADING = ("missing_box_is_none", "time_limit_seconds")
 
 
 def protocol_of(task: Task, name: str, of_set: BenchmarkConfig, checkpoint: str, prompts: Sequence[Prompt]) -> Protocol:
@@ -33,13 +32,17 @@ def protocol_of(task: Task, name: str, of_set: BenchmarkConfig, checkpoint: str,
         **vars(RenderSettings.of_set(config.data, of_set)),
         **vars(PictureSettings.of_evaluation(config.data, settings, of_set)),
         "grading": of_set.grading,
-        **{key: getattr(config.reward, key) for key in GRADING},
+        "time_limit_seconds": config.reward.time_limit_seconds,
     }
     if settings.masked_images:
         protocol["masked_image"] = dict(settings.masking(config.masked_image))
     return Protocol(
         set=name,
         groups=of_set.groups,
+        group_sets={
+            group: [other for other, entry in config.evaluation_sets.items() if group in entry.groups]
+            for group in of_set.groups
+        },
         problems_of=of_set.problems_of or name,
         checkpoint=checkpoint,
         hf=str(task.path("hf")),

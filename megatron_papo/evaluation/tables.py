@@ -81,7 +81,7 @@ def grid_of(comparison: Comparison, wanted: Wanted) -> Grid:
     blocks = [_block(row, columns, comparison.baseline, wanted) for row in own]
     blocks += [[_block(row, columns, None, Wanted())[0] for row in others]] if others else []
     return Grid(
-        [f"gain {name}" if kind == "gain" else name for kind, name in columns],
+        [shown(f"gain {name}" if kind == "gain" else name) for kind, name in columns],
         blocks,
         _notes(comparison, wanted),
     )
@@ -180,7 +180,7 @@ def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
         notes.append(
             f"minus {comparison.baseline}: paired, with 95 % interval, from one cluster bootstrap over problems"
             f" ({statistics.DRAWS:,} draws); {MARK} p < {statistics.LEVEL:g}, of a set corrected for the sets of its"
-            " row (Benjamini-Hochberg)"
+            f" row (Benjamini-Hochberg), with {statistics.FEW_PROBLEMS} problems or more"
         )
         notes.append("gain: relative, the mean over sets of (new - base) / base")
         if wanted.power:
@@ -193,6 +193,13 @@ def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
             "from sampling: percent of the squared standard error that would shrink with more samples; the rest is"
             " which prompts are in the set"
         )
+    if wanted.vision:
+        lack = [row.name for row in rows if not row.published and not any(cell.vision for _, _, cell in row.cells)]
+        notes += [
+            f"{shown(name)} was answered with its pictures alone: evaluate again with evaluation.masked_images=true"
+            " or evaluation.without_images=true"
+            for name in lack
+        ]
     if wanted.vision and any(cell.vision for row in rows for _, _, cell in row.cells):
         notes.append(
             "vision gain: with the picture minus without, paired, with 95 % interval; its change: minus that of the"
@@ -205,7 +212,7 @@ def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
     if any(row.published for row in rows):
         notes.append(
             "published: avg@8 as the authors print it (arXiv 2507.06448), gains against their GRPO of the same size;"
-            " not tested against"
+            " not tested against; sets go by their names: whether yours are the same prompts, nobody has looked"
         )
     return [*notes, *_settings(comparison), *comparison.notes]
 
@@ -228,7 +235,7 @@ def _settings(comparison: Comparison) -> list[str]:
     for key, values in sets_by_value.items():
         several = [f"{value} ({' '.join(names)})" for value, names in values.items()]
         words.append(f"{key} {', '.join(several if len(values) > 1 else values)}")
-    return [f"protocol: {'; '.join(words)}"] if words else []
+    return [shown(f"protocol: {'; '.join(words)}", limit=0)] if words else []
 
 
 def as_text(grid: Grid) -> str:

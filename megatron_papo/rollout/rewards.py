@@ -85,6 +85,12 @@ def with_overlong_penalty(rewards: Rewards, num_tokens: int, max_tokens: int, co
     return rewards.model_copy(update={"overall": rewards.overall + penalty, "overlong_penalty": penalty})
 
 
+def reward_of(training: RewardConfig, grading: Grading) -> RewardConfig:
+    """Return how an evaluation set is graded: as in training, but whether a missing box counts as the answer "None" is
+    part of the set's grading: it does in the authors' evaluation, `published`."""
+    return training.model_copy(update={"missing_box_is_none": grading == "published"})
+
+
 LATE_SHARE = 0.01
 """Of different answers without a grade, beyond which a line says so."""
 Question = tuple[str, tuple[str, ...]]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_papo.config import Config
 from megatron_papo.config_files import load_config
@@ -113,10 +114,15 @@ class Task:
                 require_current(self.run, path)
         return {name: self.input(name, outside) for name in self.paths}
 
-    def stage_output(self, inputs: dict[str, Input], started: float | None = None) -> StageOutput:
-        """Return the output, which may be done already. started: see StageOutput."""
+    def stage_output(
+        self,
+        inputs: dict[str, Input],
+        started: float | None = None,
+        replaces: Callable[[dict[str, Any], dict[str, Any]], bool] | None = None,
+    ) -> StageOutput:
+        """Return the output, which may be done already. started, replaces: see StageOutput."""
         values, arguments = self.stage.values(self.whole_config, self.turn), self.stage.arguments(self.turn)
-        return StageOutput(self.stage.name, self.output, values, inputs, arguments, started=started)
+        return StageOutput(self.stage.name, self.output, values, inputs, arguments, started, replaces)
 
 
 class StageParser:

@@ -129,6 +129,8 @@ class Protocol(Record):
 
     set: str
     groups: list[str]
+    group_sets: dict[str, list[str]] = {}
+    """Of each of its groups, all sets of the suite that belong to it."""
     problems_of: str
     """Name of the set whose problems these are."""
     checkpoint: str

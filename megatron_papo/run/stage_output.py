@@ -164,6 +164,7 @@ class StageOutput:
         inputs: Mapping[str, Input],
         arguments: Mapping[str, object] | None = None,
         started: float | None = None,
+        replaces: Callable[[dict[str, Any], dict[str, Any]], bool] | None = None,
     ):
         """Compare what is to be made with what is there. Raises UserError if that was made from something else.
 
@@ -174,7 +175,10 @@ class StageOutput:
             inputs: What it is made from, by name.
             arguments: Anything else that decides the result (an iteration number).
             started: time.time() from which the manifest's seconds count; None: the start of this process.
+            replaces: Says of two recipes, of what is there and of what is to be made, whether the second takes the
+                place of the first; that stays until the other is complete. None: never.
         """
+        self._replaces = replaces
         self.stage, self.output = stage, require_place(Path(output))
         self.partial = partial_of(self.output)
         self.counts: dict[str, Any] = {}
@@ -209,7 +213,9 @@ class StageOutput:
                 f"{self.output}: exists and is not an output of this pipeline: remove it, or choose another --output"
             )
         if manifest.fingerprint != self.fingerprint:
-            changed = differences(manifest.recipe.model_dump(), self._recipe)
+            made, changed = manifest.recipe.model_dump(), differences(manifest.recipe.model_dump(), self._recipe)
+            if self._replaces is not None and self._replaces(made, self._recipe):
+                return False
             raise UserError(
                 f"{self.output}: made from something else ({changed}): remove it or choose another --output (or --name)"
             )
@@ -301,9 +307,14 @@ class StageOutput:
             os.fsync(stream.fileno())
         for directory in {file.parent for file in _files(self.partial)}:
             sync_directory(directory)
+        replaced = partial_of(self.output.with_name(self.output.name + ".replaced"))
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.output.exists():
+            os.rename(self.output, replaced)
         os.rename(self.partial, self.output)
         (self.output / MARK).unlink()
         sync_directory(self.output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _as_json(manifest: Manifest) -> str:
@@ -355,13 +366,6 @@ def _remove_partial(partial: Path) -> None:
         elif child.name != MARK:
             child.unlink()
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def put_away(output: Path) -> None:
-    """Make a published output one that is not: what is to be made in its place removes it."""
-    _remove_partial(partial_of(output))
-    (output / MARK).touch()
-    output.rename(partial_of(output))
 
 
 def samples_of(output: Path) -> Path:

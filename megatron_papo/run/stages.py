@@ -372,7 +372,7 @@ STAGES: dict[str, Stage] = {
             "stage7_evaluate",
             "avg@k on an evaluation set, with and without the picture",
             decided_by=("seed", *EVALUATION, "reward", "masked_image", "model.dtype", *PICTURES),
-            keys_of_set=(*PICTURES_OF_SET, "grading"),
+            keys_of_set=(*PICTURES_OF_SET, "grading", "groups"),
             also_reads=(
                 *SETS,
                 "data.prompt_template",

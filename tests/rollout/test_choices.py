@@ -1,13 +1,14 @@
 """The three gradings: mathruler on the last box, the same on a label with a newline, and multiple choice."""
 
 import time
+from typing import get_args
 
 import pytest
 
-from megatron_papo.config import RewardConfig
+from megatron_papo.config import Grading, RewardConfig
 from megatron_papo.errors import UserError
 from megatron_papo.rollout.choices import letters_named, right_letters
-from megatron_papo.rollout.rewards import Grader
+from megatron_papo.rollout.rewards import Grader, reward_of
 
 OPTIONS = ("5 cm", "7 cm", "\\frac{1}{2} m", "None of the above")
 RIGHT = [
@@ -150,3 +151,11 @@ def test_published_is_mathruler_on_a_label_with_a_newline(grader):
     lost = {pair for pair, one, other in zip(PAIRS, ours, published, strict=True) if one > other}
     assert lost == {("yes", "Yes"), ("North", "north"), ("(2,1+x)", "(2,x+1)")}
     assert not any(one < other for one, other in zip(ours, published, strict=True))
+
+
+def test_a_missing_box_is_none_as_the_set_is_graded():
+    """Whatever training does: one rule for stage 7 and tools.suite score."""
+    for training in (False, True):
+        reward = RewardConfig(missing_box_is_none=training)
+        assert [reward_of(reward, grading).missing_box_is_none for grading in get_args(Grading)] == [False, True, False]
+    assert get_args(Grading) == ("mathruler", "published", "choice")

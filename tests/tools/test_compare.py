@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 
+from megatron_papo.errors import UserError
 from megatron_papo.evaluation.published import SETS
 from megatron_papo.run.records import Prediction, Protocol, Rewards, write_jsonl
 from megatron_papo.run.stage_output import StageOutput
@@ -135,8 +137,9 @@ def test_tables(two_runs, command):
     options = (f"a_b|100%={grpo}", papo, "--baseline", grpo, "--vision", "--power", "--published", "table1")
     text = command(f"a_b|100%={grpo}", papo, "--baseline", "a_b|100%", "--vision", "--power", "--published", "table1")
     assert f"{100 * average(papo, 'mmk12'):.2f} ±" in text and f"{100 * average(grpo, 'mmk12'):.2f} ±" in text
-    difference = f"{100 * (average(papo, 'mathverse') - average(grpo, 'mathverse')):+.2f}*"
-    assert difference in text and "vision gain (masked)" in text and "detectable" in text and "†" in text
+    marked, unmarked = (f"{100 * (average(papo, name) - average(grpo, name)):+.2f}" for name in ("mmk12", "mathverse"))
+    assert f"{marked}*" in text and f"{unmarked}*" not in text and unmarked in text  # the second has eight problems
+    assert "vision gain (masked)" in text and "detectable" in text and "†" in text
     assert "PAPO-G 3B (published)" in text and "57.39" in text
     assert "28.72" not in text and "DAPO" not in text  # geometry3k is no column, and DAPO's are not known
     assert "temperature 1.0" in text and "top_k 50" in text
@@ -336,3 +339,48 @@ def test_damaged_files(tmp_path, command):
     (place / "protocol.json").write_text("{}")
     with pytest.raises(compare.UserError, match="protocol.json: .*: evaluate again"):
         command(run)
+
+
+def test_one_checkpoint_in_two_rows_is_said(tmp_path, command):
+    """Control: two checkpoints, of which nothing is said."""
+    one = evaluation(tmp_path / "one", 0, ["mmk12"])
+    shutil.copytree(one, tmp_path / "copy")
+    said = "one and copy are one checkpoint: what differs is chance"
+    assert said in command(one, tmp_path / "copy", "--baseline", "one")
+    other = evaluation(tmp_path / "other", 0, ["mmk12"], skill=0.5)
+    assert "one checkpoint" not in command(one, other, "--baseline", "one")
+
+
+def test_sets_sampled_otherwise_have_no_average(tmp_path, command):
+    mixed = evaluation(tmp_path / "mixed", 0, ["mmk12"])
+    evaluation(mixed, 0, ["mathverse"], protocol=PROTOCOL | {"temperature": 0.2})
+    with pytest.raises(UserError, match=r"sampled otherwise \(temperature\) than mathverse"):
+        command(mixed)
+    assert "mmk12" in command(mixed, "--sets", "mmk12")
+
+
+def test_names_of_others_are_shown_and_not_obeyed(tmp_path, command):
+    run = evaluation(tmp_path / "foreign", 0, ["mmk12"], protocol=PROTOCOL | {"k\x1b[31m": 1})
+    place = run / "evaluation" / "iteration_0000" / "mmk12"
+    with StageOutput("stage7_evaluate", place.with_name("other"), {}, {}) as out:
+        shutil.copy(place / "predictions.jsonl", out.partial)
+        written = json.loads((place / "protocol.json").read_text()) | {"set": "o\x1b[31m", "groups": ["g\x1b[32m"]}
+        (out.partial / "protocol.json").write_text(json.dumps(written))
+    for form in ("text", "markdown", "latex"):
+        assert "\x1b" not in command(run, "--format", form)
+
+
+def test_an_average_over_a_part_of_its_group_says_so(tmp_path, command):
+    """Control: a group whose sets are all there."""
+    run = evaluation(tmp_path / "part", 0, ["mmk12", "mathverse"])
+    assert "general: the mean over" not in command(run)
+    for name in ("mmk12", "mathverse"):
+        place = tmp_path / "whole" / "evaluation" / "iteration_0000" / name
+        with StageOutput("stage7_evaluate", place, {}, {}) as out:
+            old = run / "evaluation" / "iteration_0000" / name
+            shutil.copy(old / "predictions.jsonl", out.partial)
+            sets = {"group_sets": {"general": ["mmk12", "we_math", "mathverse"]}}
+            (out.partial / "protocol.json").write_text(
+                json.dumps(json.loads((old / "protocol.json").read_text()) | sets)
+            )
+    assert "general: the mean over 2 of its 3 sets, without we_math" in command(tmp_path / "whole")

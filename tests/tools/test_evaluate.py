@@ -144,7 +144,7 @@ def test_it_goes_on_and_asks_for_more_samples_only(evaluated, evaluate, tmp_path
     before = (output / "evaluation" / "iteration_0000" / "mmk12" / "predictions.jsonl").read_bytes()
     more = evaluate(output, "--sets", "mmk12", overrides=[*shown, "evaluation.samples_per_prompt=3"])
     assert more.returncode == 0, more.stderr
-    assert "asks for the others" in more.stdout
+    assert "the responses that are there are kept" in more.stdout
     stored = (output / "evaluation" / "iteration_0000" / "mmk12.samples.jsonl").read_text()
     assert len(stored.splitlines()) == 3 * 3 * 4  # nothing was sampled twice
     records = read_jsonl(output / "evaluation" / "iteration_0000" / "mmk12" / "predictions.jsonl", Prediction)
@@ -172,6 +172,20 @@ def test_what_is_wrong_is_said_at_once(evaluate, tmp_path, arguments, overrides,
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert refused.returncode == 2 and "Traceback" not in refused.stderr, refused.stderr
     assert any(said in line for line in errors), refused.stderr
+
+
+def test_other_grades_and_groups_ask_nobody(evaluated, evaluate, tmp_path):
+    output = tmp_path / "renamed"
+    shutil.copytree(evaluated[0], output)
+    changes = ["evaluation.benchmarks.mmk12.groups=[mine]", "evaluation.benchmarks.mmk12.grading=published"]
+    shown = ["evaluation.masked_images=true", "evaluation.without_images=true"]
+    done = evaluate(output, "--json", "--sets", "mmk12", overrides=[*shown, *changes])
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)["groups"]) == ["mine"]
+    store = (output / "evaluation" / "iteration_0000" / "mmk12.samples.jsonl").read_bytes()
+    assert store == (evaluated[0] / "evaluation" / "iteration_0000" / "mmk12.samples.jsonl").read_bytes()
+    fewer = evaluate(output, "--sets", "mmk12", overrides=[*shown, *changes, "evaluation.samples_per_prompt=1"])
+    assert fewer.returncode == 2 and "samples_per_prompt" in fewer.stderr, fewer.stderr
 
 
 def test_a_mistake_leaves_nothing_behind(evaluate, tmp_path, counting_model):
