@@ -37,6 +37,7 @@ from megatron_papo.run.manifest import MANIFEST
 from megatron_papo.run.run_config import open_run
 from megatron_papo.run.stage_output import read_manifest
 from megatron_papo.run.stages import all_turns
+from megatron_papo.sglang.leftovers import shared_memory_of
 from megatron_papo.sglang.server_record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,8 @@ TIMED = "metrics.jsonl"
 """Endings of the files that must be the same; the others, and metrics.jsonl of training, hold times and places."""
 CACHE = "torchinductor_"
 """Begins the name of a directory of compiled kernels, which torch keeps on purpose."""
+LOOKS_PER_MAP = 10
+"""How many looks at the processes go by between two at the memory that they share."""
 
 
 @dataclass
@@ -205,13 +208,15 @@ class Disturbed:
         self.said = run.with_name(f"{run.name}.said.txt")
         """What its commands print."""
         self.longest_wait = LONGEST_WAIT
+        self.looks = 0
         self.seen: dict[int, float] = {}
         """Every process that ever belonged to the run: number and time of creation."""
 
     def __enter__(self) -> "Disturbed":
         self.temporary = Path("/tmp") / self.run.name
         self.temporary.mkdir()
-        self.shared_before = set(os.listdir("/dev/shm"))
+        self.shared: set[str] = set()
+        """Every file in /dev/shm that one of them ever had mapped, or that has its number in its name."""
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -260,6 +265,9 @@ class Disturbed:
         """Remember the processes that are there now: those of the session, and the servers."""
         for process in self._now():
             self.seen[process.pid] = process.create_time()
+        self.looks += 1
+        if self.looks % LOOKS_PER_MAP == 0:
+            self.shared |= set(shared_memory_of(self.seen))
 
     def _now(self) -> Iterator[psutil.Process]:
         place = str(self.run.relative_to(ROOT))
@@ -343,16 +351,15 @@ class Disturbed:
         found += [f"{path}: a lock of nobody" for path in self.run.rglob("?*.lock") if path.name != ".lock"]
         found += [f"{path}: left" for path in (self.run / "server").glob("server.json*")]
         found += [f"{self.temporary / name}: left" for name in self._temporary()]
-        found += [f"/dev/shm/{name}: left" for name in self._shared()]
+        found += [f"{path}: left" for path in self._shared()]
         return found
 
     def _temporary(self) -> list[str]:
         return sorted(name for name in os.listdir(self.temporary) if not name.startswith(CACHE))
 
     def _shared(self) -> list[str]:
-        """Return the shared memory that is new since the run began and that no process uses."""
-        new = set(os.listdir("/dev/shm")) - self.shared_before
-        return sorted(name for name in new if not in_use(f"/dev/shm/{name}"))
+        """Return the run's shared memory that is still there and that no process uses."""
+        return sorted(path for path in self.shared if not in_use(path))
 
 
 def send(victim: psutil.Process, number: signal.Signals, whole_group: bool) -> None:
