@@ -505,8 +505,14 @@ class ObjectiveConfig(Section):
     mean over all response tokens of the batch, over their standard deviation."""
     average: Literal["token", "sequence", "micro_batch"] = "token"
     """token: over all response tokens of the step. sequence: the mean over rollouts of their token means. micro_batch:
-    token means of the micro-batches, then their mean, as in the authors' code; the only one whose result depends on
-    micro_batch_size."""
+    token means of micro-batches of average_micro_batch_size, their mean on each of average_ranks, then over the ranks,
+    as in the authors' code."""
+    average_ranks: int = Field(default=8, gt=0)
+    """average micro_batch: the ranks that a step's rollouts are dealt out over, every so-many-th to each (8 published).
+    Part of the objective: parallel.data_parallel_size may be another."""
+    average_micro_batch_size: int = Field(default=4, gt=0)
+    """average micro_batch: rollouts that share a token mean, in the order in which a rank has them (4 published).
+    Part of the objective: training's micro-batches may be others."""
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
     """The ratio pi / pi_old is clipped at 1 - this from below."""
     clip_ratio_high: float = Field(default=0.3, gt=0)
@@ -655,10 +661,10 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(gt=0)
     """Prompts (groups) per optimizer step; rollout_batch_size / global_batch_size steps per iteration."""
     micro_batch_size: int = Field(gt=0)
-    """Rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the result, unless
-    objective.average is micro_batch."""
+    """layout plain: rollouts per forward and backward pass and data-parallel rank. Changes memory and speed, not the
+    result."""
     log_prob_micro_batch_size: int = Field(gt=0)
-    """Rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
+    """layout plain: rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
     max_rollout_log_prob_difference: Annotated[float | None, LIMIT] = Field(default=None, gt=0)
     """Stop before the first step if the mean |log-prob by SGLang - log-prob by Megatron|, over the tokens that the
     server may sample, exceeds this; null: only report it. Rounding alone gives about 1e-6 in float32."""
@@ -887,11 +893,6 @@ class Config(Section):
                 yield (
                     "training.layout group needs training.max_tokens_per_micro_batch:"
                     " --set training.max_tokens_per_micro_batch=16384, or --set training.layout=plain"
-                )
-            if self.objective.average == "micro_batch":
-                yield (
-                    "objective.average micro_batch is defined by micro_batch_size: --set training.layout=plain, or"
-                    " --set objective.average=token"
                 )
             if self.training.global_batch_size < dp:
                 yield (

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ KEYS = (
     "grad",
 )
 ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
-AVERAGES = {"token": "token", "seq": "sequence"}
+AVERAGES = {"token": "micro_batch", "seq": "sequence"}
+"""loss_avg_mode: ours; each case is one micro-batch of one rank."""
 KNOWN_OVERRIDES = (
     "loss_avg_mode",
     "clip_ratio_low",
@@ -113,6 +115,8 @@ def objective_of(case: dict) -> dict:
 
     return {
         "average": AVERAGES[case["loss_avg_mode"]],
+        "average_ranks": 1,
+        "average_micro_batch_size": len(case["response_mask"]),
         "clip_ratio_low": low,
         "clip_ratio_high": high,
         "clip_ratio_dual": dual,
@@ -143,9 +147,16 @@ def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> 
 
     from megatron_papo.distributed import process_groups
     from megatron_papo.model.log_probs import token_statistics
-    from megatron_papo.objective.papo_loss import MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
+    from megatron_papo.objective.papo_loss import (
+        Averages,
+        MaskedImageTokens,
+        ResponseTokens,
+        StepCounts,
+        papo_loss,
+        stacked,
+    )
     from megatron_papo.training.collator import pad_responses
-    from megatron_papo.training.loss_recipe import loss_recipe
+    from megatron_papo.training.loss_recipe import denominators_of, loss_recipe
 
     process_groups.connect()
     over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)
@@ -172,11 +183,16 @@ def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> 
         ref_log_probs=table("ref_log_probs") if over.get("use_kl_loss", True) else None,
         masked_image=MaskedImageTokens(table("masked_log_probs")) if over.get("use_kl_prcp", True) else None,
     )
-    recipe = loss_recipe(ObjectiveConfig(**objective_of(case) | changes), step=0)
-    total = mask.sum().item() if num_tokens is None else num_tokens
-    counts = StepCounts(total, len(mask), (mask * correct).sum().item())
-    averages = recipe.averages(counts, counts, micro_batches_of_step=1)
-    loss, metrics = papo_loss(tokens, averages, recipe.coefficients, recipe.formulas)
+    objective = ObjectiveConfig(**objective_of(case) | changes)
+    recipe = loss_recipe(objective, step=0)
+    lengths, of_correct = mask.sum(dim=1).tolist(), (mask * correct).sum(dim=1).tolist()
+    rollouts = [
+        StepCounts(tokens, 1, correct_tokens) for tokens, correct_tokens in zip(lengths, of_correct, strict=True)
+    ]
+    counts = stacked(denominators_of(rollouts, objective), mask.device)
+    if num_tokens is not None:
+        counts = replace(counts, tokens=num_tokens)
+    loss, metrics = papo_loss(tokens, Averages(counts, recipe.of_loss), recipe.coefficients, recipe.formulas)
     [gradient] = torch.autograd.grad(loss, [logits])
     metrics["grad_norm"] = gradient.norm()
     return {name: value.item() for name, value in metrics.items()}, gradient

@@ -11,12 +11,12 @@ Every per-token tensor is [B, T]: B rollouts, T response positions (padded); res
 Averages are weighted sums whose weights already hold the denominators of the whole optimizer step, so that
 contributions of micro-batches and data-parallel ranks simply add up: the same loss and gradient for any split.
 
-Differs: the authors average inside each micro-batch and then over micro-batches, so their result depends on the
-micro-batch size. A caller who wants that (`average: micro_batch`) passes each micro-batch's own count times the number
-of micro-batches.
+Differs: the authors average inside each micro-batch and then over micro-batches, so their result depends on which
+rollouts share one. A caller who wants that (`average: micro_batch`) gives each rollout the denominator of the
+micro-batch that it would have been in (objective/dealt_average.py), in whatever micro-batch it is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,14 +65,32 @@ class ResponseTokens:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Denominators: counts over a whole optimizer step, all its micro-batches and data-parallel ranks."""
+    """Denominators: counts over a whole optimizer step, all its micro-batches and data-parallel ranks.
 
-    tokens: float
+    Numbers, or tensors [B, 1] where each rollout has its own.
+    """
+
+    tokens: float | Tensor
     """Response tokens."""
-    sequences: float
+    sequences: float | Tensor
     """Rollouts."""
-    correct_tokens: float = 0
+    correct_tokens: float | Tensor = 0
     """Response tokens of correct rollouts."""
+
+
+def total(rollouts: Sequence[StepCounts], times: int = 1) -> StepCounts:
+    """Return the counts of several rollouts together, times a number."""
+    return StepCounts(
+        times * sum(counts.tokens for counts in rollouts),
+        times * sum(counts.sequences for counts in rollouts),
+        times * sum(counts.correct_tokens for counts in rollouts),
+    )
+
+
+def stacked(rollouts: Sequence[StepCounts], device: torch.device) -> StepCounts:
+    """Return the denominators of B rollouts, given as numbers, as tensors [B, 1]."""
+    rows = [[counts.tokens, counts.sequences, counts.correct_tokens] for counts in rollouts]
+    return StepCounts(*torch.tensor(rows, dtype=torch.float32, device=device).split(1, dim=1))
 
 
 def token_average(response_mask: Tensor, counts: StepCounts) -> Tensor:
@@ -80,7 +98,7 @@ def token_average(response_mask: Tensor, counts: StepCounts) -> Tensor:
 
     counts: of the WHOLE step, all micro-batches and ranks.
     """
-    return response_mask / max(counts.tokens, 1)
+    return response_mask / _at_least_one(counts.tokens)
 
 
 def sequence_average(response_mask: Tensor, counts: StepCounts) -> Tensor:
@@ -89,7 +107,11 @@ def sequence_average(response_mask: Tensor, counts: StepCounts) -> Tensor:
     An empty response contributes 0. counts: of the WHOLE step, all micro-batches and ranks.
     """
     lengths = response_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return response_mask / lengths / max(counts.sequences, 1)
+    return response_mask / lengths / _at_least_one(counts.sequences)
+
+
+def _at_least_one(count: float | Tensor) -> float | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
 def token_log_ratios(log_probs: Tensor, old_log_probs: Tensor, response_mask: Tensor) -> Tensor:

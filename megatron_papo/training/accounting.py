@@ -210,7 +210,10 @@ def step_accounting(
     rows, ranks = [row for step in steps for row in step], config.parallel.data_parallel_size
     layout = layout_of(config.training)
     by_step = [layout.split_over_ranks(step, ranks) for step in steps]
-    shares = [[row for split in by_step for row in split[rank]] for rank in range(ranks)]
+    shares = [
+        [step[position] for step, split in zip(steps, by_step, strict=True) for position in split[rank]]
+        for rank in range(ranks)
+    ]
     works = [work_of(share, one_pass, config, hf) for one_pass in passes for share in shares]
     rollout_tokens = sum(len(row.prompt_token_ids) + row.response_length for row in rows)
     branches = sum(len(kinds_of(one_pass.pictures)) for one_pass in passes)

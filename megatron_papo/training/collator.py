@@ -13,6 +13,7 @@ from megatron_papo.config import Config
 from megatron_papo.model.group_attention import GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
+from megatron_papo.objective.papo_loss import StepCounts
 from megatron_papo.pictures import preprocess
 from megatron_papo.run.records import Rollout
 from megatron_papo.training.layouts import InputRow, RotaryPositions, layout_of
@@ -57,6 +58,8 @@ class MicroBatch:
     their twins: input_ids is [2b, s], response_positions and response_tokens [2N]."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors [B, T] that are constants of the loss: old_log_probs, ref_log_probs, ..."""
+    denominators: StepCounts | None = None
+    """Of the loss, [B, 1]: where it is computed, in an update on the last pipeline stage."""
 
     @property
     def has_twins(self) -> bool:

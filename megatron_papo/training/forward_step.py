@@ -11,9 +11,16 @@ from torch import Tensor
 from megatron_papo.distributed import process_groups
 from megatron_papo.model.log_probs import TokenStatistics
 from megatron_papo.model.qwen2_5_vl import Responses
-from megatron_papo.objective.papo_loss import MaskedImageTokens, ResponseTokens, StepCounts, papo_loss
+from megatron_papo.objective.papo_loss import (
+    Averages,
+    MaskedImageTokens,
+    ResponseTokens,
+    StepCounts,
+    papo_loss,
+    stacked,
+)
 from megatron_papo.training.collator import Collator, Kind, MicroBatch, Pictures, pad_responses
-from megatron_papo.training.loss_recipe import LossRecipe, Twins, counts_of
+from megatron_papo.training.loss_recipe import LossRecipe, Twins
 from megatron_papo.training.rows import TrainingRollout
 
 PerRollout = dict[str, list[Tensor]]
@@ -146,7 +153,7 @@ def papo_step(
     constants: PerRollout,
     settings: PassSettings,
     recipe: LossRecipe,
-    counts: StepCounts,
+    denominators: Sequence[StepCounts],
 ) -> tuple[dict[str, Tensor], Seen]:
     """Make forward and backward of one optimizer step over this rank's rows; gradients end in the DDP buffers.
 
@@ -158,15 +165,14 @@ def papo_step(
             step after sampling: the ratio is 1, with its gradient.
         settings: micro-batch size, temperature, progress.
         recipe: the loss.
-        counts: the denominators of the whole step.
+        denominators: of the same rollouts in the loss of the whole step: denominators_of.
 
     Returns this rank's contributions to the metrics ({} before the last stage), and what the policy said.
     """
     pictures: Pictures = "original" if recipe.twins is None else "both"
     plan = collator.plan(rows, settings.micro_batch_size, pictures)
-    micro_batches_of_step = len(plan) * process_groups.dp_group().size()
     # The schedule divides by the number of micro-batches and DDP by the data-parallel size; the loss's own weights hold
-    # both already.
+    # the denominators of the whole step already.
     schedule_divisor = len(plan) * process_groups.dp_group().size()
     seen = Seen()
 
@@ -176,7 +182,8 @@ def papo_step(
     def loss(batch: MicroBatch, statistics: TokenStatistics) -> tuple[Tensor, dict[str, Tensor]]:
         seen.add(statistics, batch.rows)
         tokens = response_tokens(batch, statistics, recipe.twins)
-        averages = recipe.averages(counts, counts_of(batch.rows), micro_batches_of_step)
+        assert batch.denominators is not None  # given in batches(), on the last stage
+        averages = Averages(batch.denominators, recipe.of_loss)
         value, metrics = papo_loss(tokens, averages, recipe.coefficients, recipe.formulas)
         settings.progress(len(batch.rows))
         return value * schedule_divisor, metrics
@@ -190,6 +197,7 @@ def papo_step(
                 batch.constants = {
                     name: pad_responses(values[place], batch.response_mask) for name, values in constants.items()
                 }
+                batch.denominators = stacked(denominators[place], batch.response_mask.device)
             first += len(part)
             yield batch
 

@@ -7,7 +7,7 @@ group: one input row for all, in which each prompt stands once and its responses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class Layout(ABC):
         """
 
     @abstractmethod
-    def split_over_ranks(self, step: Part, ranks: int) -> list[list[TrainingRollout]]:
-        """Return each data-parallel rank's rollouts of an optimizer step."""
+    def split_over_ranks(self, step: Part, ranks: int) -> list[list[int]]:
+        """Return where each data-parallel rank's rollouts of an optimizer step stand in it."""
 
     @abstractmethod
     def by_prompt(self, part: Part) -> list[list[TrainingRollout]]:
@@ -85,8 +85,8 @@ class PlainLayout(Layout):
     def plan(self, rows: Part, size: int, copies: int = 1) -> list[Part]:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def split_over_ranks(self, step: Part, ranks: int) -> list[list[TrainingRollout]]:
-        return [list(step[rank::ranks]) for rank in range(ranks)]
+    def split_over_ranks(self, step: Part, ranks: int) -> list[list[int]]:
+        return [list(range(rank, len(step), ranks)) for rank in range(ranks)]
 
     def by_prompt(self, part: Part) -> list[list[TrainingRollout]]:
         return [[row] for row in part]
@@ -120,11 +120,15 @@ class GroupLayout(Layout):
             tokens += cost
         return list(plan)
 
-    def split_over_ranks(self, step: Part, ranks: int) -> list[list[TrainingRollout]]:
+    def split_over_ranks(self, step: Part, ranks: int) -> list[list[int]]:
         """Whole groups, the longest first to the least loaded rank."""
-        groups = self.by_prompt(step)
+        sizes = [len(rows) for rows in self.by_prompt(step)]
+        starts = [0, *accumulate(sizes)]
         cost = [prompt + sum(responses) for prompt, responses in self.lengths(step)]
-        return [[row for number in share for row in groups[number]] for share in balanced(cost, ranks)]
+        return [
+            [position for group in share for position in range(starts[group], starts[group + 1])]
+            for share in balanced(cost, ranks)
+        ]
 
     def by_prompt(self, part: Part) -> list[list[TrainingRollout]]:
         return [list(rows) for _, rows in groupby(part, key=lambda row: row.rollout.group)]

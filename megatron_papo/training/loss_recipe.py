@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_papo.config import ObjectiveConfig
+from megatron_papo.objective.dealt_average import dealt_denominators
 from megatron_papo.objective.papo_loss import (
-    Averages,
     ClipRatios,
     Coefficients,
     EstimatedKL,
@@ -26,6 +26,7 @@ from megatron_papo.objective.papo_loss import (
     sequence_log_ratios,
     token_average,
     token_log_ratios,
+    total,
 )
 from megatron_papo.training.rows import TrainingRollout
 
@@ -50,27 +51,8 @@ class LossRecipe:
     formulas: Formulas
     of_loss: Callable[[Tensor, StepCounts], Tensor]
     """token_average or sequence_average."""
-    micro_batch_counts: bool
-    """Whether each micro-batch is averaged by itself, and then the micro-batches, as in the authors' code."""
     twins: Twins | None
     """None: no twins ride."""
-
-    def averages(self, step: StepCounts, micro_batch: StepCounts, micro_batches_of_step: int) -> Averages:
-        """Return how a micro-batch of the step is averaged.
-
-        Args:
-            step: counts of the whole step.
-            micro_batch: counts of this micro-batch alone.
-            micro_batches_of_step: on all data-parallel ranks, each of them having as many.
-        """
-        if not self.micro_batch_counts:
-            return Averages(step, self.of_loss)
-        counts = StepCounts(
-            micro_batch.tokens * micro_batches_of_step,
-            micro_batch.sequences * micro_batches_of_step,
-            micro_batch.correct_tokens * micro_batches_of_step,
-        )
-        return Averages(counts, self.of_loss)
 
 
 def loss_recipe(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.0) -> LossRecipe:
@@ -88,7 +70,6 @@ def loss_recipe(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.
         coefficients_at(objective, step, kl_prcp_scale),
         formulas_of(objective),
         sequence_average if objective.average == "sequence" else token_average,
-        objective.average == "micro_batch",
         twins,
     )
 
@@ -123,8 +104,19 @@ def formulas_of(objective: ObjectiveConfig) -> Formulas:
     )
 
 
-def counts_of(rows: Sequence[TrainingRollout]) -> StepCounts:
-    """Return the denominators of these rollouts, those left out of the loss not counted."""
-    counted = [row for row in rows if row.counts]
-    correct = sum(row.response_length for row in counted if row.is_correct)
-    return StepCounts(sum(row.response_length for row in counted), len(counted), correct)
+def counts_of(row: TrainingRollout) -> StepCounts:
+    """Return what a rollout adds to the denominators: nothing where it is left out of the loss."""
+    tokens = row.response_length if row.counts else 0
+    return StepCounts(tokens, int(row.counts), tokens if row.is_correct else 0)
+
+
+def denominators_of(rollouts: Sequence[StepCounts], objective: ObjectiveConfig) -> list[StepCounts]:
+    """Return what each rollout of an optimizer step is divided by in the loss.
+
+    Args:
+        rollouts: counts_of each of the whole step, all data-parallel ranks', in the order of the file.
+        objective: its average.
+    """
+    if objective.average == "micro_batch":
+        return dealt_denominators(rollouts, objective.average_ranks, objective.average_micro_batch_size)
+    return [total(rollouts)] * len(rollouts)

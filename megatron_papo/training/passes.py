@@ -13,12 +13,12 @@ from megatron_papo.config import Config, ObjectiveConfig
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
-from megatron_papo.objective.papo_loss import finish_metrics
+from megatron_papo.objective.papo_loss import StepCounts, finish_metrics
 from megatron_papo.training import accounting
 from megatron_papo.training.collator import Collator, Kind
 from megatron_papo.training.forward_step import PassSettings, PerRollout, Seen, papo_step, sweep
 from megatron_papo.training.layouts import layout_of
-from megatron_papo.training.loss_recipe import LossRecipe, counts_of
+from megatron_papo.training.loss_recipe import LossRecipe, counts_of, denominators_of
 from megatron_papo.training.optimizer import set_learning_rate
 from megatron_papo.training.policy import Policy
 from megatron_papo.training.rows import TrainingRollout
@@ -32,6 +32,8 @@ class StepRows:
     """Those of all data-parallel ranks, in the order of the file."""
     own: list[TrainingRollout]
     """This rank's share."""
+    denominators: list[StepCounts]
+    """What each rollout of this rank's share is divided by in the loss."""
     place: slice
     """Where this rank's share lies among its rollouts of the whole iteration."""
 
@@ -41,7 +43,7 @@ def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int,
 
     Args:
         rows: the rollouts of the iteration, all ranks', group after group.
-        config: global_batch_size, group_size and layout are read.
+        config: global_batch_size, group_size, layout and average are read.
         rank, ranks: this process's data-parallel rank, and their number.
     """
     size = config.training.global_batch_size * config.rollout.group_size
@@ -49,8 +51,10 @@ def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int,
     first = 0
     for start in range(0, len(rows), size):
         of_step = list(rows[start : start + size])
+        denominators = denominators_of([counts_of(row) for row in of_step], config.objective)
         own = layout_of(config.training).split_over_ranks(of_step, ranks)[rank]
-        steps.append(StepRows(of_step, own, slice(first, first + len(own))))
+        place = slice(first, first + len(own))
+        steps.append(StepRows(of_step, [of_step[i] for i in own], [denominators[i] for i in own], place))
         first += len(own)
     return steps
 
@@ -188,7 +192,7 @@ class Passes:
         policy.optimizer.zero_grad()
         settings = PassSettings(self.config.training.micro_batch_size, self.config.rollout.temperature, self.progress)
         contributions, seen = papo_step(
-            policy.model, self.collator, step.own, of_step, settings, recipe, counts_of(step.all)
+            policy.model, self.collator, step.own, of_step, settings, recipe, step.denominators
         )
         _, gradient_norm, _ = policy.optimizer.step()
         metrics = finish_metrics(collectives.sum_from_last_stage(contributions))

@@ -159,7 +159,7 @@ def ours(example, with_grad, padding=0, order=None, splits=1, num_tokens=None, d
         # The options go the product's way: through the configuration.
         recipe = loss_recipe(objective_of(options), step=0)
         counts = StepCounts(tokens_of_step, len(order), correct_tokens)
-        averages = recipe.averages(counts, counts, micro_batches_of_step=1)
+        averages = Averages(counts, recipe.of_loss)
         value, metrics = papo_loss(response_tokens, averages, recipe.coefficients, recipe.formulas)
         value.backward()
         loss += value.item()

@@ -260,7 +260,8 @@ def counted_over_micro_batches(rows, each, config, hf, work) -> dict[str, int]:
     """From the tensors that the model is given on each of two ranks: a token is not 0, an attention mask is dense."""
     found = dict(tokens_computed=0, padding_tokens=0, patches_computed=0, model_flops=0)
     collator = Collator(config, hf, work, with_pixels=True, device=torch.device("cpu"), dtype=torch.float32)
-    for share in layout_of(config.training).split_over_ranks(rows, 2):
+    for places in layout_of(config.training).split_over_ranks(rows, 2):
+        share = [rows[place] for place in places]
         for part in collator.plan(share, each.micro_batch_size, each.pictures):
             batch = collator.collate(part, each.pictures)
             tokens = int((batch.input_ids != 0).sum())

@@ -199,7 +199,7 @@ def make_cases() -> list[dict]:
                     ],
                 }  # fmt: skip
             )
-    return cases + group_cases() + [micro_batch_case()] + spread_cases()
+    return cases + group_cases() + dealt_cases() + spread_cases()
 
 
 def group_cases() -> list[dict]:
@@ -268,24 +268,38 @@ def spread_cases() -> list[dict]:
     return cases
 
 
-MICRO_BATCH = 4
-"""Of the case with the authors' average, in layout tp2dp2: ranks take every other rollout, four at a time."""
+DEALS = {"micro_batch": (2, 4), "micro_batch of five ranks": (5, 2)}
+"""The authors' average: ranks that the rollouts are dealt out over, and rollouts in a micro-batch. The last micro-batch
+of a rank is smaller; of five ranks two have one rollout more, and a micro-batch more, than the others."""
 
 
-def micro_batch_case() -> dict:
-    layout = [
-        "parallel.tensor_model_parallel_size=2",
-        "parallel.pipeline_model_parallel_size=1",
-        "parallel.data_parallel_size=2",
-        "parallel.sequence_parallel=false",
-    ]
-    overrides = [
-        *layout,
-        f"training.micro_batch_size={MICRO_BATCH}",
-        "training.log_prob_micro_batch_size=5",
-        "objective.average=micro_batch",
-    ]
-    return {"name": "tp2dp2-micro_batch", "objective": "micro_batch", "step": STEP, "overrides": overrides}
+def dealt_cases() -> list[dict]:
+    """The deal is the objective's: it holds whatever the ranks, micro-batches and layout that compute it."""
+    cases = []
+    for name, objective, training in [
+        ("tp2dp2", "micro_batch", ["micro_batch_size=4"]),  # as the authors: computed as it is dealt
+        ("dp4", "micro_batch", ["micro_batch_size=2"]),
+        ("tp2dp2", "micro_batch", ["layout=group", "max_tokens_per_micro_batch=1000"]),
+        ("tp2pp2sp", "micro_batch of five ranks", ["layout=group", "max_tokens_per_micro_batch=120"]),
+    ]:
+        tp, pp, dp, sequence = LAYOUTS[name]
+        ranks, size = DEALS[objective]
+        overrides = [
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.pipeline_model_parallel_size={pp}",
+            f"parallel.data_parallel_size={dp}",
+            f"parallel.sequence_parallel={str(sequence).lower()}",
+            *(f"training.{x}" for x in training),
+            "training.log_prob_micro_batch_size=5",
+            "objective.average=micro_batch",
+            f"objective.average_ranks={ranks}",
+            f"objective.average_micro_batch_size={size}",
+            "objective.sft_coef=0.1",
+        ]
+        layout = "group-" * ("layout=group" in training)
+        case = {"name": f"{layout}{name}-{objective}", "objective": objective, "step": STEP, "overrides": overrides}
+        cases.append(case)
+    return cases
 
 
 CASES = make_cases()
@@ -445,15 +459,14 @@ def reference(work):
         found[f"{name} micro-batch mean"] = sum(
             float(naive_papo_loss(rows[i : i + 2], **objective.options)[0].detach()) for i in range(0, len(rows), 2)
         ) / -(-len(rows) // 2)
-    # the authors' average: each data-parallel rank's own micro-batches, then the mean over all of them
-    rows = rows_of(OBJECTIVES["token"])
-    parts = [
-        rows[rank::2][start : start + MICRO_BATCH]
-        for rank in range(2)
-        for start in range(0, len(rows) // 2, MICRO_BATCH)
-    ]
-    losses = [naive_papo_loss(part, **COEFFICIENTS)[0] for part in parts]
-    found["micro_batch"] = differentiate(sum(losses) / len(losses), {"loss": sum(losses) / len(losses)})
+    for name, (ranks, size) in DEALS.items():
+        rows, of_ranks = rows_of(OBJECTIVES["token"]), []
+        for rank in range(ranks):
+            own = rows[rank::ranks]
+            parts = [own[start : start + size] for start in range(0, len(own), size)]
+            of_ranks.append(sum(naive_papo_loss(part, **COEFFICIENTS, sft=0.1)[0] for part in parts) / len(parts))
+        loss = sum(of_ranks) / ranks
+        found[name] = differentiate(loss, {"loss": loss})
     return found
 
 
@@ -477,7 +490,7 @@ def test_every_gradient_equals_transformers(work, reference, case, tmp_path):
     scale = max(float(g.abs().max()) for g in expected.values())
     worst = {name: float((got[name].double() - expected[name]).abs().max()) / scale for name in expected}
     assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda row: -row[1])[:5]
-    others = [reference[other][1] for other in (*OBJECTIVES, "micro_batch") if other != case["objective"]]
+    others = [reference[other][1] for other in (*OBJECTIVES, *DEALS) if other != case["objective"]]
     for other in others:  # negative control: no other objective would have passed
         assert max(float((got[name].double() - other[name]).abs().max()) / scale for name in expected) > 1e-3
 

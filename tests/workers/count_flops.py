@@ -22,7 +22,7 @@ from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.training.collator import Collator
 from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
-from megatron_papo.training.loss_recipe import counts_of, loss_recipe
+from megatron_papo.training.loss_recipe import counts_of, denominators_of, loss_recipe
 from megatron_papo.training.optimizer import build_optimizer
 from megatron_papo.training.rows import make_rows
 
@@ -44,7 +44,8 @@ def count(case: dict, work: Path, model, wrapped) -> int:
             sweep(model, collator, rows, PassSettings(training.log_prob_micro_batch_size, 1.0), [case["sweep"]])
         else:
             settings = PassSettings(training.micro_batch_size, 1.0)
-            papo_step(wrapped, collator, rows, cached, settings, loss_recipe(objective, 0), counts_of(rows))
+            denominators = denominators_of([counts_of(row) for row in rows], objective)
+            papo_step(wrapped, collator, rows, cached, settings, loss_recipe(objective, 0), denominators)
     angles = [
         sum(flops.values())
         for name, flops in counter.get_flop_counts().items()

@@ -20,9 +20,9 @@ from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.training.collator import Collator
 from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
-from megatron_papo.training.layouts import layout_of
-from megatron_papo.training.loss_recipe import counts_of, loss_recipe
+from megatron_papo.training.loss_recipe import loss_recipe
 from megatron_papo.training.optimizer import build_optimizer
+from megatron_papo.training.passes import split_into_steps
 from megatron_papo.training.rows import make_rows
 
 
@@ -33,7 +33,8 @@ def run_case(work: Path, case: dict) -> None:
     rollouts = read_jsonl(work / "rollouts.jsonl", Rollout)
     rows = make_rows(rollouts, case["advantages"], work / "data", config, hf, work / "rollouts.jsonl")
     ranks = process_groups.dp_group()
-    mine = layout_of(config.training).split_over_ranks(rows, ranks.size())[ranks.rank()]
+    [step] = split_into_steps(rows, config, ranks.rank(), ranks.size())
+    mine = step.own
     layout = config.parallel
     model = build_model(
         hf,
@@ -70,7 +71,7 @@ def run_case(work: Path, case: dict) -> None:
         del cached["old_log_probs"]
     settings = PassSettings(config.training.micro_batch_size, config.rollout.temperature)
     recipe = loss_recipe(config.objective, case["step"])
-    metrics, _ = papo_step(wrapped, collator, mine, cached, settings, recipe, counts_of(rows))
+    metrics, _ = papo_step(wrapped, collator, mine, cached, settings, recipe, step.denominators)
     metrics = finish_metrics(collectives.sum_from_last_stage(metrics))
     output = work / case["name"]
     output.mkdir(exist_ok=True)

@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace, directory: Path) -> dict:
     from megatron_papo.training import accounting
     from megatron_papo.training.collator import Collator
     from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
-    from megatron_papo.training.loss_recipe import counts_of, loss_recipe
+    from megatron_papo.training.loss_recipe import counts_of, denominators_of, loss_recipe
     from megatron_papo.training.optimizer import build_optimizer
     from megatron_papo.training.rows import make_rows
 
@@ -208,7 +208,8 @@ def measure(args: argparse.Namespace, directory: Path) -> dict:
             name: sweep(wrapped, collator, rows, settings, [kind])[kind].log_probs for name, kind in SWEEPS.items()
         }
         wrapped.zero_grad_buffer()
-        papo_step(wrapped, collator, rows, constants, settings, loss_recipe(config.objective, 0), counts_of(rows))
+        denominators = denominators_of([counts_of(row) for row in rows], config.objective)
+        papo_step(wrapped, collator, rows, constants, settings, loss_recipe(config.objective, 0), denominators)
 
     collator = collator_of(config)
     batches = {

@@ -232,7 +232,7 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
     from megatron_papo.model.qwen2_5_vl import build_model
     from megatron_papo.training.collator import Collator
     from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
-    from megatron_papo.training.loss_recipe import counts_of, loss_recipe
+    from megatron_papo.training.loss_recipe import counts_of, denominators_of, loss_recipe
     from megatron_papo.training.optimizer import build_optimizer
     from megatron_papo.training.rows import make_rows, rollout_advantages
 
@@ -253,7 +253,15 @@ def measure_demo(directory: Path, rollouts: list, overrides: list[str], repeat: 
 
     def step(model: torch.nn.Module, collator: Collator) -> float:
         recipe = loss_recipe(objective, 0)
-        metrics, _ = papo_step(model, collator, rows, constants, settings, recipe, counts_of(rows))
+        metrics, _ = papo_step(
+            model,
+            collator,
+            rows,
+            constants,
+            settings,
+            recipe,
+            denominators_of([counts_of(row) for row in rows], objective),
+        )
         return float(metrics["loss"])
 
     def whole() -> float:

@@ -122,8 +122,6 @@ def measure(output: Path, device: str, quick: bool) -> dict[str, Any]:
     for layout in ("plain", "group"):
         budget = shape.prompt_tokens + 8 * shape.response_tokens
         of_layout = [f"training.layout={layout}", f"training.max_tokens_per_micro_batch={budget}"]
-        if layout == "group":
-            of_layout.append("objective.average=token")
         layouts[layout] = one_iteration(task, policy, load_config(CONFIG, [*changes, *of_layout]), shape)
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     process_groups.shutdown()
