@@ -9,6 +9,7 @@ import sys
 
 MARKERS = {
     "quick": [
+        "checkpoint/test_boxes.py",
         "checkpoint/test_layouts.py",
         "config",
         "data/test_problems.py",

@@ -21,7 +21,8 @@ from megatron_papo.checkpoint.hashed_files import ahead, new_tensor_hash, tensor
 from megatron_papo.checkpoint.hf_files import HFCheckpoint, TensorInfo
 from megatron_papo.checkpoint.layouts import LAYOUTS
 from megatron_papo.checkpoint.name_map import Piece, disk_name, pieces
-from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, TorchDistWriter
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
+from megatron_papo.checkpoint.torch_dist_writer import TorchDistWriter
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES, read_hf_config
 from megatron_papo.run.stage_output import require_weights

@@ -5,53 +5,33 @@ hf/, the small files of the Hugging Face checkpoint, so that exporting needs not
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
-from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_papo.checkpoint import optimizer_state
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, require_same_names
+from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of, make_reproducible
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of
+from megatron_papo.checkpoint.torch_dist_writer import ChunkWriter, WrittenChunks, finish
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
 from megatron_papo.reading import reading
 from megatron_papo.run import console
-from megatron_papo.run.stage_output import file_hash
+from megatron_papo.run.room import refusal
 
 _Value = TypeVar("_Value")
-
-
-class _PlainSave(TorchDistSaveShardedStrategy):
-    """megatron-core's torch_dist format by PyTorch's own writer, in this process.
-
-    megatron-core's writer starts a process server and forks per save: seconds for a small model, and it waits for ever
-    if one dies.
-    """
-
-    def save(self, sharded_state_dict: dict, checkpoint_dir: Path) -> None:
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        try:
-            dcp_save(
-                mcore_to_pyt_state_dict(flat, False), storage_writer=FileSystemWriter(checkpoint_dir), planner=planner
-            )
-        except CheckpointException as error:
-            raise cause_of(error, checkpoint_dir)
+AGAIN = "restore the checkpoint or make it again"
 
 
 def copy_hf_files(source: Path, target: Path) -> None:
@@ -69,9 +49,13 @@ def save(
     optimizer: MegatronOptimizer | None = None,
     state: dict | None = None,
 ) -> dict[str, str]:
-    """Write a checkpoint and return the sha256 of its .distcp files by name, each hashed by the rank that wrote it.
+    """Write a checkpoint and return the sha256 of its .distcp files by name, each hashed while its rank writes it.
 
-    Collective; every rank gets all hashes.
+    Collective; every rank gets all hashes. Each rank writes what it alone owns (DistributedOptimizer's state) and its
+    share of what the data-parallel ranks hold alike: of P parameters of its model-parallel shard in b bytes each,
+    P * (b + 12) / DP bytes. Beside that it needs torch_dist_writer.CHUNK_BYTES of host memory for the copy of a part
+    and four blocks of hashed_files.BLOCK, 128 MiB together whatever P is, and nothing on the device: no communication
+    but names and places.
 
     Args:
         directory: made where it is not there.
@@ -84,9 +68,17 @@ def save(
     if torch.distributed.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    tree = {"model": _model_state(model)}
-    if optimizer is not None:
-        tree["optimizer"] = optimizer_state.sharded_state(optimizer, tree["model"], is_loading=False)
+    tree: dict = {"model": _model_state(model)}
+    part = None if optimizer is None else optimizer_state.distributed_part(optimizer)
+    if part is not None:
+        boxes = optimizer_state.sharded_state(part, tree["model"])
+    elif optimizer is not None:
+        with torch.no_grad():
+            tree["optimizer"] = optimizer.sharded_state_dict(tree["model"], is_loading=False, metadata={})
+    apply_factories(tree)
+    _share_among_replicas(tree)
+    if part is not None:
+        tree["optimizer"] = boxes
     if state is not None:
         tree["state"] = state
     tree["saved_from"] = {
@@ -95,30 +87,56 @@ def save(
         "data_parallel_size": parallel_state.get_data_parallel_world_size(),
     }
     console.quiet()
-    dist_checkpointing.save(tree, str(directory), sharded_strategy=_PlainSave("torch_dist", 1))
+    sharded, common = save_preprocess(tree)  # with megatron-core's check that each part is saved by one rank
+    own = [tensor for tensor in nested_values(sharded) if is_main_replica(tensor.replica_id)]
+    infos = {tensor.key: TensorInfo(tensor.dtype, tuple(tensor.global_shape)) for tensor in own}
+    parts = _agreed(directory, lambda: (infos, _write(directory, own)))
     if torch.distributed.get_rank() == 0:
-        make_reproducible(directory)
-    return _gather_hashes(directory)
+        all_infos = {key: info for infos_of_rank, _ in parts for key, info in infos_of_rank.items()}
+        finish(directory, dict(sorted(all_infos.items())), [written for _, written in parts], common)
+    return {name: value for _, written in parts for name, value in written.hashes.items()}
 
 
-def hash_files_of_this_rank(directory: Path) -> dict[str, str]:
-    """Return name -> sha256 of the .distcp files that this rank wrote, which torch names __RANK_NUMBER.distcp."""
-    files = sorted(directory.glob(f"__{torch.distributed.get_rank()}_*.distcp"))
-    return {file.name: file_hash(file) for file in files}
+def _share_among_replicas(tree: dict) -> None:
+    """Decide which data-parallel rank saves what all of them hold: the one that has least so far, the large tensors
+    first. Every rank comes to the same result."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    load = [0] * group.size()
+    tensors = [tensor for tensor in nested_values(tree) if isinstance(tensor, ShardedTensor)]
+    for tensor in sorted(tensors, key=lambda tensor: tensor.data.nbytes, reverse=True):
+        pipeline, tensor_parallel, replica = tensor.replica_id
+        assert replica == group.rank()
+        if (pipeline, tensor_parallel) == (0, 0):
+            writer = load.index(min(load))
+            load[writer] += tensor.data.nbytes
+            tensor.replica_id = (0, 0, (replica - writer) % group.size())
 
 
-def _gather_hashes(directory: Path) -> dict[str, str]:
-    """Return the hashes of all ranks on every rank. A rank that cannot read says so to all: none is left waiting."""
+def _write(directory: Path, tensors: list[ShardedTensor]) -> WrittenChunks:
+    """Write this rank's files."""
+    with ChunkWriter(directory, torch.distributed.get_rank()) as writer:
+        for tensor in tensors:
+            stacked = tensor.data.reshape((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
+            writer.write_in_parts(tensor.key, tensor.global_offset, stacked)
+    return writer.written
+
+
+def _agreed(directory: Path, work: Callable[[], _Value]) -> list[_Value]:
+    """Return what the work returns on each rank. Where it fails on one, all say so. Collective."""
+    failure: BaseException | None = None
+    result: _Value | str
     try:
-        result: dict[str, str] | str = hash_files_of_this_rank(directory)
-    except OSError as error:
-        result = f"{error.filename}: cannot be read after it was written: {error.strerror}"
-    hashes: dict[str, str] = {}
+        result = work()
+    except Exception as error:
+        failure = error
+        why = refusal(error) or f"{type(error).__name__}: {error}"
+        result = str(error) if isinstance(error, UserError) else f"{directory}: cannot write: {why}"
+    results: list[_Value] = []
     for part in _gather(result):
         if isinstance(part, str):
-            raise UserError(part)
-        hashes |= part
-    return hashes
+            raise UserError(part) from failure
+        results.append(part)
+    return results
 
 
 def _gather(value: _Value) -> list[_Value]:
@@ -161,16 +179,21 @@ def load_optimizer(
     if not has_optimizer(stored):
         raise UserError(f"{stored.directory}: holds no optimizer state: give a checkpoint that stage 5 wrote")
     model_state = _model_state(model)
-    tree = {"optimizer": optimizer_state.sharded_state(optimizer, model_state, is_loading=True)}
-    loaded = _load(tree, stored)
-    optimizer_state.load(optimizer, loaded["optimizer"])
-    return loaded.get("state", {})
+    part = optimizer_state.distributed_part(optimizer)
+    if part is not None:
+        with reading(stored.directory, AGAIN):
+            optimizer_state.load(part, model_state, stored)
+    else:
+        with torch.no_grad():
+            tree = {"optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata={})}
+            optimizer.load_state_dict(_load(tree, stored)["optimizer"])
+    return dict(stored.common.get("state", {}))
 
 
 def _load(tree: dict, stored: TorchDistCheckpoint) -> dict:
     """Return what megatron-core loads. Raises UserError where the checkpoint does not hold what the tree asks for."""
     stored.require_plain()
-    with reading(stored.directory, "restore the checkpoint or make it again"):
+    with reading(stored.directory, AGAIN):
         try:
             return dist_checkpointing.load(tree, str(stored.directory))
         except CheckpointException as error:

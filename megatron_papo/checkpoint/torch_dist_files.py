@@ -1,36 +1,26 @@
-"""megatron-core's torch_dist checkpoints read and written piece by piece in one process, without a model and without
-process groups.
+"""megatron-core's torch_dist checkpoints read piece by piece, without a model and without process groups.
 
-megatron_core.dist_checkpointing.load reads what is written here into a model of any TP x PP layout, and what any layout
-saved is read here. Nothing untrusted is unpickled: `.metadata` is a pickle by its format and is read with the dozen
-classes that belong in it.
+What any layout saved is read here. Nothing untrusted is unpickled: `.metadata` is a pickle by its format and is read
+with the dozen classes that belong in it.
 """
 
-import json
 import os
 import pickle
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Self, cast
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
+from megatron_papo.checkpoint.boxes import Box, common_part
 from megatron_papo.checkpoint.chunk_data import ChunkData, find_data
 from megatron_papo.checkpoint.hashed_files import (
     BLOCK,
-    HashedWriter,
     cannot_write,
     open_for_reading,
     read_into,
@@ -42,15 +32,7 @@ from megatron_papo.reading import read_json, reading, shown
 from megatron_papo.run.manifest import require_weights
 from megatron_papo.run.room import refusal
 
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 _AGAIN = "restore it or make it again"
-_FILE_BYTES = 4 << 30
-"""A new file is begun after so many bytes."""
 
 
 class TorchDistCheckpoint:
@@ -80,7 +62,7 @@ class TorchDistCheckpoint:
                 for chunk in self._chunks[key]:
                     inside = [
                         0 <= at <= at + size <= end
-                        for at, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+                        for at, size, end in zip(chunk.box.offsets, chunk.box.sizes, entry.size, strict=True)
                     ]
                     if not all(inside):
                         raise ValueError(f"a part of {key} lies outside of it")
@@ -95,7 +77,7 @@ class TorchDistCheckpoint:
 
     def chunks(self, key: str) -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
         """Return (offsets, sizes, file) of the parts in which a tensor was saved."""
-        return [(chunk.offsets, chunk.sizes, chunk.place.relative_path) for chunk in self._placed(key)]
+        return [(chunk.box.offsets, chunk.box.sizes, chunk.place.relative_path) for chunk in self._placed(key)]
 
     def _placed(self, key: str) -> "list[_Chunk]":
         """Return the parts of a tensor. Raises UserError where .metadata does not say in which file one is."""
@@ -107,10 +89,10 @@ class TorchDistCheckpoint:
         """Return, for each part in which a tensor was saved, its offsets and sizes and the CRC-32 of its data, as the
         files say; the data is not read."""
         rows = []
-        for chunk in sorted(self._placed(key), key=lambda chunk: chunk.offsets):
+        for chunk in sorted(self._placed(key), key=lambda chunk: chunk.box.offsets):
             with _opened(self.directory / chunk.place.relative_path) as (file, path):
                 data = chunk.find(file, path, self.tensors[key].dtype)
-            rows.append([*chunk.offsets, *chunk.sizes, data.crc])
+            rows.append([*chunk.box.offsets, *chunk.box.sizes, data.crc])
         return rows
 
     def read(self, key: str, layer: int | None, rows: tuple[int, int] | None = None) -> torch.Tensor:
@@ -128,46 +110,48 @@ class TorchDistCheckpoint:
         info = self.tensors[key]
         shape = info.shape if layer is None else info.shape[1:]
         first, last = rows or (0, shape[0] if shape else 1)
-        target = torch.empty((last - first, *shape[1:]) if shape else (1,), dtype=info.dtype)
-        count = 0
-        for chunk in self._placed(key):
-            if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]:
-                count += self._read_chunk(chunk, info.dtype, layer, first, target)
-        if count != target.numel():
-            raise UserError(f"{self.directory}: holds {count} of the {target.numel()} values of {key}: {_AGAIN}")
-        return target if shape else target[0]
+        box = Box((first, *[0] * len(shape[1:])), (last - first, *shape[1:])) if shape else Box((), ())
+        return self.read_box(key, box) if layer is None else self.read_box(key, box.below(layer))[0]
 
-    def _read_chunk(
-        self, chunk: "_Chunk", dtype: torch.dtype, layer: int | None, first: int, target: torch.Tensor
-    ) -> int:
-        """Copy what a chunk has of the target, which begins at row `first`, and return the number of values."""
-        stacked = 0 if layer is None else 1
-        offsets, sizes = chunk.offsets[stacked:] or (0,), chunk.sizes[stacked:] or (1,)
-        begin, end = max(first, offsets[0]), min(first + target.shape[0], offsets[0] + sizes[0])
-        if begin >= end:
+    def read_box(self, key: str, box: Box) -> torch.Tensor:
+        """Return a part of a tensor, in its sizes.
+
+        Raises UserError where the checkpoint does not hold all of it, or bits have changed (see read).
+        """
+        target = torch.empty(box.sizes, dtype=self.tensors[key].dtype)
+        count = sum(self._read_chunk(chunk, box, target) for chunk in self._placed(key))
+        if count != box.numel:
+            raise UserError(f"{self.directory}: holds {count} of the {box.numel} values of {key}: {_AGAIN}")
+        return target
+
+    def _read_chunk(self, chunk: "_Chunk", box: Box, target: torch.Tensor) -> int:
+        """Copy what a chunk has of a box into the target, which holds the box, and return the number of values."""
+        shared = common_part(chunk.box, box)
+        if shared is None:
             return 0
-        row_bytes = torch.Size(sizes[1:]).numel() * dtype.itemsize
-        skipped = 0 if layer is None else (layer - chunk.offsets[0]) * sizes[0]
-        span = ((skipped + begin - offsets[0]) * row_bytes, (skipped + end - offsets[0]) * row_bytes)
-        part = target[begin - first : end - first]
-        for axis, (offset, size) in enumerate(zip(offsets[1:], sizes[1:]), start=1):
-            part = part.narrow(axis, offset, size)
+        part = target
+        for axis, (at, size) in enumerate(zip(shared.offsets, shared.sizes)):
+            part = part.narrow(axis, at - box.offsets[axis], size)
+        steps = torch.empty(chunk.box.sizes, device="meta").stride()
+        first = sum((at - a) * step for at, a, step in zip(shared.offsets, chunk.box.offsets, steps))
+        count = 1 + sum((size - 1) * step for size, step in zip(shared.sizes, steps))  # to the last value
+        span = (first * target.itemsize, (first + count) * target.itemsize)
         with _opened(self.directory / chunk.place.relative_path) as (file, path):
-            data = chunk.find(file, path, dtype)
-            if part.is_contiguous():
+            data = chunk.find(file, path, target.dtype)
+            if part.is_contiguous() and count == shared.numel:
                 chunk.read(file, path, data, span, tensor_bytes(part))
             else:
-                buffer = torch.empty(part.shape, dtype=dtype)
+                buffer = torch.empty(count, dtype=target.dtype)
                 chunk.read(file, path, data, span, tensor_bytes(buffer))
-                part.copy_(buffer)
-        return part.numel()
+                part.copy_(buffer.as_strided(shared.sizes, steps))
+        return shared.numel
 
 
 class _Chunk:
     """One saved part of a tensor, and how far its checksum has been followed."""
 
     def __init__(self, part: ChunkStorageMetadata, place: _StorageInfo | None):
-        self.offsets, self.sizes, self._place = tuple(part.offsets), tuple(part.sizes), place
+        self.box, self._place = Box(tuple(part.offsets), tuple(part.sizes)), place
         self._data: ChunkData | None = None
         self._followed, self._crc = 0, 0
 
@@ -190,10 +174,10 @@ class _Chunk:
                     " supported"
                 )
             data = find_data(file, self.place.offset, self.place.length, path)
-            if data.dtype != dtype or data.num_bytes != torch.Size(self.sizes).numel() * dtype.itemsize:
+            if data.dtype != dtype or data.num_bytes != self.box.numel * dtype.itemsize:
                 raise UserError(
-                    f"{path}: holds {data.dtype} {list(data.shape)} where .metadata says {dtype} {list(self.sizes)}:"
-                    f" {_AGAIN}"
+                    f"{path}: holds {data.dtype} {list(data.shape)} where .metadata says {dtype}"
+                    f" {list(self.box.sizes)}: {_AGAIN}"
                 )
             self._data = data
         return self._data
@@ -234,76 +218,6 @@ def _opened(path: Path) -> Iterator[tuple[int, Path]]:
         os.close(file)
 
 
-class TorchDistWriter:
-    """Writes a checkpoint from one tensor after the other, in any order. A context manager; after it, .hashes holds
-    file -> sha256."""
-
-    def __init__(self, directory: Path, infos: dict[str, TensorInfo]):
-        """Write below an existing directory. infos: by Megatron key, of the whole tensors."""
-        self.directory = directory
-        self.hashes: dict[str, str] = {}
-        self._infos = infos
-        self._chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in infos}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._file: HashedWriter | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, key: str, layer: int | None, first_row: int, tensor: torch.Tensor) -> None:
-        """Append a tensor, or some of its rows.
-
-        Args:
-            key: name of the tensor.
-            layer: where on the stacked first axis; None where nothing is stacked.
-            first_row: where the rows begin.
-            tensor: the rows.
-        """
-        if layer is not None:
-            tensor = tensor[None]
-        offsets = torch.Size([*([] if layer is None else [layer]), first_row, *[0] * tensor.dim()][: tensor.dim()])
-        file = self._current_file()
-        start = file.position
-        # A copy where the tensor is part of a larger one, which torch.save would write whole.
-        data = tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-        torch.save(data, cast(IO[bytes], file))  # which needs write() and flush() alone
-        self._chunks[key].append(ChunkStorageMetadata(offsets, tensor.shape))
-        self._places[MetadataIndex(key, offsets)] = _StorageInfo(file.path.name, start, file.position - start)
-
-    def _current_file(self) -> HashedWriter:
-        if self._file is not None and self._file.position >= _FILE_BYTES:
-            self._close_file()
-        if self._file is None:
-            self._file = HashedWriter(self.directory / f"__0_{len(self.hashes)}.distcp").__enter__()
-        return self._file
-
-    def _close_file(self, kind: type[BaseException] | None = None, error: object = None, trace: object = None) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.__exit__(kind, error, trace)
-            self.hashes[file.path.name] = file.sha256
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        self._close_file(kind, error, trace)
-        if kind is None:
-            self._write_metadata()
-
-    def _write_metadata(self) -> None:
-        table: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        for key, info in self._infos.items():
-            if sum(chunk.sizes.numel() for chunk in self._chunks[key]) != torch.Size(info.shape).numel():
-                raise UserError(f"{self.directory}: not all of {key} was written: convert again")
-            chunks = sorted(self._chunks[key], key=lambda chunk: tuple(chunk.offsets))
-            table[key] = TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), chunks)
-        try:
-            with open(self.directory / ".metadata", "wb") as stream:
-                pickle.dump(dcp_metadata.Metadata(table, storage_data=self._places), stream)
-            torch.save({}, self.directory / "common.pt")
-            (self.directory / "metadata.json").write_text(json.dumps(_FORMAT))
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-            raise cannot_write(self.directory, error if isinstance(error, OSError) else OSError(0, str(error)[:120]))
-
-
 def cause_of(error: CheckpointException, directory: Path) -> BaseException:
     """Return what really went wrong on some rank; a UserError where the file system refused (a full disk)."""
     cause: BaseException = next((failure for failure, _ in error.failures.values()), error)
@@ -311,15 +225,6 @@ def cause_of(error: CheckpointException, directory: Path) -> BaseException:
     if why is not None:
         return cannot_write(directory, OSError(0, why))
     return UserError(f"{directory}: cannot write: {cause.strerror}") if isinstance(cause, OSError) else cause
-
-
-def make_reproducible(directory: Path) -> None:
-    """Take random id, path and the writers' plans out of `.metadata`: the same tensors then make the same bytes."""
-    metadata = _read_metadata(directory / ".metadata")
-    vars(metadata).pop("all_local_plans", None)
-    metadata.storage_meta = None
-    with open(directory / ".metadata", "wb") as stream:
-        pickle.dump(metadata, stream)
 
 
 def _read_common(directory: Path) -> dict:

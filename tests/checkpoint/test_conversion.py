@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_papo.checkpoint import convert, torch_dist_files
+from megatron_papo.checkpoint import convert, torch_dist_writer
 from megatron_papo.checkpoint.convert import (
     HFCheckpoint,
     MegatronCheckpoint,
@@ -368,7 +368,7 @@ def test_small_blocks_and_little_room_give_the_same_files(hf, megatron, tmp_path
     """Blocks of a few rows, and tensors forgotten and read again because too many wait."""
     monkeypatch.setattr(convert, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(convert, "HELD_BYTES", 3000)
-    monkeypatch.setattr(torch_dist_files, "_FILE_BYTES", 100_000)
+    monkeypatch.setattr(torch_dist_writer, "_FILE_BYTES", 100_000)
     split = to_megatron(hf / name, tmp_path / "split")
     assert len(list(split.glob("*.distcp"))) > 1 == len(list(megatron[name].glob("*.distcp")))
     chunks = TorchDistCheckpoint(split).chunks("language_model.embedding.word_embeddings.weight")

@@ -192,7 +192,7 @@ def loss_of(logits, data, kept):
 def save_and_load(source, target, vision_tower="sharded") -> list:
     """Through TP2 x PP2: load what stage 3 wrote, or this function, save it as training does.
 
-    Returns what save() returned on each rank, and which files each rank has hashed.
+    Returns what save() returned on each rank.
     """
     import torch
 
@@ -210,7 +210,7 @@ def save_and_load(source, target, vision_tower="sharded") -> list:
     if process_groups.is_main_rank():
         megatron_files.copy_hf_files(source, target)
     parts = [None] * process_groups.world_size()
-    torch.distributed.all_gather_object(parts, [hashes, sorted(megatron_files.hash_files_of_this_rank(target))])
+    torch.distributed.all_gather_object(parts, hashes)
     process_groups.destroy()
     return parts
 

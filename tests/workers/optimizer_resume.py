@@ -4,6 +4,7 @@ test."""
 import shutil
 
 STEPS = 2
+WHOLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 KINDS = {
     "fp32": ("float32", False, ["tp2_pp2"]),
     "distributed": ("float32", True, ["same", "tp1_pp2"]),
@@ -56,6 +57,7 @@ def run_all(directory, data) -> dict:
             results[path.name][name] = resumed_run(
                 path, data, RESUMED[name], dtype, distributed, with_optimizer=True, save_to=again
             )
+    results["megatron-core"] = against_megatron_core(directory / "tied", directory, data)
     return results
 
 
@@ -90,6 +92,101 @@ def resumed_run(path, data, layout, dtype, distributed, with_optimizer, save_to=
     losses = [step(wrapped, optimizer, data) for _ in range(STEPS)]
     process_groups.destroy()
     return losses
+
+
+def against_megatron_core(converted, directory, data) -> dict:
+    """DistributedOptimizer's state at TP2 x DP2 through megatron-core's own save and load, which gather it whole, and
+    through ours.
+
+    Returns which state came back bit for bit: ours read by megatron-core's loader in another layout, and what
+    megatron-core wrote read by ours; and, as a control, whether the state before loading was the same already.
+    """
+    from megatron.core import dist_checkpointing
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.distributed import process_groups
+
+    ours, theirs, equal = directory / "boxes_ours", directory / "boxes_theirs", {}
+    model, wrapped, optimizer = build(converted, SAVED, "bfloat16", True)
+    optimizer.reload_model_params()
+    for _ in range(STEPS):
+        step(wrapped, optimizer, data)
+    for path in (ours, theirs):
+        shutil.rmtree(path, ignore_errors=True)
+    megatron_files.save(ours, model, optimizer, state={"step": STEPS})
+    tree = {"model": model.sharded_state_dict(metadata=_groups())}
+    tree["optimizer"] = optimizer.sharded_state_dict(tree["model"], metadata=WHOLE)
+    if process_groups.is_main_rank():
+        theirs.mkdir()
+    dist_checkpointing.save(tree, str(theirs), sharded_strategy=_plain_save())
+    expected = _state(optimizer)
+    process_groups.destroy()
+
+    model, _, optimizer = build(converted, SAVED, "bfloat16", True)
+    megatron_files.load_optimizer(theirs, model, optimizer)
+    equal["theirs by ours"] = _equal(_state(optimizer), expected)
+    process_groups.destroy()
+
+    model, _, optimizer = build(converted, RESUMED["tp1_pp2"], "bfloat16", True)
+    megatron_files.load_optimizer(ours, model, optimizer)
+    expected = _state(optimizer)
+    process_groups.destroy()
+    model, wrapped, optimizer = build(converted, RESUMED["tp1_pp2"], "bfloat16", True)
+    optimizer.reload_model_params()
+    step(wrapped, optimizer, data)  # so that every state is there
+    equal["before"] = _equal(_state(optimizer), expected)
+    tree = optimizer.sharded_state_dict(model.sharded_state_dict(metadata=_groups()), is_loading=True, metadata=WHOLE)
+    loaded = dist_checkpointing.load({"optimizer": tree}, str(ours))["optimizer"]["param_state"]
+    [part] = optimizer.chained_optimizers
+    steps = {parameter: state.pop("step") for parameter, state in part.optimizer.state.items()}
+    part.load_parameter_state_from_fully_reshardable(loaded)
+    for parameter, value in steps.items():
+        part.optimizer.state[parameter]["step"] = value
+    equal["ours by theirs"] = _equal(_state(optimizer), expected)
+    process_groups.destroy()
+    return equal
+
+
+def _groups() -> dict:
+    from megatron.core import parallel_state
+
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _plain_save():
+    """megatron-core's format by PyTorch's own writer; megatron-core's starts processes."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    class PlainSave(strategies.TorchDistSaveShardedStrategy):
+        def save(self, sharded_state_dict, checkpoint_dir):
+            flat, *_ = strategies._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+            planner = strategies.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+            tensors = strategies.mcore_to_pyt_state_dict(flat, False)
+            save(tensors, storage_writer=FileSystemWriter(checkpoint_dir), planner=planner)
+
+    return PlainSave("torch_dist", 1)
+
+
+def _state(optimizer) -> list:
+    """Main parameters and moments that this rank owns."""
+    [part] = optimizer.chained_optimizers
+    return [
+        tensor.detach().clone()
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+        for tensor in (parameter, *(part.optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")))
+    ]
+
+
+def _equal(state, expected) -> bool:
+    """On all ranks."""
+    import torch
+
+    same = len(state) == len(expected) and all(torch.equal(a, b) for a, b in zip(state, expected))
+    everywhere = torch.tensor(int(same and len(state) > 0))
+    torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def build(checkpoint, layout, dtype, distributed):
