@@ -101,6 +101,7 @@ def against_megatron_core(converted, directory, data) -> dict:
     Returns which state came back bit for bit: ours read by megatron-core's loader in another layout, and what
     megatron-core wrote read by ours; and, as a control, whether the state before loading was the same already.
     """
+    import torch
     from megatron.core import dist_checkpointing
 
     from megatron_papo.checkpoint import megatron_files
@@ -111,13 +112,12 @@ def against_megatron_core(converted, directory, data) -> dict:
     optimizer.reload_model_params()
     for _ in range(STEPS):
         step(wrapped, optimizer, data)
-    for path in (ours, theirs):
-        shutil.rmtree(path, ignore_errors=True)
     megatron_files.save(ours, model, optimizer, state={"step": STEPS})
     tree = {"model": model.sharded_state_dict(metadata=_groups())}
     tree["optimizer"] = optimizer.sharded_state_dict(tree["model"], metadata=WHOLE)
     if process_groups.is_main_rank():
         theirs.mkdir()
+    torch.distributed.barrier()
     dist_checkpointing.save(tree, str(theirs), sharded_strategy=_plain_save())
     expected = _state(optimizer)
     process_groups.destroy()

@@ -109,7 +109,8 @@ def _status(name: str) -> int:
 
 
 def show(args: argparse.Namespace, found: dict) -> None:
-    print(f"shard of a rank: {found['shard_bytes'] / 1e6:,.1f} MB, {found['parameters_of_a_rank'] / 1e6:,.2f} M parameters")
+    size, parameters = found["shard_bytes"] / 1e6, found["parameters_of_a_rank"] / 1e6
+    print(f"shard of a rank: {size:,.1f} MB, {parameters:,.2f} M parameters")
     for name in ("gathered", "saved", "loaded"):
         row = found[name]
         print(
