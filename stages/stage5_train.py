@@ -2,7 +2,7 @@
 
     1. load the policy (and the reference, into host memory)
     2. reference log-probs: one forward sweep                 (not if kl_ref_coef is 0: it is then not even loaded)
-    3. old log-probs and masked-image log-probs: one sweep    (no old ones where the iteration is one step: ratio 1)
+    3. old log-probs and masked-image log-probs: one sweep    (no old ones of the first step: there the ratio is 1)
     4. for every global_batch_size prompts: forward and backward, all-reduce, clip, AdamW
        (rollouts are used once, in order)
        after each step the hacking guard looks at its metrics; it may lower kl_prcp_coef, go back to a checkpoint, or
@@ -58,7 +58,6 @@ if TYPE_CHECKING:  # torch and megatron take seconds to import: wrong configurat
     from megatron_papo.training.interim import Interim, Progress
     from megatron_papo.training.passes import Passes
     from megatron_papo.training.policy import Policy
-    from megatron_papo.training.rows import TrainingRollout
 
 
 def main() -> None:
@@ -289,7 +288,7 @@ def train(
         if policy.at != inputs.megatron:
             policy.load(inputs.megatron)
 
-    speaks, plan = collectives.is_reporting_rank(), PassPlan.of(config.objective, len(steps))
+    speaks, plan = collectives.is_reporting_rank(), PassPlan.of(config.objective)
     collator = Collator(
         config,
         policy.hf,
@@ -299,8 +298,9 @@ def train(
         dtype=policy.dtype,
     )
     peak_memory()  # counts from here
+    at_start = sum(plan.count_at_start(number) * len(step.own) for number, step in enumerate(steps))
     left = steps if progress is None else steps[progress.place.steps :]
-    rollouts_to_pass = (plan.count if progress is None else plan.count_of_steps) * sum(len(step.own) for step in left)
+    rollouts_to_pass = (at_start if progress is None else 0) + plan.count_of_steps * sum(len(step.own) for step in left)
     with (
         progress_bar(rollouts_to_pass, f"iteration {inputs.iteration}", "rollouts", speaks) as bar,
         MetricsLog(directory, inputs.iteration) if speaks and directory is not None else nullcontext() as log,
@@ -322,43 +322,50 @@ def train(
 
 def sweep_rollouts(
     inputs: TrainInputs, policy: "Policy", passes: "Passes", bar: tqdm
-) -> tuple["PerRollout", dict[str, float]]:
-    """2 and 3. -> what stays constant in the loss while the policy trains, and what that says about the rollouts."""
+) -> tuple[list["PerRollout"], dict[str, float]]:
+    """2 and 3. -> what stays constant in the loss of each step while the policy trains, and what that says about the
+    rollouts."""
     from megatron_papo.training.rollout_checks import compare_with_server, parity_sample, read_vocabulary
 
     started = time.time()
     checks: dict[str, float] = {}
     bar.set_description(f"iteration {inputs.iteration}: reference")
-    constants = passes.sweep_reference(policy)
+    of_reference = passes.sweep_reference(policy)
     bar.set_description(f"iteration {inputs.iteration}: old policy")
     vocabulary = read_vocabulary(inputs.megatron / HF_FILES)
     # The server's log-probs can be compared only where it had these weights.
     fresh = all(row.rollout.staleness == 0 for row in passes.steps[0].all)
     forbidden = vocabulary.forbidden if fresh else ()
-    constants_of_policy, old = passes.sweep_policy(policy.model, forbidden)
-    if old is not None:
-        checks |= check_old_policy(passes, passes.rows, old, bar)
+    of_policy, seen = passes.sweep_policy(policy.model, forbidden)
     if fresh:
-        compared, seen = passes.rows, old
+        compared = passes.later_rows
         if seen is None:
             compared = parity_sample(passes.rows)
             seen = passes.sweep(policy.model, compared, ["original"], forbidden)["original"]
         log_probs = seen.allowed_log_probs if forbidden else seen.log_probs
         limit = passes.config.training.max_rollout_log_prob_difference
         checks |= compare_with_server(compared, log_probs, limit, vocabulary.decode, "parity")
-    return constants | constants_of_policy, checks | passes.account_sweeps(time.time() - started)
+    constants = [one | other for one, other in zip(of_reference, of_policy, strict=True)]
+    return constants, checks | passes.account_sweeps(time.time() - started)
 
 
-def check_old_policy(passes: "Passes", rows: list["TrainingRollout"], old: "Seen", bar: tqdm) -> dict[str, float]:
-    """What the old policy says about the server's log-probs and about the sampling; a bias that top_p makes is said
-    aloud."""
+def check_old_policy(
+    passes: "Passes", of_first_step: "Seen", constants: list["PerRollout"], bar: tqdm
+) -> dict[str, float]:
+    """What the old policy says about the server's log-probs and about the sampling, once the first step has said its
+    part; a bias that top_p makes is said aloud."""
+    from megatron_papo.training.forward_step import Seen
     from megatron_papo.training.rollout_checks import compare_with_server, sampling_bias, sampling_bias_message
 
+    old = Seen([*of_first_step.log_probs], [*of_first_step.entropy])
+    for of_step in constants[1:]:
+        old.log_probs.extend(of_step["old_log_probs"])
+        old.entropy.extend(of_step["old_entropy"])
     bias = sampling_bias(old)
     message = sampling_bias_message(bias, passes.config.rollout.top_p)
     if message is not None and collectives.is_reporting_rank():
         bar.write(message)
-    return compare_with_server(rows, old.log_probs) | bias
+    return compare_with_server(passes.rows, old.log_probs) | bias
 
 
 def optimizer_steps(
@@ -393,9 +400,9 @@ def optimizer_steps(
         started, step = time.time(), steps[number]
         recipe = loss_recipe(config.objective, policy.state["step"], guard.kl_prcp_scale)
         rate = learning_rate(policy.state["step"], config.optimizer)
-        update = passes.update(policy, step, constants, recipe, rate)
-        if "old_log_probs" not in constants:  # the one step of the iteration: what the update saw was the old policy
-            checks = checks | check_old_policy(passes, step.own, update.seen, bar)
+        update = passes.update(policy, step, constants[number], recipe, rate)
+        if number == 0:  # what it saw was the old policy
+            checks = checks | check_old_policy(passes, update.seen, constants, bar)
         policy.state["step"] += 1
         number += 1
 

@@ -21,8 +21,9 @@ h
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 
 import torch
 
@@ -109,12 +110,14 @@ class Pass:
     micro_batch_size: int
     with_gradient: tuple[Kind, ...] = ()
     """original, masked: the rows whose forward pass is followed by a backward pass that anybody wants."""
+    steps: slice = field(default_factory=lambda: slice(None))
+    """Of the optimizer steps that are accounted for together, those whose rollouts it goes over."""
 
 
-def sweeps(pictures: Sequence[Pictures], training: TrainingConfig) -> list[Pass]:
+def sweeps(pictures: Sequence[Pictures], training: TrainingConfig, steps: slice = slice(None)) -> list[Pass]:
     """Return the passes without gradient over rows with these pictures: ["original", "masked"] for old policy and
     masked branch."""
-    return [Pass(kind, training.log_prob_micro_batch_size) for kind in pictures]
+    return [Pass(kind, training.log_prob_micro_batch_size, steps=steps) for kind in pictures]
 
 
 def update(objective: ObjectiveConfig, training: TrainingConfig) -> Pass:
@@ -175,6 +178,10 @@ def _patches(grids: Iterable[Grid]) -> int:
     return sum(time * rows * columns for time, rows, columns in grids)
 
 
+def _tokens(rows: Iterable[TrainingRollout]) -> int:
+    return sum(len(row.prompt_token_ids) + row.response_length for row in rows)
+
+
 def step_accounting(
     steps: Sequence[Sequence[TrainingRollout]],
     config: Config,
@@ -210,22 +217,30 @@ def step_accounting(
     rows, ranks = [row for step in steps for row in step], config.parallel.data_parallel_size
     layout = layout_of(config.training)
     by_step = [layout.split_over_ranks(step, ranks) for step in steps]
-    shares = [
-        [step[position] for step, split in zip(steps, by_step, strict=True) for position in split[rank]]
+    shares = [  # of each rank: its rollouts of each step
+        [[step[position] for position in split[rank]] for step, split in zip(steps, by_step, strict=True)]
         for rank in range(ranks)
     ]
-    works = [work_of(share, one_pass, config, hf) for one_pass in passes for share in shares]
-    rollout_tokens = sum(len(row.prompt_token_ids) + row.response_length for row in rows)
-    branches = sum(len(kinds_of(one_pass.pictures)) for one_pass in passes)
+    works = [
+        work_of(list(chain.from_iterable(share[one_pass.steps])), one_pass, config, hf)
+        for one_pass in passes
+        for share in shares
+    ]
+    naive = [
+        row
+        for one_pass in passes
+        for _ in kinds_of(one_pass.pictures)
+        for row in chain.from_iterable(steps[one_pass.steps])
+    ]
     flops = sum(work.model_flops for work in works)
     metrics = {
         "tokens_computed": sum(work.tokens for work in works),
         "padding_tokens": sum(work.padding for work in works),
-        "tokens_naive": branches * rollout_tokens,
+        "tokens_naive": _tokens(naive),
         "patches_computed": sum(work.patches for work in works),
-        "patches_naive": branches * sum(_patches(row.grids) for row in rows),
+        "patches_naive": sum(_patches(row.grids) for row in naive),
         "model_flops": flops,
-        "tokens_per_second": rollout_tokens / seconds,
+        "tokens_per_second": _tokens(rows) / seconds,
     }
     peak = peak_flops(device)
     if peak is not None and config.model.dtype == "bfloat16":

@@ -25,8 +25,8 @@ from megatron_papo.training.rows import TrainingRollout
 
 PerRollout = dict[str, list[Tensor]]
 """Constants of the loss by their names there (old_log_probs, ref_log_probs, rollout_log_probs, masked_image_log_probs,
-masked_image_entropy): one fp32 [response_length] for each of this rank's rollouts, in order; none before the last
-pipeline stage."""
+masked_image_entropy), and old_entropy, for checks of the rollouts: one fp32 [response_length] for each of this rank's
+rollouts of an optimizer step, in order; none before the last pipeline stage."""
 
 
 def no_progress(rollouts: int) -> None:
@@ -66,6 +66,15 @@ class Seen:
         ):
             if of_rows is not None:
                 values += of_rows.detach()[: sum(lengths)].split(lengths)
+
+    def part(self, start: int, end: int) -> "Seen":
+        """Return what was said about some of the rollouts."""
+        return Seen(
+            self.log_probs[start:end],
+            self.entropy[start:end],
+            self.allowed_log_probs[start:end],
+            self.allowed_entropy[start:end],
+        )
 
 
 def _run(

@@ -9,6 +9,7 @@ interim checkpoint is told apart like OUTPUT itself, by what it is made from, an
 it (checkpoint/keep.py).
 """
 
+import json
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,8 +47,8 @@ class Place(Entry):
 class Progress:
     """How far an iteration is, beside what the policy holds."""
 
-    constants: PerRollout
-    """Of the loss, for this rank's rollouts: from the sweeps before the first step."""
+    constants: list[PerRollout]
+    """Of the loss, for this rank's rollouts of each step: from the sweeps before the first step."""
     place: Place
 
 
@@ -126,22 +127,27 @@ def _constants_file(directory: Path) -> Path:
     return directory / f"constants_{process_groups.rank()}.safetensors"
 
 
-def _save_constants(directory: Path, constants: PerRollout) -> None:
-    """Each row of each constant, and how many there are: none before the last pipeline stage, under the same names."""
+def _save_constants(directory: Path, constants: list[PerRollout]) -> None:
+    """Each row of each constant of each step, and how many there are: none before the last pipeline stage, under the
+    same names."""
     tensors = {
-        f"{name}.{row}": values.detach().cpu().clone()
-        for name, rows in constants.items()
+        f"{name}.{step}.{row}": values.detach().cpu().clone()
+        for step, of_step in enumerate(constants)
+        for name, rows in of_step.items()
         for row, values in enumerate(rows)
     }
-    save_file(tensors, _constants_file(directory), metadata={name: str(len(rows)) for name, rows in constants.items()})
+    numbers = [{name: len(rows) for name, rows in of_step.items()} for of_step in constants]
+    save_file(tensors, _constants_file(directory), metadata={"rows": json.dumps(numbers)})
 
 
-def _load_constants(directory: Path) -> PerRollout:
-    """Return the constants of this rank's rollouts."""
+def _load_constants(directory: Path) -> list[PerRollout]:
+    """Return the constants of this rank's rollouts, step by step."""
     file, device = _constants_file(directory), process_groups.device()
     with reading(file, AGAIN.format(directory)), safe_open(file, "pt") as stored:
-        numbers = {name: int(number) for name, number in (stored.metadata() or {}).items() if name != "format"}
-        return {
-            name: [stored.get_tensor(f"{name}.{row}").to(device) for row in range(number)]
-            for name, number in numbers.items()
-        }
+        return [
+            {
+                name: [stored.get_tensor(f"{name}.{step}.{row}").to(device) for row in range(number)]
+                for name, number in numbers.items()
+            }
+            for step, numbers in enumerate(json.loads(stored.metadata()["rows"]))
+        ]

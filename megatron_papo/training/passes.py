@@ -6,6 +6,7 @@ Nothing here reads a file, prints or looks at a command line: stage 5 calls it t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -34,8 +35,6 @@ class StepRows:
     """This rank's share."""
     denominators: list[StepCounts]
     """What each rollout of this rank's share is divided by in the loss."""
-    place: slice
-    """Where this rank's share lies among its rollouts of the whole iteration."""
 
 
 def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int, ranks: int) -> list[StepRows]:
@@ -48,55 +47,44 @@ def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int,
     """
     size = config.training.global_batch_size * config.rollout.group_size
     steps: list[StepRows] = []
-    first = 0
     for start in range(0, len(rows), size):
         of_step = list(rows[start : start + size])
         denominators = denominators_of([counts_of(row) for row in of_step], config.objective)
         own = layout_of(config.training).split_over_ranks(of_step, ranks)[rank]
-        place = slice(first, first + len(own))
-        steps.append(StepRows(of_step, [of_step[i] for i in own], [denominators[i] for i in own], place))
-        first += len(own)
+        steps.append(StepRows(of_step, [of_step[i] for i in own], [denominators[i] for i in own]))
     return steps
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Which passes over the rollouts an iteration makes. Each one is a forward pass over every rollout, or more."""
+    """Which passes over the rollouts an iteration makes: forward passes, and in the update a backward pass."""
 
     reference: bool
-    """One sweep with the reference's weights, before the first step."""
-    at_start: tuple[Kind, ...]
-    """The pictures with which the policy sweeps over all rollouts before the first step."""
+    """One sweep with the reference's weights over all rollouts, before the first step."""
+    of_first_step: tuple[Kind, ...]
+    """The pictures with which the policy sweeps over the rollouts of the first step, before it."""
+    of_later_steps: tuple[Kind, ...]
+    """The pictures with which it sweeps over the rollouts of the other steps, before the first one."""
     before_each_step: tuple[Kind, ...]
     """The pictures with which it sweeps over the rollouts of each step, before that step."""
 
     @classmethod
-    def of(cls, objective: ObjectiveConfig, num_steps: int) -> "PassPlan":
-        at_start: list[Kind] = []
-        before_each_step: list[Kind] = []
-        if num_steps > 1:  # with one step the update itself says what the old policy was
-            at_start.append("original")
-        if objective.uses_masked_image and objective.masked_branch == "cached":
-            at_start.append("masked")
-        if objective.uses_masked_image and objective.masked_branch != "cached" and not objective.masked_rows_ride:
-            before_each_step.append("masked")
-        return cls(objective.uses_reference, tuple(at_start), tuple(before_each_step))
-
-    @property
-    def sweeps_at_start(self) -> list[Kind]:
-        """The pictures of every sweep before the first step, the reference's first."""
-        of_reference: list[Kind] = ["original"] if self.reference else []
-        return [*of_reference, *self.at_start]
+    def of(cls, objective: ObjectiveConfig) -> "PassPlan":
+        """Return the passes that an objective needs. No sweep for the old policy of the first step, which is the policy
+        that makes it: its update says that."""
+        masked: list[Kind] = ["masked"] if objective.uses_masked_image else []
+        cached = masked if objective.masked_branch == "cached" else []
+        in_step = [] if cached or objective.masked_rows_ride else masked
+        return cls(objective.uses_reference, tuple(cached), ("original", *cached), tuple(in_step))
 
     @property
     def count_of_steps(self) -> int:
         """How often the optimizer steps go over the rollouts: the update, and what is swept before it."""
         return 1 + len(self.before_each_step)
 
-    @property
-    def count(self) -> int:
-        """How often the whole iteration goes over the rollouts."""
-        return len(self.sweeps_at_start) + self.count_of_steps
+    def count_at_start(self, number: int) -> int:
+        """Return how often the sweeps before the first step go over the rollouts of step 0, 1, ..."""
+        return self.reference + len(self.of_later_steps if number else self.of_first_step)
 
 
 @dataclass(frozen=True)
@@ -127,6 +115,11 @@ class Passes:
         """This rank's rollouts of the iteration."""
         return [row for step in self.steps for row in step.own]
 
+    @property
+    def later_rows(self) -> list[TrainingRollout]:
+        """Those of all steps but the first."""
+        return [row for step in self.steps[1:] for row in step.own]
+
     def sweep(
         self,
         model: torch.nn.Module,
@@ -139,35 +132,46 @@ class Passes:
         settings = PassSettings(size, self.config.rollout.temperature, self.progress)
         return sweep(model, self.collator, rows, settings, kinds, forbidden)
 
-    def sweep_reference(self, policy: Policy) -> PerRollout:
-        """Return ref_log_probs of this rank's rollouts; nothing where the plan has no reference."""
+    def sweep_reference(self, policy: Policy) -> list[PerRollout]:
+        """Return ref_log_probs of this rank's rollouts, step by step; nothing where the plan has no reference."""
         if not self.plan.reference:
-            return {}
+            return [{} for _ in self.steps]
         with policy.as_reference() as model:
-            return {"ref_log_probs": self.sweep(model, self.rows, ["original"])["original"].log_probs}
+            seen = self.sweep(model, self.rows, ["original"])["original"]
+        return [{"ref_log_probs": of_step.log_probs} for of_step in self._by_step(seen, self.steps)]
 
-    def sweep_policy(self, model: torch.nn.Module, forbidden: Sequence[int] = ()) -> tuple[PerRollout, Seen | None]:
+    def sweep_policy(
+        self, model: torch.nn.Module, forbidden: Sequence[int] = ()
+    ) -> tuple[list[PerRollout], Seen | None]:
         """Sweep with the policy's weights as they are before the first step.
 
         Args:
             model: the policy.
             forbidden: token ids that the rollout engine never samples, where its log-probs are to be compared.
 
-        Returns constants of the loss while the policy trains (old_log_probs, the masked-image branch,
-        rollout_log_probs: what the plan and the objective ask for), and what the old policy said about this rank's
-        rollouts, None where the plan does not sweep it.
+        Returns constants of the loss while the policy trains, for each step (old_log_probs with old_entropy, the
+        masked-image branch, rollout_log_probs: what the plan and the objective ask for), and what the old policy said
+        about `later_rows`, None where there are none.
         """
-        constants: PerRollout = {}
-        swept = self.sweep(model, self.rows, self.plan.at_start, forbidden)
-        if "original" in swept:
-            constants["old_log_probs"] = swept["original"].log_probs
-        if "masked" in swept:
-            constants |= masked_branch(swept["masked"])
+        first = self.sweep(model, self.steps[0].own, self.plan.of_first_step)
+        later = self.sweep(model, self.later_rows, self.plan.of_later_steps, forbidden)
+        constants: list[PerRollout] = [{} for _ in self.steps]
+        for of_step, old in zip(constants[1:], self._by_step(later["original"], self.steps[1:]), strict=True):
+            of_step |= {"old_log_probs": old.log_probs, "old_entropy": old.entropy}
+        if "masked" in first:
+            masked = [first["masked"], *self._by_step(later["masked"], self.steps[1:])]
+            constants = [old | masked_branch(seen) for old, seen in zip(constants, masked, strict=True)]
         if self.config.objective.importance_sampling_cap is not None and process_groups.is_last_stage():
-            constants["rollout_log_probs"] = [
-                torch.tensor(row.rollout.rollout_log_probs, device=process_groups.device()) for row in self.rows
-            ]
-        return constants, swept.get("original")
+            for of_step, step in zip(constants, self.steps, strict=True):
+                of_step["rollout_log_probs"] = [
+                    torch.tensor(row.rollout.rollout_log_probs, device=process_groups.device()) for row in step.own
+                ]
+        return constants, later["original"] if len(self.steps) > 1 else None
+
+    def _by_step(self, seen: Seen, steps: Sequence[StepRows]) -> list[Seen]:
+        """Cut what a sweep said about this rank's rollouts of these steps into the steps."""
+        ends = list(accumulate((len(step.own) for step in steps), initial=0))
+        return [seen.part(start, end) for start, end in pairwise(ends)]
 
     def update(
         self, policy: Policy, step: StepRows, constants: PerRollout, recipe: LossRecipe, learning_rate: float
@@ -177,13 +181,13 @@ class Passes:
         Args:
             policy: its model and optimizer are changed, its state is not.
             step: the rollouts.
-            constants: what sweep_reference and sweep_policy returned for the whole iteration.
+            constants: what sweep_reference and sweep_policy returned for this step.
             recipe: the loss of this step.
             learning_rate: of this step.
 
         Raises UserError where the loss or the gradient is not finite.
         """
-        of_step = {name: values[step.place] for name, values in constants.items()}
+        of_step = dict(constants)
         swept = self.sweep(policy.model, step.own, self.plan.before_each_step)
         if "masked" in swept:
             of_step |= masked_branch(swept["masked"])
@@ -205,7 +209,11 @@ class Passes:
 
     def account_sweeps(self, seconds: float) -> dict[str, float]:
         """Return what the sweeps before the first step computed in so many seconds, `sweep_` before each name."""
-        passes = accounting.sweeps(self.plan.sweeps_at_start, self.config.training)
+        plan, training = self.plan, self.config.training
+        passes = accounting.sweeps(["original"] if plan.reference else [], training)
+        passes += accounting.sweeps(plan.of_first_step, training, slice(0, 1))
+        if len(self.steps) > 1:
+            passes += accounting.sweeps(plan.of_later_steps, training, slice(1, None))
         if not passes:
             return {}
         metrics = self._account([step.all for step in self.steps], passes, seconds)

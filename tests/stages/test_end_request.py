@@ -47,6 +47,14 @@ def test_asked_before_it_begins_and_between_two_steps(runs):
     assert not request.exists() and sorted(path.name for path in output.parent.iterdir()) == ["rollouts"]
 
     process, log = train(asked), output.with_name("megatron.partial") / "metrics.jsonl"
+    while not log.exists():  # the sweeps go on
+        assert process.poll() is None
+        time.sleep(0.01)
+    request.touch()
+    assert process.wait(300) == ENDED_EARLY
+    assert "ended after step 0 of 4, as asked" in process.stdout.read()
+
+    process = train(asked)
     while not (log.exists() and log.stat().st_size):  # the first step is done
         assert process.poll() is None
         time.sleep(0.01)
@@ -68,8 +76,8 @@ def test_asked_before_it_begins_and_between_two_steps(runs):
         assert (output / file).read_bytes() == (expected / file).read_bytes(), file
     rows, rows_in_one_go = (read_metrics(path / "metrics.jsonl") for path in (output, expected))
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[: len(steps_before)] == steps_before
-    assert [row["loss"] for row in rows] == [row["loss"] for row in rows_in_one_go]
-    assert rows[-1]["parity_log_prob_difference_mean"] == rows_in_one_go[-1]["parity_log_prob_difference_mean"]
+    for name in ("loss", "parity_log_prob_difference_mean", "rollout_kl", "sampling_bias"):
+        assert [row[name] for row in rows] == [row[name] for row in rows_in_one_go], name
 
 
 def test_another_interim_checkpoint_is_refused(runs, prepared):

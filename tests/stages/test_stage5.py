@@ -119,9 +119,8 @@ def test_pictures_spread_over_the_ranks_train_alike(small_run, cached, tmp_path)
 def test_steps_and_sweeps_are_accounted_for(small_run, cached, tmp_path):
     """Twice the pass over the same rollouts, without gradient, in the sweeps; group layout: the prompts once."""
     one, two = cached
-    assert one["sweep_tokens_computed"] == 3 * (
-        one["tokens_computed"] + two["tokens_computed"]
-    )  # reference, old, masked
+    every, later = one["tokens_computed"] + two["tokens_computed"], two["tokens_computed"]
+    assert one["sweep_tokens_computed"] == 2 * every + later  # reference and masked, old policy of the second step
     assert one["tokens_computed"] == one["tokens_naive"] and one["tokens_per_second"] == pytest.approx(
         one["tokens_naive"] / one["seconds"]
     )
@@ -153,6 +152,7 @@ def test_one_step_needs_no_sweep_of_the_old_policy(small_run, cached, tmp_path):
     for name in ("rollout_log_prob_difference_mean", "rollout_kl_k3", "sampling_bias", "rollout_effective_sample_size"):
         assert row[name] == pytest.approx(cached[0][name], rel=1e-4, abs=1e-7), name
     assert row["kl_old"] == 0 == row["clip_fraction_high"] and row["parity_log_prob_difference_mean"] < 1e-5
+    assert cached[0]["kl_old"] == 0  # nor does the first of two
     assert 0 < abs(cached[1]["kl_old"])  # control: a second step is another policy than the old one
     assert row["kl_prcp"] == pytest.approx((cached[0]["kl_prcp"] + cached[1]["kl_prcp"]) / 2, rel=0.2)
 

@@ -111,18 +111,18 @@ def passes_of(task: Task, config: "Config", hf: "HFConfig", pictures: Path, shap
     rows = task.rows(hf, config, pictures, shape)
     steps = split_into_steps(rows, config, 0, 1)
     collator = Collator(config, hf, pictures, with_pixels=True, device=process_groups.device(), dtype=torch.bfloat16)
-    return Passes(config, hf, steps, PassPlan.of(config.objective, len(steps)), collator, lambda rollouts: None)
+    return Passes(config, hf, steps, PassPlan.of(config.objective), collator, lambda rollouts: None)
 
 
 def step(policy: "Policy", passes: "Passes", number: int) -> None:
     """Make one optimizer step. What stays constant in the loss is what the policy says just before it."""
     from megatron_papo.training.loss_recipe import loss_recipe
 
-    constants, _ = passes.sweep_policy(policy.model)
+    of_step, constants = passes.steps[number], passes.sweep_policy(policy.model)[0][number]
     if passes.plan.reference:
-        constants["ref_log_probs"] = constants["old_log_probs"]
+        constants["ref_log_probs"] = passes.sweep(policy.model, of_step.own, ["original"])["original"].log_probs
     recipe = loss_recipe(passes.config.objective, number, 1.0)
-    passes.update(policy, passes.steps[number], constants, recipe, LEARNING_RATE)
+    passes.update(policy, of_step, constants, recipe, LEARNING_RATE)
 
 
 def weights_of(policy: "Policy") -> "Tensor":

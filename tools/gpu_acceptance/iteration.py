@@ -145,7 +145,7 @@ def one_iteration(task: Task, policy: "Policy", config: "Config", shape: Shape) 
     pictures = task.output / f"pictures_iteration_{group.rank()}"
     rows = task.rows(policy.hf, config, pictures, shape)
     steps = split_into_steps(rows, config, group.rank(), group.size())
-    plan = PassPlan.of(config.objective, len(steps))
+    plan = PassPlan.of(config.objective)
     collator = Collator(
         config, policy.hf, pictures, with_pixels=True, device=process_groups.device(), dtype=policy.dtype
     )
@@ -155,7 +155,7 @@ def one_iteration(task: Task, policy: "Policy", config: "Config", shape: Shape) 
     peak_memory()
 
     started = _now()
-    constants = passes.sweep_reference(policy)
+    of_reference = passes.sweep_reference(policy)
     of_policy, _ = passes.sweep_policy(policy.model)
     seconds = _now() - started
     metrics = {"sweep_seconds": seconds, **passes.account_sweeps(seconds)}
@@ -163,7 +163,7 @@ def one_iteration(task: Task, policy: "Policy", config: "Config", shape: Shape) 
     for number, step in enumerate(steps):
         started = _now()
         recipe = loss_recipe(config.objective, number, 1.0)
-        update = passes.update(policy, step, constants | of_policy, recipe, 1e-3)
+        update = passes.update(policy, step, of_reference[number] | of_policy[number], recipe, 1e-3)
         seconds = _now() - started
     metrics |= passes.account_step(steps[-1], seconds)
     after = [parameter for parameter in policy.model.parameters() if parameter.ndim == 1]
