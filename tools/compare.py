@@ -7,8 +7,9 @@ A row is a checkpoint, named by a run (its last evaluated iteration), RUN@N (ite
 of tools.evaluate, or the directory of an iteration or set below one of these. NAME=ROW calls it NAME; NAME=RUN,RUN,...
 is one row: the mean over runs that differ in their seed, with its spread.
 
-Rows must have answered the same prompts under the same protocol; the number of samples may differ. --format json has
-fractions, the tables percent. docs/evaluation.md says how to read the numbers.
+Rows must have answered the same prompts under the same protocol; the number of samples may differ. A table is printed
+with its checkpoints or its sets below each other, whichever is narrower. --format json has fractions, the tables
+percent. docs/evaluation.md says how to read the numbers.
 
 reads   protocol.json and predictions.jsonl of stage 7
 writes  nothing but standard output
@@ -24,9 +25,9 @@ from typing import get_args
 from megatron_papo.errors import UserError
 from megatron_papo.evaluation import published
 from megatron_papo.evaluation.comparable import Row
-from megatron_papo.evaluation.comparison import Comparison, compare, published_rows
+from megatron_papo.evaluation.comparison import Comparison, compare, with_published
 from megatron_papo.evaluation.outputs import read_evaluation
-from megatron_papo.evaluation.tables import Wanted, as_latex, as_markdown, as_text, grid_of
+from megatron_papo.evaluation.tables import RowsAre, Wanted, as_latex, as_markdown, as_text, grid_of
 from megatron_papo.reading import shown
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import ImageShown
@@ -64,6 +65,11 @@ def parse() -> argparse.Namespace:
     )
     add("--published", choices=[*published.TABLES], help="published rows beside them, marked as such")
     add("--format", choices=[*WRITERS, "json"], default="text", help="default: text")
+    add(
+        "--rows-are",
+        choices=get_args(RowsAre),
+        help="what stands below each other (default: what makes the table narrower; in LaTeX checkpoints)",
+    )
     args = parser.parse_args()
     if not args.rows and not args.published:
         parser.error("name a run or an evaluation, or --published table1")
@@ -141,15 +147,15 @@ def main() -> None:
             raise UserError(f"--sets {shown(unknown[0])}: no row has it, there is {', '.join(comparison.sets)}")
     else:
         groups = {group: list(members) for group, members in published.GROUPS.items()}
-        comparison = Comparison([], list(published.SETS), groups, None, args.image, {}, [])
+        comparison = Comparison([], list(published.SETS), groups, None, args.image, {}, {}, [])
     if args.published:
-        others = published_rows(args.published, comparison.sets, comparison.groups)
-        comparison = replace(comparison, rows=[*comparison.rows, *others])
+        comparison = with_published(comparison, args.published)
     if args.format == "json":
         print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
     else:
         wanted = Wanted(vision=args.vision, power=args.power, rates=args.rates)
-        print(WRITERS[args.format](grid_of(comparison, wanted)), end="")
+        rows_are: RowsAre | None = args.rows_are or ("checkpoints" if args.format == "latex" else None)
+        print(WRITERS[args.format](grid_of(comparison, wanted, rows_are)), end="")
 
 
 if __name__ == "__main__":

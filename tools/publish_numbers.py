@@ -23,6 +23,8 @@ from typing import Any
 from megatron_papo.config import expand_home
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
+from megatron_papo.evaluation.comparison import Cell, Comparison, RowScores
+from megatron_papo.evaluation.tables import Wanted, grid_of, markdown_lines
 from megatron_papo.reading import read_json, reading
 from megatron_papo.run.command_line import run
 from megatron_papo.run.run_directory import RunDirectory
@@ -143,18 +145,20 @@ def guarded_runs(numbers: Numbers) -> list[str]:
 
 
 def miniature(numbers: Numbers) -> list[str]:
-    """Return the table of tools.compare, turned, of the demo's model before and after PAPO on the nine sets in
-    miniature."""
-    before, after = numbers["miniature"]["rows"]
-    lines = ["| set | cold start | after PAPO | difference, 95 % interval |", "|---|---|---|---|"]
-    cells = [(name, before["sets"][name], after["sets"][name]) for name in before["sets"]]
-    cells += [(f"**{name}**", before["groups"][name], after["groups"][name]) for name in before["groups"]]
-    cells += [("**overall**", before["overall"], after["overall"])]
-    for name, old, new in cells:
-        averages = (f"{percent(cell['avg'])} ± {100 * cell['standard_error']:.1f}" for cell in (old, new))
-        low, high = (f"{100 * end:+.1f}" for end in new["interval"])
-        lines.append(f"| {name} | {' | '.join(averages)} | {100 * new['difference']:+.1f} ({low} to {high}) |")
-    return lines
+    """Return the table, without its notes, that tools.compare prints of the demo's model before and after PAPO on the
+    nine sets in miniature, each of enough problems for marks; the file is what it prints with --format json."""
+    taken = numbers["miniature"]
+
+    def cells(of_kind: dict[str, dict[str, Any]]) -> dict[str, Cell]:
+        return {name: Cell(**cell) for name, cell in of_kind.items()}
+
+    rows = [
+        RowScores(row["name"], cells(row["sets"]), cells(row["groups"]), Cell(**row["overall"]))
+        for row in taken["rows"]
+    ]
+    sets = [*taken["rows"][0]["sets"]]
+    comparison = Comparison(rows, sets, taken["groups"], taken["baseline"], "original", {}, taken["prompts"], [])
+    return markdown_lines(grid_of(comparison, Wanted()))
 
 
 def alarms_of(run_numbers: dict[str, Any]) -> str:

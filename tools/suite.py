@@ -16,13 +16,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 from megatron_papo.config import BenchmarkConfig, Config, PromptSource
 from megatron_papo.config_files import resolve_config
 from megatron_papo.data.hub_files import download, is_offline, sizes_on_hub, there_already, wanted_files
-from megatron_papo.data.overlap import Contents, Shared, contents_of, shared
+from megatron_papo.data.overlap import Contents, Shared, contents_of, sentences, shared
 from megatron_papo.data.rows import read_rows
 from megatron_papo.data.set_files import has_known_names, is_hub_name
 from megatron_papo.data.set_state import SetState, SuiteLook, on_this_machine
@@ -193,15 +193,19 @@ def fetch_from(repository: str, sources: Sequence[BenchmarkConfig], args: argpar
 def overlap(args: argparse.Namespace) -> int:
     """Count what the sets have in common with training data, and with each other; return 0."""
     config = read_suite(args.suite, args.overrides, args.source)
-    _, _, instruction = config.data.prompt_template.format(problem="\0").partition("\0")
 
     def read(name: str, source: PromptSource) -> Contents:
-        with progress_bar(source.count, f"overlap: {name}", "rows") as bar:
-            return contents_of(read_rows(source, config.data, False), config.data, instruction, bar.update)
+        with progress_bar(source.count, f"overlap: {shown(name)}", "rows") as bar:
+            return contents_of(read_rows(source, config.data, False), config.data, shown(name), bar.update)
 
-    train = read("train", PromptSource(source=args.train, split=args.split))
+    train = read(f"--train {args.train}", PromptSource(source=args.train, split=args.split))
     outside = {name: source for name, source in sets_of(config).items() if source.source != "synthetic"}
     sets = {name: read(name, on_this_machine(source)) for name, source in outside.items()}
+    templates = [config.data.prompt_template, *(source.prompt_template or "{problem}" for source in outside.values())]
+    instructions = {sentence for template in templates for sentence in sentences(_behind_the_problem(template))}
+    instructions.update(chain(*(contents.common_end or () for contents in (train, *sets.values()))))
+    train = train.without(instructions)
+    sets = {name: contents.without(instructions) for name, contents in sets.items()}
     with_train = {name: shared(train, contents) for name, contents in sets.items()}
     between = {(first, second): shared(sets[first], sets[second]) for first, second in combinations(sets, 2)}
     if args.json:
@@ -210,6 +214,7 @@ def overlap(args: argparse.Namespace) -> int:
             "train": {"rows": train.rows, "pictures": len(train.pictures), "unreadable": train.unreadable},
             "sets": {name: counts[name] | asdict(with_train[name]) for name in sets},
             "between": [{"sets": pair, **asdict(found)} for pair, found in between.items()],
+            "instructions": sorted(instructions),
         }
         print(json.dumps(answer, indent=1))
         return 0
@@ -219,9 +224,17 @@ def overlap(args: argparse.Namespace) -> int:
             f"{name}: {sets[name].rows} rows, {sets[name].unreadable} unreadable; in train as well: {in_words(found)}"
         )
     for (first, second), found in between.items():
-        if found.pictures or found.problems:
+        if found.pictures:
             print(f"{second}: in {first} as well: {in_words(found)}")
+    if by_text := sum(found.problems > 0 and not found.pictures for found in between.values()):
+        print(f"{by_text} pairs of sets have problem texts in common and no picture: --json lists them")
+    if instructions:
+        print("compared without these sentences at the end:", shown(" | ".join(sorted(instructions)), limit=0))
     return 0
+
+
+def _behind_the_problem(template: str) -> str:
+    return template.format(problem="\0").rpartition("\0")[2]
 
 
 def in_words(found: Shared) -> str:

@@ -39,8 +39,9 @@ class Rates:
     """What stands beside an average: means over the sets, and over the runs of a row. None: not known."""
 
     pass_at_k: float
-    """k: the number of samples."""
-    maj: float
+    """k: the number of samples; where that differs, the smallest."""
+    maj: float | None
+    """maj@k, k the number of samples; None where that differs."""
     format: float
     cut_off: float | None
     timed_out: float
@@ -66,7 +67,7 @@ class Cell:
     """The smallest difference to the baseline that this many prompts would have shown (statistics)."""
     seeds: OverSeeds | None = None
     seeds_interval: Interval | None = None
-    """Of the difference, over training seeds."""
+    """Of the difference, over training seeds, where a side is several runs."""
     vision: Mapping[ImageShown, VisionGain] = field(default_factory=dict)
     """By what was shown instead of the pictures."""
     rates: Rates | None = None
@@ -78,9 +79,11 @@ class Cell:
 
     @property
     def is_marked(self) -> bool:
-        """Whether the difference is one at a level of .05, and there are enough problems to say so."""
+        """Whether the difference is one at a level of .05, over prompts and, where a side is several training runs,
+        over seeds as well, and there are enough problems to say so."""
         p = self.p if self.p_corrected is None else self.p_corrected
-        return p is not None and p < statistics.LEVEL and not self.few_problems
+        low, high = self.seeds_interval or (1.0, 1.0)
+        return p is not None and p < statistics.LEVEL and (low > 0 or high < 0) and not self.few_problems
 
     def as_json(self) -> Json:
         names = ("avg", "standard_error", "difference", "interval", "p", "p_corrected", "relative_gain")
@@ -99,8 +102,8 @@ class RowScores:
     overall: Cell | None
     published: bool = False
     runs: int = 1
-    samples: dict[str, int] = field(default_factory=dict)
-    """k of avg@k, of every set."""
+    samples: dict[str, int | None] = field(default_factory=dict)
+    """k of avg@k, of every set; None where its runs have different ones."""
     chosen_on: frozenset[str] = frozenset()
     """Sets by which keep_best chooses checkpoints of this run."""
 
@@ -138,6 +141,8 @@ class Comparison:
     image: ImageShown
     protocols: dict[str, Protocol]
     """Of every set, what all rows agree in."""
+    prompts: dict[str, int]
+    """Of every set, how many."""
     notes: list[str]
 
     def as_json(self) -> Json:
@@ -146,6 +151,8 @@ class Comparison:
             "image": self.image,
             "draws": statistics.DRAWS,
             "protocol": {name: one.protocol for name, one in self.protocols.items()},
+            "prompts": self.prompts,
+            "groups": self.groups,
             "notes": self.notes,
             "rows": [row.as_json() for row in self.rows],
         }
@@ -223,16 +230,16 @@ def compare(rows: Sequence[Row], baseline: str | None, image: ImageShown) -> Com
     averages = averages_of(rows, names, scores)
     protocols = {name: next(row.of_set(name)[0].protocol for row in rows if name in row.sets) for name in names}
     groups = sets_by_group(names, {name: one.groups for name, one in protocols.items()})
-    notes += incomplete_groups(groups, protocols)
+    notes += incomplete_groups(groups, protocols) + one_run_against_several(rows, baseline)
     of_runs = {
         (row.name, name): [set_scores(one.answers[image]) for one in row.of_set(name)]
         for row in rows
         for name in row.sets
     }
     table = _Table(scores, averages, of_runs, baseline, image)
-    return Comparison(
-        [_row_scores(row, names, groups, table) for row in rows], names, groups, baseline, image, protocols, notes
-    )
+    prompts = {name: next(len(numbers.scores) for key, numbers in scores.items() if key[1] == name) for name in names}
+    of_rows = [_row_scores(row, names, groups, table) for row in rows]
+    return Comparison(of_rows, names, groups, baseline, image, protocols, prompts, notes)
 
 
 def incomplete_groups(groups: Mapping[str, Sequence[str]], protocols: Mapping[str, Protocol]) -> list[str]:
@@ -246,6 +253,23 @@ def incomplete_groups(groups: Mapping[str, Sequence[str]], protocols: Mapping[st
                 f"{shown(group)}: the mean over {len(members)} of its {len(whole)} sets, without {', '.join(missing)}"
             )
     return notes
+
+
+def one_run_against_several(rows: Sequence[Row], baseline: str | None) -> list[str]:
+    """Return which intervals over seeds are of a row of one run against one of several."""
+    runs = {row.name: len(row.runs) for row in rows}
+    of_baseline = runs.get(baseline or "", 0)
+    pairs = [(name, baseline) for name, number in runs.items() if 1 in (number, of_baseline) and name != baseline]
+    alone = dict.fromkeys(
+        shown(name if runs[name] == 1 else other)
+        for name, other in pairs
+        if other is not None and max(runs[name], of_baseline) > 1
+    )
+    return [
+        f"{name} is one run, of whose spread over seeds nothing is known: in intervals of differences it has that of"
+        " the several runs beside it, which is too wide where it is the start of training"
+        for name in alone
+    ]
 
 
 def in_published_order(names: set[str]) -> list[str]:
@@ -364,10 +388,10 @@ def mean_rates(scores: Sequence[SetScores]) -> Rates:
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if len(known) == len(values) else None
 
-    number = len(scores)
+    number, samples = len(scores), {one.samples_per_prompt for one in scores}
     return Rates(
-        pass_at_k=sum(one.pass_at[one.samples_per_prompt] for one in scores) / number,
-        maj=sum(one.maj for one in scores) / number,
+        pass_at_k=sum(one.pass_at[min(samples)] for one in scores) / number,
+        maj=sum(one.maj for one in scores) / number if len(samples) == 1 else None,
         format=sum(one.format for one in scores) / number,
         cut_off=mean([one.cut_off for one in scores]),
         timed_out=sum(one.timed_out for one in scores) / number,
@@ -387,9 +411,45 @@ def _row_scores(row: Row, names: Sequence[str], groups: Mapping[str, Sequence[st
         {group: table.cell(row.name, members) for group, members in groups.items() if set(members) <= set(row.sets)},
         table.cell(row.name, names) if set(names) <= set(row.sets) else None,
         runs=len(row.runs),
-        samples={name: row.of_set(name)[0].answers["original"].right.shape[1] for name in row.sets},
+        samples={name: _samples(row, name) for name in row.sets},
         chosen_on=frozenset(one.protocol.set for one in everything if one.protocol.chosen_on),
     )
+
+
+def _samples(row: Row, name: str) -> int | None:
+    """Return the number of samples of all runs of a row; None where they differ."""
+    numbers = {one.answers["original"].right.shape[1] for one in row.of_set(name)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def with_published(comparison: Comparison, table: str) -> Comparison:
+    """Return a table with the published rows that fit, and notes of what is not as it was there.
+
+    Args:
+        comparison: the table.
+        table: name in published.TABLES.
+    """
+    rows = published_rows(table, comparison.sets, comparison.groups)
+    notes = [] if rows else [f"published {table}: no row of it is about these sets or groups"]
+    prompts = [
+        f"{name} {number:,} of {published.PROMPTS[name]:,}"
+        for name, number in comparison.prompts.items()
+        if number != published.PROMPTS.get(name, number)
+    ]
+    if rows and prompts:
+        notes.append(
+            f"not the published prompts, by their number: {', '.join(prompts)}: do not hold these against them"
+        )
+    settings: dict[str, list[str]] = {}
+    for name in (name for name in published.SETS if name in comparison.protocols):
+        own = comparison.protocols[name].protocol
+        for key, value in published.SAMPLING.items():
+            if own.get(key) != value:
+                settings.setdefault(f"{key} {own.get(key, 'not given')}, published {value}", []).append(name)
+    if rows and settings:
+        words = "; ".join(f"{words} ({' '.join(names)})" for words, names in settings.items())
+        notes.append(shown(f"not sampled as published: {words}", limit=0))
+    return replace(comparison, rows=[*comparison.rows, *rows], notes=[*comparison.notes, *notes])
 
 
 def published_rows(table: str, sets: Sequence[str], groups: Mapping[str, Sequence[str]]) -> list[RowScores]:

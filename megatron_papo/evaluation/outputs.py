@@ -64,7 +64,7 @@ def read_evaluation(text: str, iteration: int | None = None, only: Collection[st
     """
     path, number, directories = evaluated_directories(text, iteration)
     sets: dict[str, EvaluatedSet] = {}
-    protocols = {place: read_record(place / PROTOCOL, Protocol, AGAIN) for place in directories}
+    protocols = {place: read_protocol(place) for place in directories}
     wanted = [place for place, protocol in protocols.items() if only is None or protocol.set in only]
     if not wanted:
         there = ", ".join(protocol.set for protocol in protocols.values())
@@ -85,6 +85,16 @@ def read_evaluation(text: str, iteration: int | None = None, only: Collection[st
         if sets.setdefault(one.protocol.set, one) is not one:
             raise UserError(f"{shown(path)}: holds the set {one.protocol.set} twice: move one of them away")
     return Evaluation(_name(path) if number is None else f"{_name(path)}@{number}", path, sets)
+
+
+def read_protocol(directory: Path) -> Protocol:
+    """Return protocol.json of an output of stage 7. Raises UserError."""
+    if not (directory / PROTOCOL).exists():
+        raise UserError(
+            f"{shown(directory)}: no {PROTOCOL}: evaluated by a version that did not write it: evaluate the checkpoint"
+            " anew, .venv/bin/python -m tools.evaluate --hf DIR --suite FILE --output DIR"
+        )
+    return read_record(directory / PROTOCOL, Protocol, AGAIN)
 
 
 def evaluated_directories(text: str, iteration: int | None = None) -> tuple[Path, int | None, list[Path]]:
@@ -144,7 +154,7 @@ def read_evaluated_set(directory: Path) -> EvaluatedSet:
     directory: of one set; its files must be those that its manifest names.
     """
     verify_files(directory)
-    protocol = read_record(directory / PROTOCOL, Protocol, AGAIN)
+    protocol = read_protocol(directory)
     file = directory / PREDICTIONS
     answers: dict[ImageShown, SetAnswers] = {}
     for image, predictions in groupby(stream_jsonl(file, Prediction), key=lambda prediction: prediction.image):

@@ -13,6 +13,11 @@ GROUPS = {"general": GENERAL, "vision": VISION}
 """The published groups, and the order of the sets."""
 SETS = GENERAL + VISION
 
+PROMPTS = dict(zip(SETS, (601, 1000, 1740, 2000, 2180, 447, 200, 1730, 1308), strict=True))
+"""Of the sets, as another re-implementation counts them; not checked by us."""
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_response_tokens": 2048}
+"""Settings as they are called in protocol.json."""
+
 
 @dataclass(frozen=True)
 class PublishedRow:

@@ -8,7 +8,7 @@ they form a cluster, in whatever sets they stand.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import atan, comb, cos, pi, sin, sqrt
+from math import exp, lgamma, log, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -45,13 +45,13 @@ def pass_at_k(right: NDArray[np.bool_]) -> dict[int, float]:
 
         mean over prompts of 1 - C(n - c, k) / C(n, k)      c of n samples right      arXiv 2107.03374, section 2.1
     """
-    samples = right.shape[1]
-    prompts_with = np.bincount(right.sum(axis=1), minlength=samples + 1).tolist()
-    return {
-        k: sum(count * (1 - comb(samples - c, k) / comb(samples, k)) for c, count in enumerate(prompts_with))
-        / len(right)
-        for k in range(1, samples + 1)
-    }
+    prompts, samples = right.shape
+    wrong, times = np.unique(samples - right.sum(axis=1), return_counts=True)
+    all_wrong, found = np.ones(len(wrong)), {}  # the chance that none of k is right, by number of wrong samples
+    for k in range(1, samples + 1):
+        all_wrong = all_wrong * np.maximum(wrong - k + 1, 0) / (samples - k + 1)  # C(n - c, k) / C(n, k)
+        found[k] = float(times @ (1 - all_wrong)) / prompts
+    return found
 
 
 def majority_at_k(right: NDArray[np.bool_], answers: NDArray[np.int64], answered: NDArray[np.bool_]) -> float:
@@ -302,21 +302,35 @@ def over_seeds(averages: Sequence[float]) -> OverSeeds | None:
 
 
 def difference_over_seeds(new: Sequence[float], base: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval over training seeds of the difference of two means, by Welch's t with its degrees of
-    freedom rounded down; None where one side has fewer than two runs."""
-    if len(new) < 2 or len(base) < 2:
+    """Return the 95 % interval over training seeds of the difference of two means, by Welch's t; None where both sides
+    are one run.
+
+        v_s = variance of side s / n_s      half-width = t(df) sqrt(v_1 + v_2)
+        df = (v_1 + v_2)^2 / (v_1^2 / (n_1 - 1) + v_2^2 / (n_2 - 1))      Welch 1947
+
+    A side of one run has no spread of its own and is taken to have the other's: df = n - 1 and the half-width
+    t(df) s sqrt(1 + 1 / n), n and s those of the other (Crawford and Howell 1998). Where the one run is the start of
+    training, which has no seed, that is wider than it need be.
+    """
+    if len(new) < 2 and len(base) < 2:
         return None
-    parts = [float(np.var(side, ddof=1)) / len(side) for side in (new, base)]
     difference = sum(new) / len(new) - sum(base) / len(base)
-    if not sum(parts):
+    several = [float(np.var(side, ddof=1)) for side in (new, base) if len(side) > 1]
+    if not any(several):
         return difference, difference
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (new, base), strict=True))
-    half = student_t_quantile(1 - LEVEL / 2, int(freedom + 1e-9)) * sqrt(sum(parts))
+    if len(several) == 1:
+        runs = max(len(new), len(base))
+        squared, freedom = several[0] * (1 + 1 / runs), float(runs - 1)
+    else:
+        parts = [variance / len(side) for variance, side in zip(several, (new, base), strict=True)]
+        squared = sum(parts)
+        freedom = squared**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (new, base), strict=True))
+    half = student_t_quantile(1 - LEVEL / 2, freedom) * sqrt(squared)
     return difference - half, difference + half
 
 
-def student_t_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t, for a probability over 1/2 and a whole number of degrees of freedom."""
+def student_t_quantile(probability: float, freedom: float) -> float:
+    """Return the quantile of Student's t for a probability over 1/2. freedom: its degrees, from 1 on, fractions too."""
     low, high = 0.0, 1.0
     while _student_t_below(high, freedom) < probability:
         high *= 2
@@ -326,14 +340,25 @@ def student_t_quantile(probability: float, freedom: int) -> float:
     return high
 
 
-def _student_t_below(value: float, freedom: int) -> float:
-    """Return the probability below a value: Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = atan(value / sqrt(freedom))
-    odd = freedom % 2
-    term = cos(angle) if odd else 1.0
-    total = term if freedom > 1 else 0.0
-    for power in range(2 + odd, freedom - 1, 2):
-        term *= cos(angle) ** 2 * (power - 1) / power
-        total += term
-    inside = 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
-    return 0.5 + inside / 2
+def _student_t_below(value: float, freedom: float) -> float:
+    """Return the probability below a value that is not negative.
+
+    1 - I_x(df / 2, 1 / 2) / 2      x = df / (df + t^2)      Abramowitz and Stegun 26.7.1
+    """
+    return 1 - _incomplete_beta(freedom / (freedom + value**2), freedom / 2, 0.5) / 2
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """Return I_x(a, b) for 0 < x <= 1, by the continued fraction DLMF 8.17.22, from its end to its beginning."""
+    if x > (a + 1) / (a + b + 2):  # where the fraction is slow
+        return 1 - (_incomplete_beta(1 - x, b, a) if x < 1 else 0.0)
+    fraction = 1.0
+    for step in range(200, 0, -1):
+        half = step // 2
+        if step % 2:
+            term = -(a + half) * (a + b + half) * x / ((a + step - 1) * (a + step))
+        else:
+            term = half * (b - half) * x / ((a + step - 1) * (a + step))
+        fraction = 1 + term / fraction
+    front = exp(a * log(x) + b * log(1 - x) - lgamma(a) - lgamma(b) + lgamma(a + b)) / a
+    return front / fraction

@@ -4,6 +4,8 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +30,8 @@ RATES: dict[str, Callable[[Rates], str]] = {
 """Lines of a row -> what they hold."""
 Column = tuple[str, str]
 """Kind (set, group, overall or gain) and name."""
+RowsAre = Literal["checkpoints", "sets"]
+"""What the lines of a table are about."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Line:
 
     label: str
     cells: list[str]
+    is_average: bool = False
+    """Of several sets."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table before it is written: a block of lines for each checkpoint."""
+    """A table before it is written: a block of lines for each checkpoint, or for each group of sets."""
 
     columns: list[str]
     blocks: list[list[Line]]
@@ -73,18 +79,33 @@ class Wanted:
     """pass@k, maj@k, format, cut off and so on."""
 
 
-def grid_of(comparison: Comparison, wanted: Wanted) -> Grid:
-    """Return the table."""
+def grid_of(comparison: Comparison, wanted: Wanted, rows_are: RowsAre | None = None) -> Grid:
+    """Return the table. rows_are: what its lines are about; None: what makes it narrower."""
     with_gains = any(cell.relative_gain is not None for row in comparison.rows for _, _, cell in row.cells)
     columns = columns_of(comparison, with_gains)
     own, others = ([row for row in comparison.rows if row.published == which] for which in (False, True))
     blocks = [_block(row, columns, comparison.baseline, wanted) for row in own]
     blocks += [[_block(row, columns, None, Wanted())[0] for row in others]] if others else []
-    return Grid(
-        [shown(f"gain {name}" if kind == "gain" else name) for kind, name in columns],
-        blocks,
-        _notes(comparison, wanted),
-    )
+    names = [shown(f"gain {name}" if kind == "gain" else name) for kind, name in columns]
+    grid = Grid(names, blocks, _notes(comparison, wanted))
+    narrower: RowsAre = "sets" if sum(map(len, blocks)) < len(columns) else "checkpoints"
+    return turned(grid, [kind for kind, _ in columns]) if (rows_are or narrower) == "sets" else grid
+
+
+def turned(grid: Grid, kinds: Sequence[str]) -> Grid:
+    """Return a table with its columns as lines: a block for the sets of a group and their average, one for that of all.
+
+    Args:
+        grid: whose lines become the columns.
+        kinds: of its columns.
+    """
+    lines = [*chain(*grid.blocks)]
+    blocks: list[list[Line]] = []
+    for place, (name, kind) in enumerate(zip(grid.columns, kinds, strict=True)):
+        if not blocks or kind == "overall" or (kind == "set" and kinds[place - 1] != "set"):
+            blocks.append([])
+        blocks[-1].append(Line(name, [line.cells[place] for line in lines], kind != "set"))
+    return Grid([line.label.strip() for line in lines], blocks, grid.notes)
 
 
 def _block(row: RowScores, columns: Sequence[Column], baseline: str | None, wanted: Wanted) -> list[Line]:
@@ -103,7 +124,7 @@ def _block(row: RowScores, columns: Sequence[Column], baseline: str | None, want
     if row.runs > 1:
         lines += [
             line(f"  sd of {row.runs} seeds", lambda cell: _points(cell.seeds.deviation) if cell.seeds else ""),
-            line("  95 % over seeds", lambda cell: _interval(cell.seeds.interval, "") if cell.seeds else ""),
+            line("  95 % over seeds", lambda cell: _interval(_cut(cell.seeds.interval), "") if cell.seeds else ""),
         ]
     if any(cell.difference is not None for cell in cells.values()):
         lines += [
@@ -169,6 +190,12 @@ def _interval(interval: tuple[float, float] | None, sign: str = "+") -> str:
     return "" if interval is None else "..".join(f"{100 * end:{sign}.2f}" for end in interval)
 
 
+def _cut(interval: tuple[float, float]) -> tuple[float, float]:
+    """Return an interval of shares without what lies below none and above all."""
+    low, high = interval
+    return max(low, 0.0), min(high, 1.0)
+
+
 def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
     """Return what a reader has to know, a line each."""
     rows = comparison.rows
@@ -181,6 +208,7 @@ def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
             f"minus {comparison.baseline}: paired, with 95 % interval, from one cluster bootstrap over problems"
             f" ({statistics.DRAWS:,} draws); {MARK} p < {statistics.LEVEL:g}, of a set corrected for the sets of its"
             f" row (Benjamini-Hochberg), with {statistics.FEW_PROBLEMS} problems or more"
+            + (", where the interval over seeds leaves 0 out as well" if any(row.runs > 1 for row in rows) else "")
         )
         notes.append("gain: relative, the mean over sets of (new - base) / base")
         if wanted.power:
@@ -206,13 +234,15 @@ def _notes(comparison: Comparison, wanted: Wanted) -> list[str]:
             " baseline"
         )
     if any(row.runs > 1 for row in rows):
-        notes.append("over seeds: 95 % by Student's t over training runs, their prompts taken as they are")
+        notes.append(
+            "over seeds: 95 % by Student's t over training runs, of a difference by Welch's, prompts taken as they are"
+        )
     if any(row.chosen_on for row in rows):
         notes.append(f"{CHOSEN} keep_best chose checkpoints by this set: it flatters them")
     if any(row.published for row in rows):
         notes.append(
             "published: avg@8 as the authors print it (arXiv 2507.06448), gains against their GRPO of the same size;"
-            " not tested against; sets go by their names: whether yours are the same prompts, nobody has looked"
+            " not tested against; sets go by name, number of prompts and sampling"
         )
     return [*notes, *_settings(comparison), *comparison.notes]
 
@@ -222,7 +252,8 @@ def _measure(comparison: Comparison) -> str:
     images = {"original": "", "masked": " with masked pictures", "none": " without the picture"}
     if not samples:  # published rows alone
         return "avg@8"
-    return f"avg@{samples.pop() if len(samples) == 1 else 'k'}{images[comparison.image]}"
+    k = samples.pop() if len(samples) == 1 else None
+    return f"avg@{k or 'k'}{images[comparison.image]}"
 
 
 def _settings(comparison: Comparison) -> list[str]:
@@ -253,11 +284,18 @@ def as_text(grid: Grid) -> str:
 
 
 def as_markdown(grid: Grid) -> str:
-    """Return the table as GitHub reads it; what comes from outside is escaped."""
-    rows = [["", *grid.columns], *([line.label, *line.cells] for block in grid.blocks for line in block)]
-    head, *body = ["| " + " | ".join(map(_markdown, row)) + " |" for row in rows]
-    rule = "|---" + "|---:" * len(grid.columns) + "|"
-    return "\n".join([head, rule, *body, "", *(f"- {_markdown(note)}" for note in grid.notes), ""])
+    """Return the table as GitHub reads it, and its notes; what comes from outside is escaped."""
+    return "\n".join([*markdown_lines(grid), "", *(f"- {_markdown(note)}" for note in grid.notes), ""])
+
+
+def markdown_lines(grid: Grid) -> list[str]:
+    """Return the lines of the table alone; averages over sets have bold names where they are lines."""
+    lines = [*chain(*grid.blocks)]
+    labels = [f"**{_markdown(line.label)}**" if line.is_average else _markdown(line.label) for line in lines]
+    rows = [["", *map(_markdown, grid.columns)]]
+    rows += [[label, *map(_markdown, line.cells)] for label, line in zip(labels, lines, strict=True)]
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|---" + "|---:" * len(grid.columns) + "|", *body]
 
 
 def _markdown(text: str) -> str:

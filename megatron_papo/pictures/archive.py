@@ -2,6 +2,7 @@
 place, and no member takes more memory than a picture may."""
 
 import functools
+import io
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +11,8 @@ from megatron_papo.reading import reading, shown
 
 LARGEST = 64 << 20
 """Bytes of one member, unpacked."""
+LARGEST_LIST = 16 << 20
+"""Bytes of an archive's list of members, enough for a hundred thousand: it is read as a whole."""
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Ways of packing that zipfile unpacks piece by piece; of the others a small member may fill the memory at once."""
 _ENCRYPTED = 0x1
@@ -90,10 +93,22 @@ def _archive(archive: Path) -> tuple[zipfile.ZipFile, dict[str, list[zipfile.Zip
         return _open(archive, state.st_mtime_ns, state.st_size)
 
 
+class _File(io.BufferedReader):
+    """A file that gives no more at once than a list of members may take. zipfile reads that in one piece, as long as
+    the archive says it is, and everything else in smaller ones."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = LARGEST_LIST + 1
+        content = super().read(most if size is None or size < 0 else min(size, most))
+        if len(content) > LARGEST_LIST:
+            raise ValueError(f"its list of members takes more than {LARGEST_LIST >> 20} MiB")
+        return content
+
+
 @functools.lru_cache(maxsize=4)
 def _open(archive: Path, mtime_ns: int, size: int) -> tuple[zipfile.ZipFile, dict[str, list[zipfile.ZipInfo]]]:
     """Open an archive once; one that was changed is another."""
-    opened = zipfile.ZipFile(archive)
+    opened = zipfile.ZipFile(_File(io.FileIO(archive)))
     members: dict[str, list[zipfile.ZipInfo]] = {}
     for member in opened.infolist():
         parts = PurePosixPath(member.filename).parts

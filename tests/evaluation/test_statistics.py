@@ -57,6 +57,18 @@ def test_majority(answers, right, expected):
     assert statistics.majority_at_k(grades, numbers, answered) == pytest.approx(expected)
 
 
+def test_pass_at_k_of_thousands_of_samples():
+    """Against whole numbers of any size, and in well under the minutes that those take."""
+    generator = np.random.default_rng(0)
+    right = generator.random((4, 3000)) < np.array([[0.0], [0.001], [0.3], [1.0]])
+    started = time.process_time()
+    found = statistics.pass_at_k(right)
+    assert time.process_time() - started < 5
+    for k in (1, 2, 17, 400, 2999, 3000):
+        chances = [1 - math.comb(3000 - c, k) / math.comb(3000, k) for c in right.sum(axis=1).tolist()]
+        assert found[k] == pytest.approx(sum(chances) / 4, abs=1e-12)
+
+
 def test_majority_is_a_mean_over_prompts():
     right = np.array([[True, False], [False, False]])
     assert statistics.majority_at_k(right, np.array([[1, 2], [3, 3]]), np.ones((2, 2), bool)) == pytest.approx(0.25)
@@ -259,6 +271,19 @@ def test_student_t(freedom, quantile):
     assert statistics.student_t_quantile(0.975, freedom) == pytest.approx(quantile, abs=6e-4)
 
 
+@pytest.mark.parametrize("freedom", [1.0, 1.855, 2.5, 7.3, 400.5])
+def test_student_t_of_fractions(freedom):
+    """Against the density, added up in a million steps of the angle whose tangent is t / sqrt(df); control: the whole
+    number below gives another quantile."""
+    angles = (np.arange(1_000_000) + 0.5) / 1e6 * math.pi / 2
+    density = np.cos(angles) ** (freedom - 1)
+    quantile = statistics.student_t_quantile(0.975, freedom)
+    inside = density[angles < math.atan(quantile / math.sqrt(freedom))].sum() / density.sum()
+    assert inside == pytest.approx(0.95, abs=1e-5)
+    if freedom != int(freedom) and freedom < 100:
+        assert quantile < statistics.student_t_quantile(0.975, int(freedom)) * 0.999
+
+
 def test_over_seeds():
     """Three runs: mean 62, deviation 2, half-width 4.303 x 2 / sqrt(3)."""
     found = statistics.over_seeds([60.0, 62.0, 64.0])
@@ -271,8 +296,26 @@ def test_difference_over_seeds():
     """Equal variances and numbers: Welch is the t test with 2 n - 2 degrees of freedom; 2.776 sqrt(4 / 3 + 4 / 3)."""
     low, high = statistics.difference_over_seeds([60.0, 62.0, 64.0], [50.0, 52.0, 54.0])
     assert (low, high) == (pytest.approx(10 - 4.533, abs=2e-3), pytest.approx(10 + 4.533, abs=2e-3))
-    assert statistics.difference_over_seeds([1.0, 2.0], [1.0]) is None
+    assert statistics.difference_over_seeds([1.0], [1.0]) is None
     assert statistics.difference_over_seeds([2.0, 2.0], [1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_welch_with_a_fraction_of_a_degree():
+    """By hand: standard deviations 35.355 and 26.517 of two runs each make an error of 31.25 and 1.855 degrees, whose
+    t is 4.643."""
+    low, high = statistics.difference_over_seeds([100.0, 62.5], [87.5, 37.5])
+    assert (high + low) / 2 == pytest.approx(18.75) and (high - low) / 2 == pytest.approx(4.643 * 31.25, abs=0.1)
+
+
+def test_one_run_against_several():
+    """Crawford and Howell: 4.303 x 2 x sqrt(1 + 1 / 3) on either side; control: three runs that happen to agree with
+    the one have a narrower interval."""
+    half = 4.303 * 2 * math.sqrt(4 / 3)
+    for sign, sides in ((1, ([60.0, 62.0, 64.0], [50.0])), (-1, ([50.0], [60.0, 62.0, 64.0]))):
+        low, high = statistics.difference_over_seeds(*sides)
+        assert (low, high) == (pytest.approx(sign * 12 - half, abs=5e-3), pytest.approx(sign * 12 + half, abs=5e-3))
+    low, high = statistics.difference_over_seeds([60.0, 62.0, 64.0], [50.0, 50.0, 50.0])
+    assert (high - low) / 2 < half / 1.9
 
 
 def test_relative_gain():

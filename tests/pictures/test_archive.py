@@ -31,6 +31,19 @@ def test_a_member_is_read_in_place(tmp_path):
     assert os.listdir(tmp_path) == ["a_images.zip"]
 
 
+def test_a_list_of_too_many_members(tmp_path, monkeypatch):
+    """It is refused before it is read; control: a list below the limit, of an archive that is larger than it."""
+    path = made(tmp_path / "a.zip", *((f"images/a/{number}.png", CONTENT) for number in range(40)))
+    monkeypatch.setattr(archive, "LARGEST_LIST", 4_000)
+    assert path.stat().st_size > 4_000 and read_member(path, "images/a/7.png") == CONTENT
+    many = made(tmp_path / "many.zip", *((f"images/a/{number}.png", b"") for number in range(80)))
+    with pytest.raises(
+        UserError, match="many.zip: its list of members takes more than 0 MiB: download it again"
+    ) as refusal:
+        require_member(many, "images/a/7.png")
+    assert len(refusal.value.lines) == 1
+
+
 def test_a_changed_archive_is_read_again(tmp_path):
     path = made(tmp_path / "a.zip", (NAME, b"old"))
     assert read_member(path, NAME) == b"old"

@@ -1,6 +1,7 @@
 """Tables of several checkpoints: the real command on outputs in stage 7's form, numbers against plain arithmetic."""
 
 import json
+import math
 import random
 import shutil
 
@@ -11,7 +12,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.evaluation.published import SETS
 from megatron_papo.run.records import Prediction, Protocol, Rewards, write_jsonl
 from megatron_papo.run.stage_output import StageOutput
-from tools import compare
+from tools import compare, publish_numbers
 
 GROUPS = {"mmk12": ["general"], "mathverse": ["general"], "mathverse_v": ["vision"], "evaluation": []}
 PROTOCOL = {"temperature": 1.0, "top_k": 50, "grading": "published"}
@@ -82,13 +83,20 @@ def two_runs(tmp_path):
     )
 
 
-def average(run, name, image="original"):
-    """avg@k by a loop over the lines of the file."""
+def grades(run, iteration=2, name="mmk12", image="original"):
+    """The grades of every prompt, by a loop over the lines of the file."""
     by_prompt = {}
-    for line in (run / "evaluation" / "iteration_0000" / name / "predictions.jsonl").read_text().splitlines():
+    file = run / "evaluation" / f"iteration_{iteration:04}" / name / "predictions.jsonl"
+    for line in file.read_text().splitlines():
         row = json.loads(line)
         if row["image"] == image:
             by_prompt.setdefault(row["prompt_id"], []).append(row["rewards"]["accuracy"])
+    return by_prompt
+
+
+def average(run, name, image="original"):
+    """avg@k by hand."""
+    by_prompt = grades(run, 0, name, image)
     return sum(sum(scores) / len(scores) for scores in by_prompt.values()) / len(by_prompt)
 
 
@@ -134,7 +142,7 @@ def test_vision_gain(two_runs, command):
 
 def test_tables(two_runs, command):
     grpo, papo = two_runs
-    options = (f"a_b|100%={grpo}", papo, "--baseline", grpo, "--vision", "--power", "--published", "table1")
+    options = (f"a_b|100%={grpo}", papo, "--rows-are", "checkpoints")
     text = command(f"a_b|100%={grpo}", papo, "--baseline", "a_b|100%", "--vision", "--power", "--published", "table1")
     assert f"{100 * average(papo, 'mmk12'):.2f} ±" in text and f"{100 * average(grpo, 'mmk12'):.2f} ±" in text
     marked, unmarked = (f"{100 * (average(papo, name) - average(grpo, name)):+.2f}" for name in ("mmk12", "mathverse"))
@@ -143,7 +151,7 @@ def test_tables(two_runs, command):
     assert "PAPO-G 3B (published)" in text and "57.39" in text
     assert "28.72" not in text and "DAPO" not in text  # geometry3k is no column, and DAPO's are not known
     assert "temperature 1.0" in text and "top_k 50" in text
-    markdown = command(*options[:2], "--format", "markdown")
+    markdown = command(*options, "--format", "markdown")
     assert markdown.startswith("|  | mmk12 | mathverse | general |") and r"a\_b\|100% |" in markdown
     latex = command(*options[:2], "--baseline", "a_b|100%", "--format", "latex")
     assert r"a\_b\textbar{}100\%" in latex and r"\end{tabular}" in latex and "$^{*}$" in latex
@@ -151,19 +159,39 @@ def test_tables(two_runs, command):
     assert len({line.count("&") - line.count(r"\&") for line in rows}) == 1
 
 
+def test_the_table_of_a_page_is_what_the_command_prints(two_runs, command):
+    options = (*two_runs, "--baseline", "grpo", "--sets", "mmk12")
+    taken = json.loads(command(*options, "--format", "json"))
+    markdown = command(*options, "--format", "markdown").splitlines()
+    lines = publish_numbers.miniature({"miniature": taken})
+    unmarked = [line.replace("†", "") for line in markdown]  # a page says in words which set chose a checkpoint
+    assert unmarked[: len(lines)] == lines and unmarked[len(lines)] == ""
+
+
+def test_published_rows_beside_other_prompts(tmp_path, command):
+    """Controls: a set of the published number and sampling, and one that the authors do not have."""
+    sampled = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_response_tokens": 2048}
+    run = evaluation(tmp_path / "run", 0, ["mmk12", "evaluation"], protocol=sampled | {"max_response_tokens": 20})
+    text = command(run, "--published", "table1")
+    assert "not the published prompts, by their number: mmk12 40 of 2,000: do not hold" in text
+    assert "not sampled as published: max_response_tokens 20, published 2048 (mmk12)" in text
+    right = evaluation(tmp_path / "right", 0, ["mmk12"], protocol=sampled, prompts=2000, samples=1)
+    assert "not the published" not in command(right, "--published", "table1")
+    assert "not sampled as" not in command(right, "--published", "table1")
+    assert "not the published prompts" not in command(run)
+    own = evaluation(tmp_path / "own", 0, ["evaluation"])
+    assert "published table1: no row of it is about these sets" in command(own, "--published", "table1")
+
+
 def test_what_stands_beside_the_averages(two_runs, command):
     """By loops over the file: pass@4, and which part of the squared error is sampling."""
     _, papo = two_runs
     row = json.loads(command(papo, "--format", "json"))["rows"][0]
-    grades = {}
-    for line in (papo / "evaluation" / "iteration_0000" / "mmk12" / "predictions.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["image"] == "original":
-            grades.setdefault(record["prompt_id"], []).append(record["rewards"]["accuracy"])
+    graded = grades(papo, 0)
     rates = row["rates"]["sets"]["mmk12"]
-    assert rates["pass_at_k"] == pytest.approx(sum(any(of_prompt) for of_prompt in grades.values()) / 40)
+    assert rates["pass_at_k"] == pytest.approx(sum(any(of_prompt) for of_prompt in graded.values()) / 40)
     assert (rates["format"], rates["cut_off"], rates["unparsed"], rates["mean_tokens"]) == (1, 0, 0, 2)
-    within = np.mean([np.var(of_prompt, ddof=1) for of_prompt in grades.values()]) / 4 / 40
+    within = np.mean([np.var(of_prompt, ddof=1) for of_prompt in graded.values()]) / 4 / 40
     share = within / row["sets"]["mmk12"]["standard_error"] ** 2
     assert row["sampling_share"]["sets"]["mmk12"] == pytest.approx(share)
     text = command(papo, "--rates", "--power")
@@ -180,7 +208,7 @@ def test_too_few_problems(tmp_path, command):
     cell = found["rows"][1]["sets"]["mathverse"]
     assert cell["difference"] > 0.3 and cell["standard_error"] is cell["interval"] is cell["p"] is None
     assert found["notes"] == ["too few problems for errors, intervals and p values to be trusted: mathverse 1"]
-    assert "*" not in command(*runs, "--baseline", "a").splitlines()[4]
+    assert "*" not in command(*runs, "--baseline", "a").partition("in percent")[0]
 
 
 def test_published_alone(command):
@@ -202,13 +230,51 @@ def test_seeds(tmp_path, command):
     assert found["name"] == "papo" and found["sets"]["mmk12"]["avg"] == pytest.approx(np.mean(alone))
     assert found["seeds"]["sets"]["mmk12"]["deviation"] == pytest.approx(np.std(alone, ddof=1))
     assert "sd of 3 seeds" in command(base, joined) and "of it over seeds" not in command(base, joined)
+    one_run = command(base, joined, "--baseline", "base")
+    assert (
+        "95 % of it over seeds" in one_run and "base is one run, of whose spread over seeds nothing is known" in one_run
+    )
+    low, high = found["seeds"]["overall"]["interval_of_difference"]
+    half = 4.303 * np.std(alone, ddof=1) * np.sqrt(4 / 3)
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-3)
     others = [evaluation(tmp_path / f"base{i}", 0, ["mmk12"], skill=0.4, seed=i) for i in range(3)]
     both = ("base=" + ",".join(map(str, others)), joined, "--baseline", "base")
-    assert "95 % of it over seeds" in command(*both)
+    assert "95 % of it over seeds" in command(*both) and "is one run" not in command(*both)
     low, high = json.loads(command(*both, "--format", "json"))["rows"][1]["seeds"]["overall"]["interval_of_difference"]
     assert low < np.mean(alone) - np.mean([average(run, "mmk12") for run in others]) < high
     with pytest.raises(compare.UserError, match="one checkpoint twice"):
         command(f"papo={runs[0]},{runs[0]}")
+
+
+def test_a_mark_over_seeds_needs_the_interval_over_seeds(tmp_path, command):
+    """Two runs that differ by much say nothing of a third; control: two that agree."""
+    base = evaluation(tmp_path / "base", 0, ["mmk12"], skill=0.1)
+    for skills, marked in (((0.3, 0.9), False), ((0.9, 0.9), True)):
+        runs = [
+            evaluation(tmp_path / f"{i}-{marked}", 2, ["mmk12"], skill=skill, seed=i) for i, skill in enumerate(skills)
+        ]
+        joined = "papo=" + ",".join(map(str, runs))
+        row = json.loads(command(base, joined, "--baseline", "base", "--format", "json"))["rows"][1]
+        assert row["sets"]["mmk12"]["p_corrected"] < 0.01
+        low, high = row["seeds"]["sets"]["mmk12"]["interval_of_difference"]
+        assert (low > 0) == marked
+        text = command(base, joined, "--baseline", "base")
+        assert (f"{100 * row['sets']['mmk12']['difference']:+.2f}*" in text) == marked
+        low, high = row["seeds"]["sets"]["mmk12"]["interval"]  # of an accuracy: cut at nothing and all
+        assert (low < 0 and high > 1) == (not marked) and (" 0.00..100.00 " in text) == (not marked)
+
+
+def test_seeds_with_different_numbers_of_samples(tmp_path, command):
+    """pass@ is that of the smaller number; maj@ of both is none of either. Control: test_seeds, with one number."""
+    runs = [evaluation(tmp_path / f"k{k}", 2, ["mmk12"], samples=k) for k in (2, 4)]
+    joined = "papo=" + ",".join(map(str, runs))
+    row = json.loads(command(joined, "--format", "json"))["rows"][0]
+    assert row["samples"] == {"mmk12": None} and "avg@k in percent" in command(joined)
+    rates = row["rates"]["sets"]["mmk12"]
+    assert rates["maj"] is None
+    right = [grades(run) for run in runs]
+    of_four = np.mean([1 - math.comb(4 - int(sum(g)), 2) / math.comb(4, 2) for g in right[1].values()])
+    assert rates["pass_at_k"] == pytest.approx((np.mean([any(g) for g in right[0].values()]) + of_four) / 2)
 
 
 def test_iterations(tmp_path, command):
@@ -336,6 +402,11 @@ def test_damaged_files(tmp_path, command):
             command(run)
         assert len(error.value.lines) == 1
     (place / "predictions.jsonl").write_bytes(whole)
+    (place / "protocol.json").rename(place / "away.json")
+    with pytest.raises(
+        compare.UserError, match="mmk12: no protocol.json: evaluated by a version .*tools.evaluate --hf"
+    ):
+        command(run)
     (place / "protocol.json").write_text("{}")
     with pytest.raises(compare.UserError, match="protocol.json: .*: evaluate again"):
         command(run)

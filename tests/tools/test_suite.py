@@ -194,7 +194,7 @@ def test_what_training_and_benchmarks_have_in_common(suite, miniature, tmp_path)
 
     names = again("hiyouga_geometry3k_images.zip", 1, "bmp"), again("BUAADreamer_clevr_count_70k_images.zip", 2, "tiff")
     rows = [
-        {"problem": "<image> how many  squares are there?\n\nYou first think.", "answer": "1", "images": names[0]},
+        {"problem": "<image> how many  squares are there?", "answer": "1", "images": names[0]},
         {"problem": "<image>Other", "answer": "1", "images": names[1]},
         {"problem": "<image>None", "answer": "1", "images": "gone.png"},
     ]
@@ -229,6 +229,55 @@ def test_the_instruction_of_the_template_is_no_part_of_a_problem(suite, tmp_path
     (tmp_path / "suite.yaml").write_text("evaluation: {benchmarks: {s: {source: x, split: S, form: messages}}}")
     arguments = ["--suite", tmp_path / "suite.yaml", "--source", tmp_path, "--train", tmp_path / "train.jsonl"]
     assert suite("overlap", *arguments)[1]["sets"]["s"]["problems"] == 1
+
+
+INSTRUCTED = {
+    "neither": ("How?", "How?"),
+    "the benchmark": ("How?", "How? Answer with one letter."),
+    "the training data": ("How? Answer with one letter.", "How?"),
+    "both": ("How? Answer with one letter.", "How?\nanswer with  one letter."),
+    "of two sentences": ("How?", "How? Think. Answer with one letter."),
+    "behind no stop": ("How", "How\n\nThink.\nAnswer with one letter."),
+}
+
+
+@pytest.mark.parametrize("case", INSTRUCTED)
+def test_instructions_that_no_template_knows_are_no_part_of_a_problem(suite, tmp_path, case):
+    """Every other row ends with the same sentences; controls: one that only one row ends with is a part of it."""
+    asked, benchmark = INSTRUCTED[case]
+
+    def file(name, problem, others):
+        end = problem.removeprefix("How").lstrip("?")
+        rows = [problem, *(f"{other}{end}" for other in others)]
+        text = "".join(json.dumps({"problem": row, "answer": "1"}) + "\n" for row in rows)
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    train = file("train.jsonl", asked, ["Why so?", "Who is it?"])
+    held_out = file("test.jsonl", benchmark, ["What?", "Where then? Round."])
+    (tmp_path / "suite.yaml").write_text(f"evaluation: {{benchmarks: {{s: {{source: {held_out}}}}}}}")
+    arguments = ["overlap", "--suite", tmp_path / "suite.yaml", "--train", train]
+    found = suite(*arguments)[1]
+    assert found["sets"]["s"]["problems"] == 1
+    assert ("answer with one letter." in found["instructions"]) == (case != "neither")
+    file("train.jsonl", asked, ["What? Round.", "Where then?"])
+    assert suite(*arguments)[1]["sets"]["s"]["problems"] == 1
+
+
+def test_what_cannot_be_read_has_nothing_in_common_and_says_so(miniature, tmp_path):
+    """Control: test_what_training_and_benchmarks_have_in_common, with one picture that is not there."""
+    train = tmp_path / "train.jsonl"
+    for rows, says in (
+        ([{"question": "How?", "answer": "1"}] * 2, "none of its 2 rows can be read, the first: .*train.jsonl:1: "),
+        (
+            [{"problem": "<image>How?", "answer": "1", "images": "gone.png"}],
+            "none of its pictures can be read.*gone.png",
+        ),
+    ):
+        train.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(UserError, match=says) as refusal:
+            main(["overlap", "--suite", PAPO, "--source", str(miniature), "--train", str(train)])
+        assert len(refusal.value.lines) == 1 and str(train) in str(refusal.value)
 
 
 @pytest.fixture(scope="module")
