@@ -30,6 +30,7 @@ class Living:
 LENGTH = Living("decides when the run ends, not what is computed until then")
 CADENCE = Living("decides how often and for how long, not what is computed")
 PLACE = Living("a place: what lies there is told apart by its content, so that the same files may move")
+MEMORY = Living("where exports lie while they are needed, not what they hold")
 SPEED = Living("decides how fast, not what comes out")
 LIMIT = Living("ends a run that goes wrong, changes no number of one that goes well")
 EVALUATION = Living("an evaluation reads checkpoints and changes none")
@@ -739,6 +740,17 @@ class Config(Section):
     """Resident runs: stage 5 writes the Megatron checkpoint of every so many iterations, and of the last; a run that
     was killed repeats at most that many iterations, from the rollouts on disk. Otherwise each iteration hands its
     checkpoint to the next one's process, and all are written."""
+    export_directory: Annotated[PathText | None, MEMORY] = None
+    """Directory in memory, such as /dev/shm, for what a resident run needs only until the next rollouts are there: the
+    exports of the iterations between two that checkpoint_every writes, but of those that are evaluated. Such an
+    iteration writes rollouts, metrics and small files to the disk and no weights. Holds at most two exports (with
+    rollout.max_staleness one more) and must be the same directory to training and servers: one machine. Where it has
+    been emptied, a run that goes on makes the last export again, as it makes what checkpoint_every left out. null: all
+    exports lie in the run."""
+    save_while_sampling: Annotated[bool, CADENCE] = False
+    """Resident runs: a Megatron checkpoint is written while the next rollouts are sampled, after its export, which
+    sampling waits for. The weights then go to the disk twice. A run that is killed meanwhile trains that iteration
+    again."""
     model: ModelConfig
     data: DataConfig
     sft: SftConfig | None
@@ -791,6 +803,16 @@ class Config(Section):
             yield (
                 f"checkpoint_every {self.checkpoint_every} and server.shares_gpus exclude each other, training gives up"
                 " the GPUs after each iteration and loads its checkpoint again: --set checkpoint_every=1"
+            )
+        if self.save_while_sampling and self.server.shares_gpus:
+            yield (
+                "save_while_sampling and server.shares_gpus exclude each other, training gives up the GPUs, with what"
+                " is to be saved, before anything is sampled: --set save_while_sampling=false"
+            )
+        if self.export_directory is not None and self.checkpoint_every == 1:
+            yield (
+                f"export_directory {self.export_directory} is not used with checkpoint_every 1, all checkpoints are"
+                " written: --set checkpoint_every=10, or --set export_directory=null"
             )
         if self.keep_best and self.evaluate_every is None:
             yield (

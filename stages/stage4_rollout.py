@@ -32,6 +32,7 @@ from megatron_papo.run.follow import Follower
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import Input, StageOutput, read_manifest, samples_of
 from megatron_papo.run.stages import STAGES, Turn
+from megatron_papo.run.state import is_done_with
 from megatron_papo.sglang.sample_store import remove_store, require_store
 
 
@@ -54,6 +55,8 @@ def follow(tasks: list[Task], run: RunDirectory, server: str) -> None:
     with Follower(run.root, "stage4_rollout", "stage5_train") as follower:
         for task in tasks:
             sampled_by = run.sampled_by(task.iteration)
+            if sampled_by > 0 and is_done_with(run, sampled_by):  # and these rollouts are there
+                continue
             if sampled_by > 0:
                 follower.wait_for(run.exported(sampled_by))
             if shares_gpus:  # training takes the GPUs as soon as the rollouts are published

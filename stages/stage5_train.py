@@ -18,22 +18,24 @@ run by  torchrun --nproc-per-node TP*PP*DP -m -- stages.stage5_train ...
 With --iterations A-B it stays for all of these iterations of a run (run_all.sh --resident): it waits for each one's
 rollouts, trains with what it holds in memory, and writes both the Megatron checkpoint and stage 6's export of it. Where
 checkpoint_every is above 1, the checkpoints in between hold weights alone, until they are exported; a run that goes on
-from there repeats the iterations since the last whole one, from their rollouts.
+from there repeats the iterations since the last whole one, from their rollouts. With export_directory those in between
+write no weights to the disk; with save_while_sampling whole ones are written while stage 4 samples.
 
 `touch runs/NAME/stage5_train.end` asks it to end: it ends the optimizer step in progress, saves what it has beside the
 output, in OUTPUT.interim, and leaves with status 75. The same command goes on from there.
 """
 
 import math
+import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_papo.checkpoint.keep import WEIGHTS_ALONE, holds_weights_alone, tidy
+from megatron_papo.checkpoint.keep import WEIGHTS_ALONE, holds_weights_alone, note_pruned, tidy
 from megatron_papo.checkpoint.proof import require_proof
 from megatron_papo.config import Config
 from megatron_papo.config_notes import bytes_of_checkpoint
@@ -48,12 +50,14 @@ from megatron_papo.run.follow import Follower
 from megatron_papo.run.records import Rollout
 from megatron_papo.run.room import require_room
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import StageOutput, verify_files
+from megatron_papo.run.stage_output import PRUNED, StageOutput, read_manifest, verify_files
+from megatron_papo.run.state import is_done_with
 from megatron_papo.training.guard import Guard
 from megatron_papo.training.inputs import TrainInputs, read_rollouts
 from megatron_papo.training.metrics_log import MetricsLog
 
 if TYPE_CHECKING:  # torch and megatron take seconds to import: wrong configurations are told before
+    from megatron_papo.checkpoint.megatron_files import Save
     from megatron_papo.training.forward_step import PerRollout, Seen
     from megatron_papo.training.interim import Interim, Progress
     from megatron_papo.training.passes import Passes
@@ -81,7 +85,7 @@ def main() -> None:
             follow(tasks, policy)
         else:
             end_if_asked(task, policy)
-            iterate(task, policy, rollouts, out, is_whole=True)
+            iterate(task, policy, rollouts, out, is_whole=True).publish()
     except EndedEarly:
         collectives.barrier()  # the first rank has saved and cleaned up: a launcher ends it once another one has left
         raise
@@ -93,33 +97,89 @@ def follow(tasks: list[Task], policy: "Policy") -> None:
     run, speaks = tasks[0].run, process_groups.is_main_rank()
     assert run is not None
     trusted: tuple[str, ...] = ()
+    unpublished: Trained | None = None
     with Follower(run.root, "stage5_train", "stage4_rollout", speaks) as follower:
         for task in tasks:
-            follower.wait_for(run.rollouts(task.iteration), EndRequest(run))
+            try:
+                follower.wait_for(run.rollouts(task.iteration), EndRequest(run))
+            finally:  # before the policy changes, and where sampling has failed
+                if unpublished is not None:
+                    unpublished.publish()
+                    unpublished = None
             end_if_asked(task, policy)
             started = time.time()
             with collectives.first_process_speaks():
                 out = prepare(task, trusted if policy.at == task.path("megatron") else (), started)
                 rollouts = [] if out.done else read_rollouts(TrainInputs.of(task), task.config)
             if not out.done:
-                iterate(task, policy, rollouts, out, run.is_checkpoint(task.iteration))
+                is_whole = run.is_checkpoint(task.iteration)
+                trained = iterate(task, policy, rollouts, out, is_whole, run.in_memory(task.iteration))
+                if is_whole and run.config.save_while_sampling:
+                    unpublished = trained
+                else:
+                    trained.publish()
                 # read and verified once, or just written and still in memory
                 trusted = ("data", "reference", "megatron")
                 if run.config.server.shares_gpus:  # before the export is published, which is what sampling waits for
                     policy.forget()
             elif speaks:
                 out.announce_done()
+            if any(collectives.gather(is_done_with(run, task.iteration))):
+                continue
+            source = weights_to_export(task, policy)
             if speaks:
-                export(run, task.iteration)
+                export(run, task.iteration, source)
+            if unpublished is not None:
+                unpublished.begin()
             follower.wait_for(run.exported(task.iteration))  # no collective: an export may take longer than those wait
+        if unpublished is not None:
+            unpublished.publish()
 
 
-def export(run: RunDirectory, number: int) -> None:
-    """Do stage 6's work in this process, and delete what the cadence does not keep."""
+def weights_to_export(task: Task, policy: "Policy") -> Path:
+    """Return a Megatron checkpoint with the weights of the task's iteration: its output, or one beside the export that
+    is to be made, where the output holds none (export_directory) or is not written yet (save_while_sampling). All ranks
+    call it together."""
+    from megatron_papo.checkpoint import megatron_files
+
+    run, trained = task.run, task.output
+    assert run is not None
+    place = run.exported(task.iteration).with_name("weights")
+    is_published = read_manifest(trained) is not None
+    is_made = not (trained / PRUNED).exists() or read_manifest(run.exported(task.iteration)) is not None
+    if all(collectives.gather(is_published and is_made)):
+        return trained
+    catch_up(earlier_task(task, task.iteration + 1), policy)  # nothing to do for one who has just trained it
+    if process_groups.is_main_rank():
+        shutil.rmtree(place, ignore_errors=True)
+    inputs = {name: replace(made_from, verify=False) for name, made_from in task.inputs().items()}
+    out = replace(task, output=place).stage_output(inputs, time.time())
+    with collectives.within_first_process(out):
+        if not all(collectives.gather(out.partial.is_dir())):
+            with collectives.first_process_speaks():
+                raise UserError(f"export_directory {run.memory}: not all ranks see the same: choose another one")
+        out.hashes |= policy.save(out.partial, trained, with_optimizer=False)
+        if process_groups.is_main_rank():
+            megatron_files.copy_hf_files(task.path("megatron"), out.partial)
+            out.counts[WEIGHTS_ALONE] = True
+    return place
+
+
+def export(run: RunDirectory, number: int, source: Path) -> None:
+    """Do stage 6's work in this process, and delete what the cadence does not keep.
+
+    Args:
+        run: The run.
+        number: The iteration.
+        source: Its weights; deleted afterwards where it is not the iteration's checkpoint.
+    """
     from megatron_papo.checkpoint.conversion_output import to_hf
 
-    to_hf(run.trained(number), run.exported(number), {}, started=time.time())
-    tidy(run, number)
+    to_hf(source, run.exported(number), {}, started=time.time())
+    if source != run.trained(number):
+        shutil.rmtree(source, ignore_errors=True)
+    if read_manifest(run.trained(number)) is not None:
+        tidy(run, number)
 
 
 def prepare(task: Task, trusted: tuple[str, ...] = (), started: float | None = None) -> StageOutput:
@@ -131,7 +191,8 @@ def prepare(task: Task, trusted: tuple[str, ...] = (), started: float | None = N
         started: time.time() when it could begin; None: with this process.
     """
     inputs = task.inputs()
-    inputs |= {name: replace(inputs[name], verify=False) for name in trusted if name in inputs}
+    unread = ("megatron",) if (task.path("megatron") / PRUNED).exists() else ()  # catch_up makes its weights again
+    inputs |= {name: replace(inputs[name], verify=False) for name in (*trusted, *unread) if name in inputs}
     out = task.stage_output(inputs, started)
     if process_groups.is_main_rank() and not out.done:
         if "reference" in task.paths:
@@ -219,8 +280,15 @@ def catch_up(task: Task, policy: "Policy") -> None:
         end_if_asked(earlier_task(task, number + 1), policy)
 
 
-def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOutput, is_whole: bool) -> None:
-    """Do one iteration, from rollouts to a published checkpoint, or from where it was asked to end.
+def iterate(
+    task: Task,
+    policy: "Policy",
+    rollouts: list[Rollout],
+    out: StageOutput,
+    is_whole: bool,
+    memory: Path | None = None,
+) -> "Trained":
+    """Do one iteration, from rollouts to a checkpoint that is to be published, or from where it was asked to end.
 
     Args:
         task: The turn.
@@ -228,26 +296,64 @@ def iterate(task: Task, policy: "Policy", rollouts: list[Rollout], out: StageOut
         rollouts: Of the iteration.
         out: The output, not open yet.
         is_whole: Write the optimizer, too.
+        memory: Where the iteration is exported to in memory: then no weights are written. None: they are.
     """
-    from megatron_papo.checkpoint import megatron_files
     from megatron_papo.training.interim import Interim
 
     inputs = TrainInputs.of(task)
-    with collectives.within_first_process(out):
+    with ExitStack() as stack:
+        stack.enter_context(collectives.within_first_process(out))
         with collectives.first_process_speaks():
             interim = Interim(task, out.inputs)
         progress = interim.load(policy) if interim.is_between_steps else None
         if progress is None:
             catch_up(task, policy)
         counts = train(inputs, policy, rollouts, out.partial, interim, progress)
-        out.hashes |= policy.save(out.partial, inputs.output, is_whole)
-        if process_groups.is_main_rank():
-            megatron_files.copy_hf_files(inputs.megatron, out.partial)
-            out.counts |= counts if is_whole else counts | {WEIGHTS_ALONE: True}
-    if process_groups.is_main_rank() and task.run is not None:
-        from megatron_papo.run.curves import collect
+        out.counts |= counts if is_whole else counts | {WEIGHTS_ALONE: True}
+        save = policy.prepare_save(out.partial, inputs.output, is_whole) if memory is None else None
+        policy.at = inputs.output
+        return Trained(task, out, save, stack.pop_all())
+    raise AssertionError("no output suppresses an exception")
 
-        collect(task.run)
+
+@dataclass
+class Trained:
+    """An iteration that is trained; its checkpoint is not published yet. All ranks call the methods together."""
+
+    task: Task
+    out: StageOutput
+    save: "Save | None"
+    """Of its weights, and optimizer; None: only what its export needs is written, in memory."""
+    leaving: ExitStack
+    """Closing it publishes."""
+    begun: float | None = None
+
+    def begin(self) -> None:
+        """Write from a thread. The policy must not change before publish()."""
+        self.begun = time.time()
+        if self.save is not None:
+            self.save.begin()
+
+    def publish(self) -> None:
+        """Publish the checkpoint, once it is written."""
+        from megatron_papo.checkpoint import megatron_files
+
+        if self.begun is not None:  # what has passed since is not the iteration's time
+            self.out.started += time.time() - self.begun
+        run, is_main = self.task.run, process_groups.is_main_rank()
+        with self.leaving:
+            if self.save is not None:
+                self.out.hashes |= self.save.finish()
+            if is_main:
+                if self.save is None:
+                    note_pruned(self.out.partial, "checkpoint_every", self.task.whole_config.checkpoint_every)
+                megatron_files.copy_hf_files(self.task.path("megatron"), self.out.partial)
+        if is_main and run is not None:
+            from megatron_papo.run.curves import collect
+
+            collect(run)
+            if self.begun is not None:  # it is exported already
+                tidy(run, self.task.iteration)
 
 
 def train(

@@ -3,6 +3,7 @@ keeps; one iteration stale; GPUs shared."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -95,10 +96,12 @@ CADENCE = (
 
 
 @pytest.fixture(scope="module")
-def sparse(prepared):
+def sparse(prepared, tmp_path_factory):
     """A resident run of four iterations, killed in the third, when iterations 1 and 2 have weights alone, and
-    resumed."""
-    run = prepared("sparse", *START, changes=CADENCE)
+    resumed; iteration 1 is exported into a directory that is emptied meanwhile, 3 and 4 are saved while stage 4
+    samples."""
+    memory = tmp_path_factory.mktemp("memory")
+    run = prepared("sparse", *START, changes=(*CADENCE, "save_while_sampling=true", f"export_directory={memory}"))
     command = ["bash", "run_all.sh", "--name", run.name, "--resident", *settings("iterations=4")]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -111,6 +114,8 @@ def sparse(prepared):
     process.wait()
     weights_alone = [read_manifest(run / f"iterations/000{n}/megatron").counts.get("weights_alone") for n in (1, 2)]
     assert weights_alone == [True, True]
+    assert not (run / "iterations/0001/hf").exists() and list((run / "iterations/0001/megatron").glob("*.distcp")) == []
+    shutil.rmtree(memory)
     done = run_all(run.name, "--resident", iterations=4)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run, done.stdout
@@ -136,9 +141,37 @@ def test_a_run_killed_between_two_whole_checkpoints_ends_in_the_same_bits(sparse
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     assert (run / "metrics.jsonl").read_text().count("\n") == 8
     for number in range(1, 5):
-        for part in ("rollouts", "megatron", "hf"):
+        for part in ("rollouts", "megatron", *(["hf"] if number > 1 else [])):  # 1 was in memory
             place = f"iterations/{number:04}/{part}"
             assert read_manifest(run / place).fingerprint == read_manifest(whole / place).fingerprint
+
+
+def test_an_export_that_was_in_memory_is_made_again(whole, prepared, tmp_path):
+    """Killed while stage 4 samples from it, and the memory emptied, as by a reboot: the iterations since the last
+    whole checkpoint are repeated, and the run ends in the same bits."""
+    memory = tmp_path / "memory"
+    changes = ("hacking_guard.action=warn", "checkpoint_every=3", f"export_directory={memory}")
+    run = prepared("rebooted", *START, changes=changes)
+    command = ["bash", "run_all.sh", "--name", run.name, "--resident", *settings("iterations=4")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while not list(memory.glob("*/0002/hf/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "iterations/0003/rollouts").exists()
+    assert not list(run.glob("iterations/000[12]/*/*.distcp")) and not list(run.glob("iterations/000[12]/hf"))
+    shutil.rmtree(memory)
+    done = run_all(run.name, "--resident", iterations=4)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "iteration 1 again, from its rollouts" in done.stdout and "iteration 2 again" in done.stdout
+    for file in ("hf/model.safetensors", "megatron/__0_0.distcp", "rollouts/rollouts.jsonl"):
+        assert (run / "iterations/0004" / file).read_bytes() == (whole / "iterations/0004" / file).read_bytes(), file
+    assert list(memory.glob("*")) == []  # nothing is left there
+    rows = json.loads(run_module("tools.status", "--run", run, "--json").stdout)["outputs"]
+    assert {row["state"] for row in rows} == {"done"}
 
 
 def test_stage_by_stage_goes_on_from_weights_alone(sparse, whole, prepared):

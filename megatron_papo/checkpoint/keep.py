@@ -9,6 +9,7 @@ asks for its weights is told which key to raise. An interim checkpoint (training
 import shutil
 import time
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_papo.checkpoint.proof import require_proof
@@ -19,6 +20,7 @@ from megatron_papo.run.records import Metrics
 from megatron_papo.run.room import replace_file
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import interim_of
+from megatron_papo.run.state import needed_exports
 
 WEIGHTS = ("*.distcp", ".metadata", "common.pt", "metadata.json", "*.safetensors")
 """What a checkpoint or an export loses."""
@@ -87,11 +89,12 @@ def tidy(run: RunDirectory, newest: int) -> None:
     waiting |= {run.sampled_by(newest + 1)}
     kept_of_exports = kept_exports(newest, exported, config.keep_exports, best, waiting)
     _remove_interims(run)
+    _remove_from_memory(run, newest)
     gone = [run.trained(number) for number in _iterations(run.iterations, "megatron") if number not in kept | between]
     gone += [run.exported(number) for number in _iterations(run.iterations, "hf") if number not in kept_of_exports]
     if not any(map(_weights, gone)):  # of one whose deletion was interrupted, some are there
         return
-    require_complete(run.iterations, newest)
+    require_complete(run, newest)
     for number in set(saved) - set(whole) - between:
         prune(run.trained(number), "checkpoint_every", config.checkpoint_every)
     _prune_others(run.iterations, "megatron", kept | between, "keep_checkpoints", config.keep_checkpoints)
@@ -106,6 +109,18 @@ def _remove_interims(run: RunDirectory) -> None:
         is_whole = published is not None and not holds_weights_alone(run.trained(number))
         if is_whole or following is not None:
             shutil.rmtree(interim_of(run.trained(number)), ignore_errors=True)
+
+
+def _remove_from_memory(run: RunDirectory, newest: int) -> None:
+    """Remove the exports in memory that nothing samples from any more."""
+    if run.memory is None:
+        return
+    needed = needed_exports(run)
+    for place in run.memory.glob("*"):
+        if place.name.isdigit() and int(place.name) < newest and int(place.name) not in needed:
+            shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        run.memory.rmdir()  # once it is empty
 
 
 def best_iterations(run: RunDirectory) -> set[int]:
@@ -150,10 +165,10 @@ def _at(iterations: Path, number: int, *parts: str) -> Path:
     return iterations.joinpath(f"{number:04}", *parts)
 
 
-def require_complete(iterations: Path, newest: int) -> None:
+def require_complete(run: RunDirectory, newest: int) -> None:
     """Raise UserError unless the newest checkpoint and its export are there whole, and the export's proof."""
-    _require_files(_at(iterations, newest, "megatron"))
-    require_complete_export(_at(iterations, newest, "hf"))
+    _require_files(run.trained(newest))
+    require_complete_export(run.exported(newest))
 
 
 def require_complete_export(directory: Path) -> None:
@@ -180,6 +195,12 @@ def _weights(directory: Path) -> list[Path]:
     return [file for pattern in WEIGHTS for file in sorted(directory.glob(pattern))]
 
 
+def note_pruned(directory: Path, key: Key, keep: int | None) -> None:
+    """Leave the note in a checkpoint or export without weights that says which key to change for them."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    replace_file(directory / PRUNED, Pruned(reason=f"{key}: {keep}", key=key, when=when).model_dump_json())
+
+
 def prune(directory: Path, key: Key, keep: int | None) -> None:
     """Delete the weights of a published checkpoint or export, leaving a note; nothing to do where that has happened.
 
@@ -191,10 +212,8 @@ def prune(directory: Path, key: Key, keep: int | None) -> None:
     files = _weights(directory)
     if not files or not (directory / MANIFEST).is_file():
         return
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    note = Pruned(reason=f"{key}: {keep}", key=key, when=when)
     if not (directory / PRUNED).exists():  # before the weights go: a checkpoint without them is never without the note
-        replace_file(directory / PRUNED, note.model_dump_json())
+        note_pruned(directory, key, keep)
     freed = 0
     for file in files:
         freed += file.stat().st_size

@@ -6,6 +6,7 @@ hf/, the small files of the Hugging Face checkpoint, so that exporting needs not
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -49,52 +50,89 @@ def save(
     optimizer: MegatronOptimizer | None = None,
     state: dict | None = None,
 ) -> dict[str, str]:
-    """Write a checkpoint and return the sha256 of its .distcp files by name, each hashed while its rank writes it.
+    """Write a checkpoint and return the sha256 of its .distcp files by name, see Save. Collective."""
+    return Save(directory, model, optimizer, state).finish()
 
-    Collective; every rank gets all hashes. Each rank writes what it alone owns (DistributedOptimizer's state) and its
-    share of what the data-parallel ranks hold alike: of P parameters of its model-parallel shard in b bytes each,
-    P * (b + 12) / DP bytes. Beside that it needs torch_dist_writer.CHUNK_BYTES of host memory for the copy of a part
-    and four blocks of hashed_files.BLOCK, 128 MiB together whatever P is, and nothing on the device: no communication
-    but names and places.
 
-    Args:
-        directory: made where it is not there.
-        model: Qwen2_5_VL or a wrapper of it.
-        optimizer: its state is written too; None: weights alone.
-        state: plain data (numbers, strings, lists, dicts), the same on every rank.
+class Save:
+    """A checkpoint that is being written: made, perhaps begun, finished. All ranks call the methods together.
 
-    Raises UserError where a file system refuses.
+    Each rank writes what it alone owns (DistributedOptimizer's state) and its share of what the data-parallel ranks
+    hold alike: of P parameters of its model-parallel shard in b bytes each, P * (b + 12) / DP bytes, hashed while they
+    are written. Beside that it needs torch_dist_writer.CHUNK_BYTES of host memory for the copy of a part and four
+    blocks of hashed_files.BLOCK, 128 MiB together whatever P is, and nothing on the device: no communication but names
+    and places. begin() costs nothing more: nothing is copied ahead.
     """
-    if torch.distributed.get_rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    torch.distributed.barrier()
-    tree: dict = {"model": _model_state(model)}
-    part = None if optimizer is None else optimizer_state.distributed_part(optimizer)
-    if part is not None:
-        boxes = optimizer_state.sharded_state(part, tree["model"])
-    elif optimizer is not None:
-        with torch.no_grad():
-            tree["optimizer"] = optimizer.sharded_state_dict(tree["model"], is_loading=False, metadata={})
-    apply_factories(tree)
-    _share_among_replicas(tree)
-    if part is not None:
-        tree["optimizer"] = boxes
-    if state is not None:
-        tree["state"] = state
-    tree["saved_from"] = {
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "data_parallel_size": parallel_state.get_data_parallel_world_size(),
-    }
-    console.quiet()
-    sharded, common = save_preprocess(tree)  # with megatron-core's check that each part is saved by one rank
-    own = [tensor for tensor in nested_values(sharded) if is_main_replica(tensor.replica_id)]
-    infos = {tensor.key: TensorInfo(tensor.dtype, tuple(tensor.global_shape)) for tensor in own}
-    parts = _agreed(directory, lambda: (infos, _write(directory, own)))
-    if torch.distributed.get_rank() == 0:
-        all_infos = {key: info for infos_of_rank, _ in parts for key, info in infos_of_rank.items()}
-        finish(directory, dict(sorted(all_infos.items())), [written for _, written in parts], common)
-    return {name: value for _, written in parts for name, value in written.hashes.items()}
+
+    def __init__(
+        self,
+        directory: Path,
+        model: torch.nn.Module,
+        optimizer: MegatronOptimizer | None = None,
+        state: dict | None = None,
+    ):
+        """Look at what is to be written. Nothing of it may change before finish() has returned.
+
+        Args:
+            directory: made where it is not there.
+            model: Qwen2_5_VL or a wrapper of it.
+            optimizer: its state is written too; None: weights alone.
+            state: plain data (numbers, strings, lists, dicts), the same on every rank.
+        """
+        self.directory = directory
+        if torch.distributed.get_rank() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        torch.distributed.barrier()
+        tree: dict = {"model": _model_state(model)}
+        part = None if optimizer is None else optimizer_state.distributed_part(optimizer)
+        if part is not None:
+            boxes = optimizer_state.sharded_state(part, tree["model"])
+        elif optimizer is not None:
+            with torch.no_grad():
+                tree["optimizer"] = optimizer.sharded_state_dict(tree["model"], is_loading=False, metadata={})
+        apply_factories(tree)
+        _share_among_replicas(tree)
+        if part is not None:
+            tree["optimizer"] = boxes
+        if state is not None:
+            tree["state"] = dict(state)
+        tree["saved_from"] = {
+            "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+            "data_parallel_size": parallel_state.get_data_parallel_world_size(),
+        }
+        console.quiet()
+        sharded, self._common = save_preprocess(tree)  # with megatron-core's check that each part is saved by one rank
+        self._own = [tensor for tensor in nested_values(sharded) if is_main_replica(tensor.replica_id)]
+        self._rank = torch.distributed.get_rank()
+        self._writing: Future[WrittenChunks] | None = None
+
+    def begin(self) -> None:
+        """Write from a thread, until finish()."""
+        pool = ThreadPoolExecutor(1, "save")
+        self._writing = pool.submit(self._write)
+        pool.shutdown(wait=False)
+
+    def finish(self) -> dict[str, str]:
+        """Return name -> sha256 of all ranks' files once the checkpoint is complete, written now or since begin().
+
+        Raises UserError, on all ranks, where a file system refuses.
+        """
+        writing = self._write if self._writing is None else self._writing.result
+        infos = {tensor.key: TensorInfo(tensor.dtype, tuple(tensor.global_shape)) for tensor in self._own}
+        parts = _agreed(self.directory, lambda: (infos, writing()))
+        if self._rank == 0:
+            all_infos = {key: info for infos_of_rank, _ in parts for key, info in infos_of_rank.items()}
+            finish(self.directory, dict(sorted(all_infos.items())), [written for _, written in parts], self._common)
+        return {name: value for _, written in parts for name, value in written.hashes.items()}
+
+    def _write(self) -> WrittenChunks:
+        """Write this rank's files."""
+        with ChunkWriter(self.directory, self._rank) as writer:
+            for tensor in self._own:
+                stacked = tensor.data.reshape((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
+                writer.write_in_parts(tensor.key, tensor.global_offset, stacked)
+        return writer.written
 
 
 def _share_among_replicas(tree: dict) -> None:
@@ -110,15 +148,6 @@ def _share_among_replicas(tree: dict) -> None:
             writer = load.index(min(load))
             load[writer] += tensor.data.nbytes
             tensor.replica_id = (0, 0, (replica - writer) % group.size())
-
-
-def _write(directory: Path, tensors: list[ShardedTensor]) -> WrittenChunks:
-    """Write this rank's files."""
-    with ChunkWriter(directory, torch.distributed.get_rank()) as writer:
-        for tensor in tensors:
-            stacked = tensor.data.reshape((1,) * tensor.prepend_axis_num + tuple(tensor.local_shape))
-            writer.write_in_parts(tensor.key, tensor.global_offset, stacked)
-    return writer.written
 
 
 def _agreed(directory: Path, work: Callable[[], _Value]) -> list[_Value]:

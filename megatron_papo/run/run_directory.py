@@ -1,8 +1,10 @@
 """Where the stages of a run put what they make: the only place where a path of a run is made."""
 
+import hashlib
 from pathlib import Path
 
 from megatron_papo.config import Config
+from megatron_papo.run.manifest import MANIFEST
 
 
 class RunDirectory:
@@ -47,8 +49,29 @@ class RunDirectory:
     def exported(self, number: int) -> Path:
         """Return the Hugging Face checkpoint of iteration `number`; of 0, the one that training starts from."""
         if number > 0:
-            return self._iteration(number) / "hf"
+            return (self.in_memory(number) or self._iteration(number)) / "hf"
         return self.base if self.config.sft is None else self.sft
+
+    @property
+    def memory(self) -> Path | None:
+        """The directory below export_directory that belongs to this run; None without one."""
+        if self.config.export_directory is None:
+            return None
+        root = self.root.absolute()
+        distinct = hashlib.sha256(str(root).encode()).hexdigest()[:12]
+        return Path(self.config.export_directory).absolute() / f"{root.name}-{distinct}"
+
+    def in_memory(self, number: int) -> Path | None:
+        """Return where iteration `number` is exported to if not into the run: between two whole checkpoints, where
+        nothing evaluates it and it does not lie in the run already."""
+        if self.memory is None or self.is_checkpoint(number) or number in self.evaluated_iterations():
+            return None
+        is_here = (self._iteration(number) / "hf" / MANIFEST).exists()
+        return None if is_here else self.memory / f"{number:04}"
+
+    def holds(self, path: Path) -> bool:
+        """Say whether a path is the run's own, in its directory or in memory."""
+        return path.is_relative_to(self.root) or (self.memory is not None and path.is_relative_to(self.memory))
 
     def rollback(self, number: int) -> Path | None:
         """Return the checkpoint that the guard of iteration `number` may go back to; None: the one it starts from."""

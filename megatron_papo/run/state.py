@@ -49,6 +49,8 @@ def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> Sta
     output = stage.output(run, turn)
     manifest = read_manifest(output)
     if manifest is None:
+        if stage.number == 6 and is_done_with(run, turn.iteration or 0):
+            return State(stage, turn, output, "done", "was needed in memory only")
         is_lost = stage.number == 7 and (run.exported(turn.iteration or 0) / PRUNED).exists()
         why = "the export was deleted before" if is_lost else ""
         return State(stage, turn, output, "running" if is_locked(output) else "missing", why)
@@ -59,6 +61,26 @@ def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> Sta
     return State(
         stage, turn, output, word, reason or "weights deleted" * pruned, 0 if pruned else size, manifest.seconds
     )
+
+
+def needed_exports(run: RunDirectory) -> set[int]:
+    """Return the iterations whose export a stage has yet to read, or the run ends with."""
+    needed = {
+        number
+        for number in run.evaluated_iterations()
+        if any(read_manifest(run.evaluated(number, name)) is None for name in run.evaluated_sets(number))
+    }
+    numbers = range(1, run.config.iterations + 1)
+    needed |= {run.sampled_by(number) for number in numbers if read_manifest(run.rollouts(number)) is None}
+    return (needed | {run.config.iterations}) - {0}
+
+
+def is_done_with(run: RunDirectory, number: int) -> bool:
+    """Say of an iteration whether it was exported into memory and is not needed any more: it is trained, and its
+    checkpoint holds no weights."""
+    trained = run.trained(number)
+    was_in_memory = read_manifest(trained) is not None and (trained / PRUNED).exists()
+    return was_in_memory and number not in needed_exports(run)
 
 
 def require_current(run: RunDirectory, output: Path) -> None:
@@ -99,7 +121,7 @@ def what_differs(run: RunDirectory, stage: Stage, turn: Turn, manifest: Manifest
         known = recipe["inputs"].get(spec.name)  # None: stage 1 reads the tokenizer alone
         if made is not None and known not in (None, made.fingerprint):
             return f"input {spec.name} is another one"
-        from_outside = made is None and not path.is_relative_to(run.root)
+        from_outside = made is None and not run.holds(path)
         if from_outside and recorded is not None and not is_same_place(recorded, path):
             return f"input {spec.name} was at {recorded}"
     return _moved_sources(run, stage, turn, recorded_places)

@@ -12,6 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_papo.checkpoint import megatron_files
+from megatron_papo.checkpoint.megatron_files import Save
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config import Config
 from megatron_papo.model.hf_config import HFConfig
@@ -66,18 +67,19 @@ class Policy:
         self.state = {"step": 0}
 
     def save(self, directory: Path, published: Path, with_optimizer: bool = True) -> dict[str, str]:
-        """Write a checkpoint; return the sha256 of the files that the ranks wrote, by name.
+        """Write a checkpoint; return the sha256 of the files that the ranks wrote, by name. See prepare_save."""
+        return self.prepare_save(directory, published, with_optimizer).finish()
+
+    def prepare_save(self, directory: Path, published: Path, with_optimizer: bool = True) -> Save:
+        """Return a checkpoint that has yet to be written, before the policy changes.
 
         Args:
             directory: Where to.
             published: The name it is going to have.
             with_optimizer: Optimizer and state, too: it can be resumed from.
         """
-        hashes = megatron_files.save(
-            directory, self.model.module, self.optimizer if with_optimizer else None, self.state
-        )
         self.at = published
-        return hashes
+        return Save(directory, self.model.module, self.optimizer if with_optimizer else None, self.state)
 
     def forget(self) -> None:
         """Gives up the device's memory; the next load brings everything back."""

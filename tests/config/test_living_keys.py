@@ -13,6 +13,7 @@ from tools.show_config import living_table
 
 LIVING = {
     "iterations", "keep_checkpoints", "keep_exports", "evaluate_every", "keep_best", "checkpoint_every",
+    "export_directory", "save_while_sampling",
     "model.path", "data.train.source", "data.sft.source", "data.image_root",
     "data.skip_bad_rows", "data.max_suspicious_share",
     "rollout.concurrency", "rollout.request_timeout_seconds", "rollout.dynamic_sampling.max_rounds", "reward.workers",
@@ -118,12 +119,14 @@ def test_every_key_can_be_seen_to_change(demo, key):
             ["checkpoint_every=2", "hacking_guard.action=stop", "server.shares_gpus=true"],
             "checkpoint_every 2 and server.shares_gpus exclude each other",
         ),
+        (["export_directory=/dev/shm"], "export_directory /dev/shm is not used with checkpoint_every 1"),
+        (["save_while_sampling=true", "server.shares_gpus=true"], "save_while_sampling and server.shares_gpus exclude"),
     ],
 )
 def test_cadence_that_cannot_be(overrides, complaint):
     with pytest.raises(UserError, match=complaint):
         load_config(DEMO_CONFIG, overrides)
-    possible = ["keep_best=1", "evaluate_every=2", "keep_exports=null", "checkpoint_every=3"]
+    possible = ["keep_best=1", "evaluate_every=2", "keep_exports=null", "checkpoint_every=3", "export_directory=/dev/shm"]
     load_config(DEMO_CONFIG, [*possible, "hacking_guard.action=stop"])
 
 

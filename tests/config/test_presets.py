@@ -33,6 +33,8 @@ COMMON = {
     "evaluate_every": 20,
     "keep_best": 1,
     "checkpoint_every": 10,
+    "export_directory": None,
+    "save_while_sampling": False,
     "data.train": {"source": "PAPOGalaxy/PAPO_ViRL39K_train", "split": "train", "count": None} | OWN_COLUMNS,
     "data.evaluation": {"source": "PAPOGalaxy/PAPO_MMK12_test", "split": "train", "count": None} | OWN_COLUMNS,
     "data.sft": None,
