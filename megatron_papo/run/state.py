@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_papo.config import PromptSource
 from megatron_papo.errors import UserError
-from megatron_papo.run.manifest import PRUNED, Manifest, read_manifest
+from megatron_papo.run.manifest import MANIFEST, PRUNED, Manifest, read_manifest
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import differences, nested, partial_of
 from megatron_papo.run.stages import Stage, Turn, all_turns, maker, set_section
@@ -68,10 +68,10 @@ def needed_exports(run: RunDirectory) -> set[int]:
     needed = {
         number
         for number in run.evaluated_iterations()
-        if any(read_manifest(run.evaluated(number, name)) is None for name in run.evaluated_sets(number))
+        if not all((run.evaluated(number, name) / MANIFEST).exists() for name in run.evaluated_sets(number))
     }
     numbers = range(1, run.config.iterations + 1)
-    needed |= {run.sampled_by(number) for number in numbers if read_manifest(run.rollouts(number)) is None}
+    needed |= {run.sampled_by(number) for number in numbers if not (run.rollouts(number) / MANIFEST).exists()}
     return (needed | {run.config.iterations}) - {0}
 
 
@@ -79,8 +79,7 @@ def is_done_with(run: RunDirectory, number: int) -> bool:
     """Say of an iteration whether it was exported into memory and is not needed any more: it is trained, and its
     checkpoint holds no weights."""
     trained = run.trained(number)
-    was_in_memory = read_manifest(trained) is not None and (trained / PRUNED).exists()
-    return was_in_memory and number not in needed_exports(run)
+    return (trained / MANIFEST).exists() and (trained / PRUNED).exists() and number not in needed_exports(run)
 
 
 def require_current(run: RunDirectory, output: Path) -> None:

@@ -2,6 +2,7 @@
 as before."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stage_output import require_input, verify_files
+from megatron_papo.run.state import is_done_with, needed_exports, states
 from tests.helpers import DEMO_CONFIG
 from tools.convert.geometry import config_tree
 
@@ -198,6 +200,38 @@ def test_weights_without_an_optimizer_go_once_they_are_exported(tmp_path):
         add(tmp_path / "iterations", number, weights_alone=number % 2 == 1)
     call(tmp_path / "iterations", 5, "keep_checkpoints=1", "checkpoint_every=2", "hacking_guard.action=warn")
     assert kept(tmp_path / "iterations") == [4, 5]
+
+
+def test_exports_in_memory_go_once_nothing_samples_from_them(tmp_path):
+    """checkpoint_every 3, evaluate_every 4: of iterations 1 to 5 the third and the fourth are exported to the disk."""
+    settings = ["iterations=6", "checkpoint_every=3", "evaluate_every=4", "hacking_guard.action=warn"]
+    elsewhere = [*settings, f"export_directory={tmp_path / 'memory'}"]
+    run = RunDirectory(tmp_path / "run", load_config(DEMO_CONFIG, elsewhere))
+    other = RunDirectory(tmp_path / "other" / "run", run.config)
+    assert [number for number in range(1, 7) if run.in_memory(number)] == [1, 2, 5]
+    assert run.exported(5).is_relative_to(tmp_path / "memory") and run.holds(run.exported(5))
+    assert run.exported(4) == tmp_path / "run/iterations/0004/hf" and other.exported(5) != run.exported(5)
+    assert RunDirectory(run.root, load_config(DEMO_CONFIG, settings)).exported(5) == run.iterations / "0005/hf"
+
+    for number in range(1, 6):
+        add(run.iterations, number)
+        rollouts = run.rollouts(number)
+        rollouts.mkdir()
+        (rollouts / "manifest.json").write_text('{"stage": "stage4_rollout", "fingerprint": "4", "files": {}}')
+        if number in (1, 2, 5):
+            place = run.memory / f"{number:04}"
+            place.mkdir(parents=True)
+            (run.iterations / f"{number:04}" / "hf").rename(place / "hf")
+            (run.trained(number) / "pruned.json").write_text('{"key": "checkpoint_every"}')
+    assert needed_exports(run) == {4, 5, 6}  # to be evaluated; to be sampled from; the last
+    assert [number for number in range(1, 7) if is_done_with(run, number)] == [1, 2]
+    tidy(run, 5)
+    assert [path.name for path in run.memory.iterdir()] == ["0005"]
+    shutil.rmtree(run.exported(5))  # the machine was switched off
+    word = {state.turn.iteration: state.word for state in states(run) if state.stage.number == 6}
+    assert word[1] == word[2] == "done" and word[5] == word[6] == "missing"
+    shutil.rmtree(run.iterations / "0003/hf")
+    assert {state.turn.iteration: state.word for state in states(run) if state.stage.number == 6}[3] == "missing"
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,13 @@ def test_every_key_can_be_seen_to_change(demo, key):
 def test_cadence_that_cannot_be(overrides, complaint):
     with pytest.raises(UserError, match=complaint):
         load_config(DEMO_CONFIG, overrides)
-    possible = ["keep_best=1", "evaluate_every=2", "keep_exports=null", "checkpoint_every=3", "export_directory=/dev/shm"]
+    possible = [
+        "keep_best=1",
+        "evaluate_every=2",
+        "keep_exports=null",
+        "checkpoint_every=3",
+        "export_directory=/dev/shm",
+    ]
     load_config(DEMO_CONFIG, [*possible, "hacking_guard.action=stop"])
 
 

@@ -113,6 +113,7 @@ def against_megatron_core(converted, directory, data) -> dict:
     for _ in range(STEPS):
         step(wrapped, optimizer, data)
     megatron_files.save(ours, model, optimizer, state={"step": STEPS})
+    equal |= from_a_thread(directory, ours, model, optimizer)
     tree = {"model": model.sharded_state_dict(metadata=_groups())}
     tree["optimizer"] = optimizer.sharded_state_dict(tree["model"], metadata=WHOLE)
     if process_groups.is_main_rank():
@@ -145,6 +146,37 @@ def against_megatron_core(converted, directory, data) -> dict:
     equal["ours by theirs"] = _equal(_state(optimizer), expected)
     process_groups.destroy()
     return equal
+
+
+def from_a_thread(directory, expected, model, optimizer) -> dict:
+    """Whether a save that is begun, and finished later, makes the same bytes; and what all ranks say where one cannot
+    write."""
+    import torch
+
+    from megatron_papo.checkpoint import megatron_files
+    from megatron_papo.distributed import process_groups
+    from megatron_papo.errors import UserError
+
+    begun, refused = directory / "begun", directory / "refused"
+    save = megatron_files.Save(begun, model, optimizer, {"step": STEPS})
+    save.begin()
+    save.finish()
+    torch.distributed.barrier()
+    names = sorted(path.name for path in expected.iterdir())
+    same = names == sorted(path.name for path in begun.iterdir())
+    same = same and all((expected / name).read_bytes() == (begun / name).read_bytes() for name in names)
+    if process_groups.is_main_rank():
+        (refused / "__1_0.distcp").mkdir(parents=True)  # where rank 1 wants to make a file
+    torch.distributed.barrier()
+    save, message = megatron_files.Save(refused, model, optimizer, {}), ""
+    save.begin()
+    try:
+        save.finish()
+    except UserError as error:
+        message = str(error)
+    messages = [message] * process_groups.world_size()
+    torch.distributed.all_gather_object(messages, message)
+    return {"begun": same, "refused": messages}
 
 
 def _groups() -> dict:
