@@ -1,7 +1,7 @@
 """Kills a small run of the demo at random until it is done, again and again, and compares its bits with those of a run
 that nobody disturbed.
 
-    .venv/bin/python -m tools.soak --minutes 30 --seed 1 [--json] [--undisturbed runs/NAME]
+    .venv/bin/python -m tools.soak --minutes 30 --seed 1 [--json] [--undisturbed runs/NAME] [--set KEY=VALUE]
 
 Every run is started with one command and, when that has ended, with the same command again. In between a signal
 (SIGKILL, SIGTERM, SIGINT, or SIGSTOP and some seconds later SIGCONT) goes to the whole group, or to one of its
@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -95,10 +95,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     undisturbed_help = "compare with this finished run, and take its configuration (default: one is made)"
     parser.add_argument("--undisturbed", type=Path, metavar="RUN", help=undisturbed_help)
+    set_help = "a key of the disturbed runs alone that changes no bit, e.g. save_while_sampling=true (repeatable)"
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help=set_help)
     args = parser.parse_args()
     if args.minutes <= 0:
         raise UserError(f"--minutes {args.minutes}: expected more than 0")
-    report = soak(args.minutes, args.seed, args.undisturbed)
+    report = soak(args.minutes, args.seed, args.undisturbed, args.settings)
     print(json.dumps(asdict(report)) if args.json else in_words(report), flush=True)
     if not report.is_clean:
         sys.exit(1)
@@ -116,8 +118,15 @@ def in_words(report: Report) -> str:
     )
 
 
-def soak(minutes: float, seed: int, undisturbed: Path | None = None) -> Report:
-    """Disturb runs for some minutes. Raises UserError where the undisturbed run fails or is not finished."""
+def soak(minutes: float, seed: int, undisturbed: Path | None = None, settings: Sequence[str] = ()) -> Report:
+    """Disturb runs for some minutes. Raises UserError where the undisturbed run fails or is not finished.
+
+    Args:
+        minutes: To go on with runs and kills.
+        seed: Of when and what is killed.
+        undisturbed: A finished run to compare with, whose configuration is taken; None: one is made.
+        settings: KEY=VALUE of the disturbed runs alone.
+    """
     report, draw = Report(seed), random.Random(seed)
     started = time.monotonic()
     name = f"soak-{os.getpid()}"
@@ -128,7 +137,8 @@ def soak(minutes: float, seed: int, undisturbed: Path | None = None) -> Report:
     while not report.runs or time.monotonic() < until:
         resident = report.runs % 2 == 1
         run = ROOT / "runs" / f"{name}-{report.runs + 1}"
-        arguments = [*overrides, *(["--resident"] if resident else [])]
+        own = [f"--set={setting}" for setting in settings]
+        arguments = [*overrides, *own, *(["--resident"] if resident else [])]
         say(f"run {report.runs + 1}, {'resident' if resident else 'stage by stage'}")
         with Disturbed(run, arguments, draw, report) as disturbed:
             disturbed.until_done(lambda: time.monotonic() < until)
