@@ -23,7 +23,7 @@ from megatron_papo.checkpoint import optimizer_state
 from megatron_papo.checkpoint.convert import OPTIMIZER_PREFIXES, require_same_names
 from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.checkpoint.proof import require_proof_if_converted
-from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint, cause_of
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.checkpoint.torch_dist_writer import ChunkWriter, WrittenChunks, finish
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HF_FILES
@@ -226,7 +226,7 @@ def _load(tree: dict, stored: TorchDistCheckpoint) -> dict:
         try:
             return dist_checkpointing.load(tree, str(stored.directory))
         except CheckpointException as error:
-            raise cause_of(error, stored.directory)
+            raise next((cause for cause, _ in error.failures.values()), error)  # what went wrong on some rank
 
 
 def _opened(checkpoint: Path | TorchDistCheckpoint) -> TorchDistCheckpoint:

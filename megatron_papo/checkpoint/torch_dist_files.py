@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
@@ -21,7 +20,6 @@ from megatron_papo.checkpoint.boxes import Box, common_part
 from megatron_papo.checkpoint.chunk_data import ChunkData, find_data
 from megatron_papo.checkpoint.hashed_files import (
     BLOCK,
-    cannot_write,
     open_for_reading,
     read_into,
     tensor_bytes,
@@ -30,7 +28,6 @@ from megatron_papo.checkpoint.hf_files import TensorInfo
 from megatron_papo.errors import UserError
 from megatron_papo.reading import read_json, reading, shown
 from megatron_papo.run.manifest import require_weights
-from megatron_papo.run.room import refusal
 
 _AGAIN = "restore it or make it again"
 
@@ -216,15 +213,6 @@ def _opened(path: Path) -> Iterator[tuple[int, Path]]:
         yield file, path
     finally:
         os.close(file)
-
-
-def cause_of(error: CheckpointException, directory: Path) -> BaseException:
-    """Return what really went wrong on some rank; a UserError where the file system refused (a full disk)."""
-    cause: BaseException = next((failure for failure, _ in error.failures.values()), error)
-    why = refusal(cause)
-    if why is not None:
-        return cannot_write(directory, OSError(0, why))
-    return UserError(f"{directory}: cannot write: {cause.strerror}") if isinstance(cause, OSError) else cause
 
 
 def _read_common(directory: Path) -> dict:
