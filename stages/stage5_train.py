@@ -345,8 +345,8 @@ class Trained:
             if self.save is not None:
                 self.out.hashes |= self.save.finish()
             if is_main:
-                if self.save is None:
-                    note_pruned(self.out.partial, "checkpoint_every", self.task.whole_config.checkpoint_every)
+                if self.save is None and run is not None:
+                    note_pruned(self.out.partial, "checkpoint_every", run.config.checkpoint_every)
                 megatron_files.copy_hf_files(self.task.path("megatron"), self.out.partial)
         if is_main and run is not None:
             from megatron_papo.run.curves import collect
