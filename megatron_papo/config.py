@@ -104,6 +104,10 @@ class ModelConfig(Section):
     optimizer."""
     recompute: Literal["none", "full"] = "none"
     """full: recompute each decoder and vision layer in the backward pass; memory for time."""
+    freeze: list[Literal["vision_tower", "merger", "embeddings"]] = []
+    """Parts that stage 5 leaves as they are, without gradient, optimizer state and weight decay. vision_tower: up to
+    its last norm. merger: the two linear maps after it. embeddings: where tied, the output layer too. The cold start
+    trains all."""
 
 
 class PromptSource(Section):
@@ -666,6 +670,10 @@ class TrainingConfig(Section):
     result."""
     log_prob_micro_batch_size: int = Field(gt=0)
     """layout plain: rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
+    encoded_picture_gigabytes: float = Field(default=8.0, ge=0)
+    """model.freeze vision_tower: host memory of each process of the first pipeline stage for what the tower says about
+    pictures, so that it says it once (2.6 kB a patch in bfloat16; an iteration shows each picture and its masked one).
+    What nobody has asked for longest leaves first. 0: keep none; the numbers are the same."""
     max_rollout_log_prob_difference: Annotated[float | None, LIMIT] = Field(default=None, gt=0)
     """Stop before the first step if the mean |log-prob by SGLang - log-prob by Megatron|, over the tokens that the
     server may sample, exceeds this; null: only report it. Rounding alone gives about 1e-6 in float32."""
@@ -784,6 +792,7 @@ class Config(Section):
             self._evaluation_pixels,
             self._data_fits,
             self._rollouts_fit,
+            self._freeze,
             self._steps_fit,
         )
         problems = [problem for rule in rules for problem in rule()]
@@ -906,6 +915,14 @@ class Config(Section):
             yield (
                 "rollout.max_staleness and server.shares_gpus exclude each other, sampling and training go on at the"
                 " same time: --set rollout.max_staleness=0"
+            )
+
+    def _freeze(self) -> Iterator[str]:
+        frozen = self.model.freeze
+        if self.parallel.vision_tower == "spread" and "vision_tower" in frozen and "merger" not in frozen:
+            yield (
+                "model.freeze vision_tower with parallel.vision_tower spread needs merger, too, what is encoded once is"
+                " not spread: --set model.freeze=[vision_tower,merger], or --set parallel.vision_tower=sharded"
             )
 
     def _steps_fit(self) -> Iterator[str]:

@@ -402,6 +402,7 @@ def train(
         with_pixels=process_groups.is_first_stage(),
         device=process_groups.device(),
         dtype=policy.dtype,
+        encoded=policy.encoded_pictures,
     )
     peak_memory()  # counts from here
     at_start = sum(plan.count_at_start(number) * len(step.own) for number, step in enumerate(steps))

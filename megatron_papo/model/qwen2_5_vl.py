@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_papo.model.freezing import freeze
 from megatron_papo.model.group_attention import GroupAttention, GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.layer_specs import Recompute, RMSNorm, transformer_config, transformer_layer
@@ -30,6 +31,7 @@ def build_model(
     sequence_parallel: bool,
     recompute: Recompute,
     vision_tower: Literal["sharded", "spread"] = "sharded",
+    frozen: Sequence[str] = (),
 ) -> "Qwen2_5_VL":
     """Return this rank's pipeline stage, on its device, with weights that a checkpoint must still be loaded into.
 
@@ -40,6 +42,7 @@ def build_model(
         recompute: model.recompute.
         vision_tower: parallel.vision_tower. Gradients of a spread tower are whole only after
             config.finalize_model_grads_func, which megatron-core's schedules call.
+        frozen: model.freeze.
     """
     config = transformer_config(
         dtype=dtype,
@@ -58,7 +61,9 @@ def build_model(
     )
     if vision_tower == "spread":
         config.finalize_model_grads_func = finalize_gradients
-    return Qwen2_5_VL(config, hf, recompute, SpreadVisionTower if vision_tower == "spread" else VisionTower)
+    model = Qwen2_5_VL(config, hf, recompute, SpreadVisionTower if vision_tower == "spread" else VisionTower)
+    freeze(model, frozen, hf.tie_word_embeddings)
+    return model
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Qwen2_5_VL(MegatronModule):
         pixel_values: torch.Tensor | None,
         image_grids: Sequence[tuple[int, int, int]],
         *,
+        encoded_pictures: torch.Tensor | None = None,
         pictures: Sequence[int] | None = None,
         groups: GroupSegments | None = None,
         responses: Responses | None = None,
@@ -146,6 +152,7 @@ class Qwen2_5_VL(MegatronModule):
             position_ids: [3, b, s], rotary positions.
             pixel_values: [patches, 1176] of all distinct pictures; only the first stage looks at them.
             image_grids: (1, rows, columns) of each distinct picture.
+            encoded_pictures: [cells, 4 * vision width] of them by VisionTower.encode, in place of pixel_values.
             pictures: which of them each place for a picture shows, in reading order; None: each its own.
             groups: the one row holds prompts, each followed by several responses to it.
             responses: what the last stage is asked.
@@ -159,7 +166,9 @@ class Qwen2_5_VL(MegatronModule):
             raise ValueError(
                 f"sequence parallelism needs rows of a multiple of {tp} tokens, got {input_ids.shape[1]}: pad them"
             )
-        embeddings = self._embed(input_ids, pixel_values, image_grids, pictures) if self.pre_process else None
+        embeddings = None
+        if self.pre_process:
+            embeddings = self._embed(input_ids, pixel_values, encoded_pictures, image_grids, pictures)
         hidden = self.language_model(
             input_ids, position_ids, attention_mask=None, decoder_input=embeddings, packed_seq_params=groups
         )
@@ -189,12 +198,13 @@ class Qwen2_5_VL(MegatronModule):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None,
+        encoded_pictures: torch.Tensor | None,
         image_grids: Sequence[tuple[int, int, int]],
         pictures: Sequence[int] | None,
     ) -> torch.Tensor:
         """Return token embeddings [s, b, h] (this rank's share of s with sequence parallelism), with the tower's output
         in place of image tokens."""
-        if (pixel_values is None) != (len(image_grids) == 0):
+        if (pixel_values is None and encoded_pictures is None) != (len(image_grids) == 0):
             raise ValueError(
                 f"{len(image_grids)} image grids were given {'without' if pixel_values is None else 'with'}"
                 " pixel_values"
@@ -208,15 +218,22 @@ class Qwen2_5_VL(MegatronModule):
             raise ValueError(
                 f"input_ids holds {int(is_image.sum())} image tokens, the image grids {list(image_grids)} make {cells}"
             )
-        if pixel_values is not None:
+        if image_grids:
             assert self.vision_model is not None  # it is the first stage
-            of_pictures = self.vision_model(pixel_values, list(image_grids)).split(lengths)
+            if encoded_pictures is not None:
+                image_tokens = self.vision_model.merge(encoded_pictures)
+            else:
+                image_tokens = self.vision_model(pixel_values, list(image_grids))
+            of_pictures = image_tokens.split(lengths)
             image_embeddings = torch.cat([of_pictures[picture] for picture in pictures])
             row_first = embeddings.transpose(0, 1).contiguous()
             row_first = row_first.masked_scatter(is_image[..., None], image_embeddings.to(row_first.dtype))
             embeddings = row_first.transpose(0, 1).contiguous()
         if self.config.sequence_parallel:
             embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+        if torch.is_grad_enabled() and not embeddings.requires_grad:
+            # All that it is made of is frozen, but recomputation wants an input with a gradient.
+            embeddings = embeddings.detach().requires_grad_()
         return embeddings
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -102,6 +102,7 @@ def finalize_gradients(model: Sequence[torch.nn.Module], *args: object, **option
         pending = [
             torch.distributed.all_reduce(parameter.main_grad, group=group, async_op=True)
             for parameter in tower.parameters()
+            if parameter.requires_grad
         ]
         for work in pending:
             work.wait()

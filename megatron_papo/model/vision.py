@@ -219,6 +219,30 @@ class VisionTower(MegatronModule):
 
         Raises ValueError if the patches are not those of the grids.
         """
+        encoded, cells = self._encode(pixel_values, image_grids)
+        return self.merge(encoded)[torch.argsort(cells)]
+
+    def encode(self, pixel_values: torch.Tensor, image_grid: tuple[int, int, int]) -> torch.Tensor:
+        """Return what the merger makes the image tokens of one picture from, [cells, 4 * hidden_size], in the pixels'
+        order.
+
+        Args:
+            pixel_values: [patches, patch_values].
+            image_grid: (1, rows, columns).
+        """
+        encoded, cells = self._encode(pixel_values, [image_grid])
+        return encoded[torch.argsort(cells)]
+
+    def merge(self, encoded: torch.Tensor) -> torch.Tensor:
+        """Return image tokens [cells, out_hidden_size] from [cells, 4 * hidden_size]."""
+        tokens, _ = self.merger_fc1(encoded)
+        tokens, _ = self.merger_fc2(F.gelu(tokens))
+        return tokens
+
+    def _encode(
+        self, pixel_values: torch.Tensor, image_grids: list[tuple[int, int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [cells, 4 * hidden_size] in the order of the windows, and [cells] that order: Geometry.cells."""
         check_patches(pixel_values, image_grids)
         places, device = geometry(self.vision, image_grids), pixel_values.device
         cells, merge = places.cells.to(device), self.vision.spatial_merge_size**2
@@ -233,9 +257,7 @@ class VisionTower(MegatronModule):
             rotary_pos_emb=angles[:, None, None, :],
             packed_seq_params=VisionSegments(qkv_format="sbhd", windows=places.windows, pictures=places.pictures),
         )
-        tokens, _ = self.merger_fc1(hidden.reshape(cells.numel(), -1))
-        tokens, _ = self.merger_fc2(F.gelu(tokens))
-        return tokens[torch.argsort(cells)]
+        return hidden.reshape(cells.numel(), -1), cells
 
     def _rotary_angles(self, positions: torch.Tensor) -> torch.Tensor:
         """Return float32 [patches, head_dim] from [patches, 2]: half of the frequencies turn with the row, half with

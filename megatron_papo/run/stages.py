@@ -306,6 +306,7 @@ STAGES: dict[str, Stage] = {
                 "seed",
                 "model.dtype",
                 "model.recompute",
+                "model.freeze",
                 "parallel",
                 "objective",
                 "hacking_guard",

@@ -17,6 +17,9 @@ h
 
     patches (2 c w  +  D (8 w^2 + 6 w m))  +  4 w sum over layers of pairs  +  cells (2 (k w)^2 + 2 k w h)
              embedding    QKV, output, MLP        scores, values                merger
+
+What model.freeze takes away does not count: the backward pass of a frozen tower, gradients of frozen weights. A frozen
+tower's forward passes are those that were really made (training/encoded_pictures.py), each picture by itself.
 """
 
 import re
@@ -81,16 +84,38 @@ def decoder_flops(text: TextConfig, tokens: int, pairs: int, responses: int) -> 
     )
 
 
-@lru_cache(maxsize=1 << 16)
 def vision_flops(vision: VisionConfig, grid: Grid) -> int:
-    """Return the FLOPs of one forward pass of one picture of (1, rows, columns) patches through the vision tower."""
-    width, merge = vision.hidden_size, vision.spatial_merge_size
+    """Return the FLOPs of one forward pass of one picture of (1, rows, columns) patches through the vision tower and
+    the merger after it."""
+    return tower_flops(vision, grid) + sum(merger_flops(vision, grid))
+
+
+@lru_cache(maxsize=1 << 16)
+def tower_flops(vision: VisionConfig, grid: Grid) -> int:
+    """Return the FLOPs of one forward pass of one picture up to the merger."""
+    width = vision.hidden_size
     patches = grid[0] * grid[1] * grid[2]
     full = sum(layer in vision.full_attention_layers for layer in range(vision.depth))
     pairs = full * patches**2 + (vision.depth - full) * window_pairs(vision, grid)
     per_patch = 2 * vision.patch_values * width + vision.depth * (8 * width**2 + 6 * width * vision.intermediate_size)
-    cell = merge**2 * width
-    return patches * per_patch + pairs * 4 * width + patches // merge**2 * 2 * cell * (cell + vision.out_hidden_size)
+    return patches * per_patch + pairs * 4 * width
+
+
+def merger_flops(vision: VisionConfig, grid: Grid) -> tuple[int, int]:
+    """Return the FLOPs of one forward pass of one picture through the merger's two linear maps."""
+    merge = vision.spatial_merge_size**2
+    cell, cells = merge * vision.hidden_size, _patches([grid]) // merge
+    return cells * 2 * cell**2, cells * 2 * cell * vision.out_hidden_size
+
+
+def vision_backward_flops(vision: VisionConfig, grid: Grid, frozen: Sequence[str]) -> int:
+    """Return the FLOPs of the backward pass of one picture through merger and tower: gradients of the weights, and of
+    what goes in where that comes from something that is trained. frozen: model.freeze."""
+    first, second = merger_flops(vision, grid)
+    trains_tower, trains_merger = "vision_tower" not in frozen, "merger" not in frozen
+    of_weights = trains_merger * (first + second)
+    of_inputs = (trains_tower or trains_merger) * second + trains_tower * first
+    return of_weights + of_inputs + trains_tower * BACKWARD * tower_flops(vision, grid)
 
 
 def window_pairs(vision: VisionConfig, grid: Grid) -> int:
@@ -146,8 +171,9 @@ class Work:
 
 def work_of(rows: Sequence[TrainingRollout], one_pass: Pass, config: Config, hf: HFConfig) -> Work:
     """Return the counts of one pass over the rollouts of one data-parallel rank, by the micro-batches that the layout
-    makes of them."""
+    makes of them; without a frozen tower's, which does not encode a picture once per pass."""
     parallel, layout, work = config.parallel, layout_of(config.training), Work()
+    frozen = config.model.freeze
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     kinds = kinds_of(one_pass.pictures)
     for part in layout.plan(rows, one_pass.micro_batch_size, len(kinds)):
@@ -155,14 +181,22 @@ def work_of(rows: Sequence[TrainingRollout], one_pass: Pass, config: Config, hf:
         tokens = sum(in_rows)
         positions = len(in_rows) * -(-max(in_rows) // multiple) * multiple
         pairs = sum(attention_pairs(prompt, responses) for prompt, responses in layout.lengths(part))
-        decoder = decoder_flops(hf.text, tokens, pairs, sum(row.response_length for row in part))
+        responses = sum(row.response_length for row in part)
+        decoder = decoder_flops(hf.text, tokens, pairs, responses)
+        backward = BACKWARD * decoder
+        if hf.tie_word_embeddings and "embeddings" in frozen:  # the output layer's weights
+            backward -= 2 * hf.text.hidden_size * hf.text.vocab_size * responses
         for kind in kinds:
             grids = _distinct_pictures(part, kind)
-            forward = decoder + sum(vision_flops(hf.vision, grid) for grid in grids)
             work.tokens += tokens
             work.padding += positions - tokens
-            work.patches += _patches(grids)
-            work.model_flops += forward * (1 + BACKWARD if kind in one_pass.with_gradient else 1)
+            work.model_flops += decoder + sum(sum(merger_flops(hf.vision, grid)) for grid in grids)
+            if "vision_tower" not in frozen:
+                work.patches += _patches(grids)
+                work.model_flops += sum(tower_flops(hf.vision, grid) for grid in grids)
+            if kind in one_pass.with_gradient:
+                work.model_flops += backward
+                work.model_flops += sum(vision_backward_flops(hf.vision, grid, frozen) for grid in grids)
     return work
 
 
@@ -189,6 +223,7 @@ def step_accounting(
     passes: Sequence[Pass],
     seconds: float,
     device: str | None = None,
+    encoded: Sequence[Grid] = (),
 ) -> dict[str, float]:
     """Return metrics of the passes that the rows of these optimizer steps went through together.
 
@@ -200,6 +235,7 @@ def step_accounting(
         passes: what the rows went through.
         seconds: how long that took.
         device: device_name().
+        encoded: pictures that a frozen tower has encoded meanwhile, on all data-parallel ranks.
 
     Everything is over all ranks:
 
@@ -232,12 +268,12 @@ def step_accounting(
         for _ in kinds_of(one_pass.pictures)
         for row in chain.from_iterable(steps[one_pass.steps])
     ]
-    flops = sum(work.model_flops for work in works)
+    flops = sum(work.model_flops for work in works) + sum(tower_flops(hf.vision, grid) for grid in encoded)
     metrics = {
         "tokens_computed": sum(work.tokens for work in works),
         "padding_tokens": sum(work.padding for work in works),
         "tokens_naive": _tokens(naive),
-        "patches_computed": sum(work.patches for work in works),
+        "patches_computed": sum(work.patches for work in works) + _patches(encoded),
         "patches_naive": sum(_patches(row.grids) for row in naive),
         "model_flops": flops,
         "tokens_per_second": _tokens(rows) / seconds,

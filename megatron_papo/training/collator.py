@@ -16,6 +16,7 @@ from megatron_papo.model.position_ids import mrope_position_ids
 from megatron_papo.objective.papo_loss import StepCounts
 from megatron_papo.pictures import preprocess
 from megatron_papo.run.records import Rollout
+from megatron_papo.training.encoded_pictures import EncodedPictures
 from megatron_papo.training.layouts import InputRow, RotaryPositions, layout_of
 from megatron_papo.training.rows import Grid, TrainingRollout
 
@@ -41,6 +42,8 @@ class MicroBatch:
     """[3, b, s]"""
     pixel_values: Tensor | None
     """[patches, 1176] of the distinct pictures; None where there are no images and on later pipeline stages."""
+    encoded_pictures: Tensor | None
+    """In place of pixel_values where the vision tower is frozen: what it says about the distinct pictures."""
     image_grids: list[Grid]
     """One for each distinct picture."""
     pictures: list[int]
@@ -85,6 +88,7 @@ class Collator:
         device: torch.device,
         dtype: torch.dtype,
         rotary_positions: RotaryPositions | None = None,
+        encoded: EncodedPictures | None = None,
     ):
         """Prepare for the micro-batches of any rollouts.
 
@@ -95,10 +99,11 @@ class Collator:
             with_pixels: whether this rank holds the vision tower.
             device, dtype: of the tensors that the model gets.
             rotary_positions: the model's own where it is None.
+            encoded: of a frozen vision tower.
         """
         self.config, self.data_root = config, data_root
         self.with_pixels, self.device, self.dtype = with_pixels, device, dtype
-        self.layout = layout_of(config.training)
+        self.layout, self.encoded = layout_of(config.training), encoded
         self.rotary_positions = rotary_positions or partial(mrope_position_ids, image_token_id=hf.image_token_id)
         parallel = config.parallel
         self.length_multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
@@ -122,12 +127,13 @@ class Collator:
         for i, row in enumerate(rows):
             response_mask[i, : row.response_length] = 1.0
         first_of_prompts = [of_prompt[0] for of_prompt in self.layout.by_prompt(rows)]
-        pixel_values, image_grids, places = self._pictures(first_of_prompts, kinds)
+        of_pictures, image_grids, places = self._pictures(first_of_prompts, kinds)
         return MicroBatch(
             rows,
             input_ids.repeat(copies, 1).to(self.device),
             position_ids.repeat(1, copies, 1).to(self.device),
-            pixel_values,
+            of_pictures if self.encoded is None else None,
+            None if self.encoded is None else of_pictures,
             image_grids,
             places,
             torch.cat([predicting + copy * input_ids.numel() for copy in range(copies)]).to(self.device),
@@ -151,12 +157,12 @@ class Collator:
     def _pictures(
         self, rows: Sequence[TrainingRollout], kinds: Sequence[Kind]
     ) -> tuple[Tensor | None, list[Grid], list[int]]:
-        """Return patches and grids of the distinct pictures that the rows show in each kind, and which of them stands
-        at each place."""
+        """Return patches (of a frozen tower: what it makes of them) and grids of the distinct pictures that the rows
+        show in each kind, and which of them stands at each place."""
         if not self.with_pixels or not any(row.grids for row in rows):
             return None, [], []
         distinct: dict[tuple, range] = {}
-        patches: list[Tensor] = []
+        patches: list[Tensor] = []  # or encoded
         grids: list[Grid] = []
         places: list[int] = []
         for kind in kinds:
@@ -164,7 +170,11 @@ class Collator:
                 key = _picture_key(row.rollout, kind)
                 if key not in distinct:
                     distinct[key] = range(len(patches), len(patches) + len(row.rollout.images))
-                    patches += self._patches(row.rollout, kind)
+                    if self.encoded is None:
+                        patches += self._patches(row.rollout, kind)
+                    else:
+                        prepared = partial(self._prepared_on_device, row.rollout, kind)
+                        patches += [each.to(self.device) for each in self.encoded.of(key, prepared, row.grids)]
                     grids += row.grids
                 places += distinct[key]
         return torch.cat(patches).to(self.device), grids, places
@@ -175,6 +185,17 @@ class Collator:
         key = _picture_key(rollout, kind)
         if key in self._kept:
             return self._kept[key]
+        patches = self._prepared(rollout, kind)
+        size = sum(tensor.nbytes for tensor in patches)
+        if self._kept_bytes + size <= KEPT_PICTURE_BYTES:
+            self._kept[key], self._kept_bytes = patches, self._kept_bytes + size
+        return patches
+
+    def _prepared_on_device(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
+        return [patches.to(self.device) for patches in self._prepared(rollout, kind)]
+
+    def _prepared(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
+        """Return [patches, 1176] of each of the rollout's pictures, loaded, resized and masked."""
         settings = preprocess.PictureSettings.of(self.config.data)
         if kind == "masked":
             pictures = preprocess.load_images(
@@ -187,11 +208,7 @@ class Collator:
             )
         else:
             pictures = preprocess.load_images(self.data_root, rollout.images, settings)
-        patches = [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
-        size = sum(tensor.nbytes for tensor in patches)
-        if self._kept_bytes + size <= KEPT_PICTURE_BYTES:
-            self._kept[key], self._kept_bytes = patches, self._kept_bytes + size
-        return patches
+        return [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
 
 
 def kinds_of(pictures: Pictures) -> tuple[Kind, ...]:

@@ -99,7 +99,7 @@ def _run(
         batch = next(iterator)
         output = model(
             batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids,
-            pictures=batch.pictures, groups=batch.groups, responses=ask(batch),
+            encoded_pictures=batch.encoded_pictures, pictures=batch.pictures, groups=batch.groups, responses=ask(batch),
         )  # fmt: skip
         return output, partial(on_output, batch)
 

@@ -22,7 +22,7 @@ from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.loss_recipe import LossRecipe, counts_of, denominators_of
 from megatron_papo.training.optimizer import set_learning_rate
 from megatron_papo.training.policy import Policy
-from megatron_papo.training.rows import TrainingRollout
+from megatron_papo.training.rows import Grid, TrainingRollout
 
 
 @dataclass(frozen=True)
@@ -228,11 +228,20 @@ class Passes:
     def _account(
         self, steps: list[list[TrainingRollout]], passes: Sequence[accounting.Pass], seconds: float
     ) -> dict[str, float]:
-        peak = accounting.peak_memory()
+        peak, encoded = accounting.peak_memory(), self._encoded_meanwhile()
         if not collectives.is_reporting_rank():
             return peak
         device = accounting.device_name()
-        return accounting.step_accounting(steps, self.config, self.hf, passes, seconds, device) | peak
+        return accounting.step_accounting(steps, self.config, self.hf, passes, seconds, device, encoded) | peak
+
+    def _encoded_meanwhile(self) -> list[Grid]:
+        """Return the pictures that a frozen vision tower has encoded since the call before, on all data-parallel
+        ranks."""
+        if self.collator.encoded is None:
+            return []
+        own = self.collator.encoded.take_encoded()
+        speaks = process_groups.is_first_stage() and process_groups.tp_group().rank() == 0
+        return [grid for of_rank in collectives.gather(own if speaks else []) for grid in of_rank]
 
 
 def masked_branch(seen: Seen) -> PerRollout:

@@ -2,7 +2,7 @@
 reference on the host."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,11 @@ from megatron_papo.checkpoint import megatron_files
 from megatron_papo.checkpoint.megatron_files import Save
 from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.config import Config
+from megatron_papo.distributed import collectives
+from megatron_papo.model.freezing import is_frozen
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.qwen2_5_vl import build_model
+from megatron_papo.training.encoded_pictures import EncodedPictures
 from megatron_papo.training.optimizer import build_optimizer
 
 
@@ -32,6 +35,11 @@ class Policy:
         self.at: Path | None = None
         """The checkpoint whose weights, optimizer and state these are."""
         self._reference: list[torch.Tensor] | None = None
+        self.encoded_pictures: EncodedPictures | None = None
+        """Of the vision tower, where it is frozen; for the collator."""
+        if "vision_tower" in config.model.freeze:
+            kept = int(config.training.encoded_picture_gigabytes * 1e9)
+            self.encoded_pictures = EncodedPictures(self._encode_picture, kept)
 
     @property
     def model(self) -> DistributedDataParallel:
@@ -84,6 +92,8 @@ class Policy:
     def forget(self) -> None:
         """Gives up the device's memory; the next load brings everything back."""
         self._trained = self.at = None
+        if self.encoded_pictures is not None:
+            self.encoded_pictures.forget()
         gc.collect()  # hooks make cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -101,15 +111,34 @@ class Policy:
     def as_reference(self) -> Iterator[torch.nn.Module]:
         """Give the model the reference's weights for a while; its own wait in the reference's place. Afterwards they
         are back, bit for bit."""
-        self._exchange()
-        yield self.model
-        self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
         if self._reference is None:
             raise RuntimeError("no reference is loaded")
-        for parameter, stored in zip(self.model.parameters(), self._reference, strict=True):
+        sees_otherwise = self.encoded_pictures is not None and self._reference_sees_otherwise(self._reference)
+        self._exchange(self._reference)
+        if self.encoded_pictures is not None and sees_otherwise:
+            self.encoded_pictures.forget()
+        yield self.model
+        self._exchange(self._reference)
+        if self.encoded_pictures is not None and sees_otherwise:
+            self.encoded_pictures.forget()
+
+    def _reference_sees_otherwise(self, reference: Sequence[torch.Tensor]) -> bool:
+        """Say whether the reference's vision tower is another one than the frozen tower of the policy, on any rank."""
+        pairs = zip(self.model.module.named_parameters(), reference, strict=True)
+        differs = any(
+            is_frozen(name, ["vision_tower"], tied=False) and not torch.equal(parameter.cpu(), stored)
+            for (name, parameter), stored in pairs
+        )
+        return collectives.max_over_ranks(differs) > 0
+
+    def _encode_picture(self, patches: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        tower = self.model.module.vision_model
+        assert tower is not None  # it is the first stage
+        return tower.encode(patches, grid)
+
+    @torch.no_grad()
+    def _exchange(self, reference: Sequence[torch.Tensor]) -> None:
+        for parameter, stored in zip(self.model.parameters(), reference, strict=True):
             waiting = parameter.detach().clone()
             parameter.copy_(stored)
             stored.copy_(waiting)
@@ -127,6 +156,7 @@ class Policy:
             sequence_parallel=parallel.sequence_parallel,
             recompute=recompute,
             vision_tower=parallel.vision_tower,
+            frozen=self.config.model.freeze,
         )
 
 

@@ -4,79 +4,10 @@ Expected is what a sweep of every rollout with the first weights gives. NOT cove
 (tests/training/test_papo_step.py, case `one step`), the checks of the rollouts (tests/stages/test_stage5.py).
 """
 
-from dataclasses import replace
-
 import pytest
-import torch
 
 from megatron_papo.distributed import process_groups
-from tools.gpu_acceptance.task import Shape, Task
-
-STEPS, GROUP = 3, 3
-SHAPE = Shape(STEPS * 2, 40, 8)
-LAYOUTS = {"group": "training.max_tokens_per_micro_batch=150", "plain": "training.micro_batch_size=4"}
-METRICS = ("loss", "policy_loss", "kl_ref", "kl_prcp", "entropy", "clip_fraction_high", "gradient_norm")
-
-
-class Iteration:
-    """Makes the steps from the same weights, again and again."""
-
-    def __init__(self, directory, layout):
-        from megatron_papo.model.hf_config import read_hf_config
-        from megatron_papo.training.collator import Collator
-        from megatron_papo.training.passes import Passes, PassPlan, split_into_steps
-        from megatron_papo.training.policy import Policy
-
-        task = Task(directory, "cpu", True)
-        hf_dir, self.megatron = task.checkpoint()
-        hf = read_hf_config(hf_dir)
-        changes = [
-            *SHAPE.changes,
-            f"rollout.group_size={GROUP}",
-            f"rollout.rollout_batch_size={SHAPE.groups}",
-            f"training.global_batch_size={SHAPE.groups // STEPS}",
-            f"training.layout={layout}",
-            LAYOUTS[layout],
-            "objective.average=micro_batch",
-            "objective.importance_sampling_cap=1.5",
-        ]
-        config = task.config("float32", changes)
-        process_groups.initialize(config.parallel)
-        rows = task.rows(hf, config, directory / "pictures", SHAPE)
-        rows = [  # the server's log-probs a little off the policy's, so that the importance weights are some
-            replace(row, rollout=row.rollout.model_copy(update={"rollout_log_probs": [-5.0] * row.response_length}))
-            for row in rows
-        ]
-        steps = split_into_steps(rows, config, 0, 1)
-        cpu = torch.device("cpu")
-        collator = Collator(config, hf, directory / "pictures", with_pixels=True, device=cpu, dtype=torch.float32)
-        self.gone_over: list[int] = []
-        self.passes = Passes(config, hf, steps, PassPlan.of(config.objective), collator, self.gone_over.append)
-        self.policy = Policy(config, hf)
-        self.policy.load_reference(self.megatron)
-
-    def train(self, change):
-        """change: from the constants of the steps to others. -> metrics of each step, all weights."""
-        from megatron_papo.training.loss_recipe import loss_recipe
-
-        passes, policy = self.passes, self.policy
-        policy.load(self.megatron)
-        self.gone_over.clear()
-        of_reference = passes.sweep_reference(policy)
-        of_policy, _ = passes.sweep_policy(policy.model)
-        self.swept = sum(self.gone_over)
-        constants = change([one | other for one, other in zip(of_reference, of_policy, strict=True)])
-        metrics = []
-        for number, step in enumerate(passes.steps):
-            recipe = loss_recipe(passes.config.objective, number)
-            update = passes.update(policy, step, constants[number], recipe, 2e-3)
-            metrics.append({**update.metrics, "gradient_norm": update.gradient_norm})
-        return metrics, torch.cat([weight.detach().flatten() for weight in policy.model.parameters()])
-
-    def every_sweep(self, constants):
-        """As if the old policy had been swept over the first step's rollouts, too."""
-        swept = self.passes.sweep(self.policy.model, self.passes.steps[0].own, ["original"])["original"]
-        return [constants[0] | {"old_log_probs": swept.log_probs}, *constants[1:]]
+from tests.training.iteration import GROUP, LAYOUTS, METRICS, STEPS, Iteration
 
 
 def no_sweep(constants):
@@ -92,7 +23,7 @@ def iteration(request, tmp_path):
 
 def test_the_first_step_says_what_the_old_policy_was(iteration):
     rollouts = STEPS * 2 * GROUP
-    metrics, weights = iteration.train(lambda constants: constants)
+    metrics, weights = iteration.train()
     assert iteration.swept == rollouts * (1 + 1) + rollouts * (STEPS - 1) // STEPS  # reference, masked, old policy
     assert iteration.swept == sum(iteration.passes.plan.count_at_start(n) * 2 * GROUP for n in range(STEPS))
     expected, expected_weights = iteration.train(iteration.every_sweep)
