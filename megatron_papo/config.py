@@ -670,7 +670,7 @@ class TrainingConfig(Section):
     result."""
     log_prob_micro_batch_size: int = Field(gt=0)
     """layout plain: rollouts per forward pass without gradient (old, reference and masked-image log-probs)."""
-    encoded_picture_gigabytes: float = Field(default=8.0, ge=0)
+    encoded_picture_gigabytes: Annotated[float, SPEED] = Field(default=8.0, ge=0)
     """model.freeze vision_tower: host memory of each process of the first pipeline stage for what the tower says about
     pictures, so that it says it once (2.6 kB a patch in bfloat16; an iteration shows each picture and its masked one).
     What nobody has asked for longest leaves first. 0: keep none; the numbers are the same."""

@@ -17,7 +17,7 @@ LIVING = {
     "model.path", "data.train.source", "data.sft.source", "data.image_root",
     "data.skip_bad_rows", "data.max_suspicious_share",
     "rollout.concurrency", "rollout.request_timeout_seconds", "rollout.dynamic_sampling.max_rounds", "reward.workers",
-    "training.max_rollout_log_prob_difference",
+    "training.encoded_picture_gigabytes", "training.max_rollout_log_prob_difference",
 }  # fmt: skip
 LIVING_SECTIONS = ("server.", "evaluation.", "data.evaluation.")
 

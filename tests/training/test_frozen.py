@@ -13,8 +13,9 @@ from megatron_papo.distributed import process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.model.freezing import is_frozen
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
+from megatron_papo.training.accounting import vision_flops
 from tests.helpers import DEMO_CONFIG
-from tests.training.iteration import METRICS, STEPS, Iteration
+from tests.training.iteration import GROUP, METRICS, STEPS, Iteration
 
 PARTS = {
     "vision_tower": "vision_model.",
@@ -86,6 +87,36 @@ def test_pictures_are_encoded_once_to_the_same_bits(make):
     assert encoded["all"] == 2 * STEPS * 2 < encoded["half"] <= encoded["none"]
     for metrics, weights in found.values():
         assert metrics == found["all"][0] and torch.equal(weights, found["all"][1])
+
+
+def test_what_a_frozen_tower_saves_is_not_accounted_for(make):
+    """An update: its forward and backward pass, and the gradient of what goes into the merger. Its patches: each once,
+    in the sweeps."""
+    whole = make()
+    vision, step = whole.passes.hf.vision, whole.passes.steps[0]
+    cell = vision.spatial_merge_size**2 * vision.hidden_size
+    tower, inputs, patches = 0, 0, 0
+    for row in step.all[::GROUP]:
+        for grid in row.grids:
+            cells = grid[1] * grid[2] // vision.spatial_merge_size**2
+            tower += vision_flops(vision, grid) - cells * 2 * cell * (cell + vision.out_hidden_size)
+            inputs += cells * 2 * cell**2
+            patches += grid[1] * grid[2]
+    expected = whole.passes.account_step(step, 1.0)
+    assert expected["patches_computed"] == patches
+
+    frozen = make("model.freeze=[vision_tower]")
+    got = frozen.passes.account_step(frozen.passes.steps[0], 1.0)
+    assert got["patches_computed"] == 0 and expected["model_flops"] - got["model_flops"] == 3 * tower + inputs
+    frozen.train()
+    got = frozen.passes.account_step(frozen.passes.steps[0], 1.0)
+    assert got["patches_computed"] == 2 * STEPS * patches  # pictures of one size; they and the masked ones
+    assert frozen.passes.account_step(frozen.passes.steps[0], 1.0)["patches_computed"] == 0
+
+    nothing = make("model.freeze=[vision_tower,merger]")
+    merger = patches // vision.spatial_merge_size**2 * 2 * cell * (cell + vision.out_hidden_size)
+    got = nothing.passes.account_step(nothing.passes.steps[0], 1.0)
+    assert expected["model_flops"] - got["model_flops"] == 3 * tower + 2 * merger
 
 
 def test_a_reference_with_another_tower_sees_for_itself(make, tmp_path):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_papo.checkpoint import convert
 from megatron_papo.checkpoint.name_map import disk_name
+from megatron_papo.checkpoint.torch_dist_files import TorchDistCheckpoint
 from megatron_papo.objective.advantages import advantages_of
 from megatron_papo.pictures import preprocess
 from megatron_papo.pictures.masking import black_squares, blacken
@@ -199,7 +200,7 @@ def make_cases() -> list[dict]:
                     ],
                 }  # fmt: skip
             )
-    return cases + group_cases() + dealt_cases() + spread_cases()
+    return cases + group_cases() + dealt_cases() + spread_cases() + frozen_cases()[:-1]
 
 
 def group_cases() -> list[dict]:
@@ -302,6 +303,48 @@ def dealt_cases() -> list[dict]:
     return cases
 
 
+FROZEN = {
+    "vision_tower": ("visual.patch_embed.", "visual.blocks.", "visual.merger.ln_q."),
+    "merger": ("visual.merger.mlp.",),
+    "embeddings": ("model.embed_tokens.",),
+}
+"""Parts of model.freeze by the official names of their tensors."""
+
+
+def frozen_cases() -> list[dict]:
+    """What is frozen has no gradient, all else that of the whole network. The first is saved, the last resumes it."""
+    cases = []
+    for name, frozen, more, what in [
+        (
+            "tp2pp2sp",
+            ["vision_tower", "embeddings"],
+            ["training.layout=group", "training.max_tokens_per_micro_batch=120", "optimizer.distributed=true"],
+            {"is_saved": True},
+        ),
+        ("tp2dp2", ["merger"], ["training.micro_batch_size=3", "model.recompute=full"], {}),
+        ("tp2pp2", [*FROZEN], ["training.micro_batch_size=5", "model.recompute=full"], {}),
+        ("tp2dp2", ["vision_tower", "merger"], ["training.micro_batch_size=4", "parallel.vision_tower=spread"], {}),
+        (
+            "pp2dp2",
+            ["vision_tower", "embeddings"],
+            ["optimizer.distributed=true"],
+            {"resumes": "frozen-tp2pp2sp-vision_tower-embeddings"},
+        ),
+    ]:
+        tp, pp, dp, sequence = LAYOUTS[name]
+        overrides = [
+            f"parallel.tensor_model_parallel_size={tp}",
+            f"parallel.pipeline_model_parallel_size={pp}",
+            f"parallel.data_parallel_size={dp}",
+            f"parallel.sequence_parallel={str(sequence).lower()}",
+            f"model.freeze={json.dumps(frozen)}",
+            *more,
+        ]
+        case = {"name": "-".join(["frozen", name, *frozen]), "objective": "token", "step": STEP, "frozen": frozen}
+        cases.append(case | {"overrides": overrides} | what)
+    return cases
+
+
 CASES = make_cases()
 SETTINGS = [
     f"rollout.temperature={TEMPERATURE}",
@@ -334,7 +377,12 @@ def work(tmp_path_factory):
     rewards = torch.tensor([r.rewards.overall for r in rollouts]).view(-1, GROUP)
     advantages = advantages_of("grpo", rewards, torch.ones_like(rewards)).flatten().tolist()
     (work / "cases.json").write_text(
-        json.dumps([case | {"advantages": advantages, "overrides": SETTINGS + case["overrides"]} for case in CASES])
+        json.dumps(
+            [
+                case | {"advantages": advantages, "overrides": SETTINGS + case["overrides"]}
+                for case in [*CASES, frozen_cases()[-1]]
+            ]
+        )
     )
     (work / "config.yaml").write_text((ROOT / "configs" / "demo.yaml").read_text())
     command = [
@@ -487,6 +535,10 @@ def test_every_gradient_equals_transformers(work, reference, case, tmp_path):
     got = load_file(tmp_path / "hf" / "model.safetensors")
     expected = reference[case["objective"]][1]
     assert got.keys() == expected.keys()
+    starts = tuple(start for part in case.get("frozen", []) for start in FROZEN[part])
+    frozen = {name for name in expected if starts and name.startswith(starts)}
+    assert all(got[name].count_nonzero() == 0 < expected[name].count_nonzero() for name in frozen)
+    expected = {name: gradient for name, gradient in expected.items() if name not in frozen}
     scale = max(float(g.abs().max()) for g in expected.values())
     worst = {name: float((got[name].double() - expected[name]).abs().max()) / scale for name in expected}
     assert max(worst.values()) < 2e-5, sorted(worst.items(), key=lambda row: -row[1])[:5]
@@ -495,12 +547,36 @@ def test_every_gradient_equals_transformers(work, reference, case, tmp_path):
         assert max(float((got[name].double() - other[name]).abs().max()) / scale for name in expected) > 1e-3
 
 
+def test_a_frozen_part_has_no_state_and_moves_to_another_layout(work, tmp_path):
+    """Saved at TP2 x PP2, loaded and saved again at PP2 x DP2: every bit; exported, it holds the frozen tensors as they
+    were."""
+    saving, resuming = frozen_cases()[0], frozen_cases()[-1]
+    trained = TorchDistCheckpoint(work / saving["name"] / "trained")
+    again = TorchDistCheckpoint(work / resuming["name"])
+    assert trained.tensors == again.tensors
+    assert all(torch.equal(trained.read(key, None), again.read(key, None)) for key in trained.tensors)
+    moments = [key for key in trained.tensors if "exp_avg_sq" in key]
+    assert any("merger_fc1" in key for key in moments) and any("output_layer" in key for key in moments)
+    for part in ("vision_model.decoder", "patch_embed", "embedding"):
+        assert any(part in key for key in trained.tensors) and not any(part in key for key in moments), part
+    tmp_path.joinpath("hf").mkdir()
+    convert.megatron_to_hf(convert.MegatronCheckpoint(trained.directory), tmp_path / "hf")
+    after, before = (load_file(path / "model.safetensors") for path in (tmp_path / "hf", work / "policy"))
+    starts = tuple(start for part in saving["frozen"] for start in FROZEN[part])
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if name.startswith(starts)
+    }
+
+
 @pytest.mark.parametrize(
     "name",
     [
         case["name"]
         for case in CASES
-        if case["objective"] in ("token", "sequence") and "dp" not in case["name"] and "group" not in case["name"]
+        if case["objective"] in ("token", "sequence")
+        and "frozen" not in case
+        and "dp" not in case["name"]
+        and "group" not in case["name"]
     ],
 )
 def test_cached_log_probs_equal_transformers(work, reference, name):

@@ -19,6 +19,7 @@ from megatron_papo.objective.papo_loss import finish_metrics
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
 from megatron_papo.training.collator import Collator
+from megatron_papo.training.encoded_pictures import EncodedPictures
 from megatron_papo.training.forward_step import PassSettings, papo_step, sweep
 from megatron_papo.training.loss_recipe import loss_recipe
 from megatron_papo.training.optimizer import build_optimizer
@@ -42,7 +43,11 @@ def run_case(work: Path, case: dict) -> None:
         sequence_parallel=layout.sequence_parallel,
         recompute=config.model.recompute,
         vision_tower=layout.vision_tower,
+        frozen=config.model.freeze,
     )
+    encoded = None
+    if "vision_tower" in config.model.freeze:
+        encoded = EncodedPictures(lambda patches, grid: model.vision_model.encode(patches, grid), 1 << 20)
     collator = Collator(
         config,
         hf,
@@ -50,11 +55,17 @@ def run_case(work: Path, case: dict) -> None:
         with_pixels=process_groups.is_first_stage(),
         device=process_groups.device(),
         dtype=torch.float32,
+        encoded=encoded,
     )
     sweep_settings = PassSettings(config.training.log_prob_micro_batch_size, config.rollout.temperature)
 
-    def swept(name, kind="original"):
+    def load(name):
         megatron_files.load_weights(work / f"{name}_megatron", model)
+        if encoded is not None:
+            encoded.forget()
+
+    def swept(name, kind="original"):
+        load(name)
         return sweep(model, collator, mine, sweep_settings, [kind])[kind]
 
     cached = {"ref_log_probs": swept("reference").log_probs, "old_log_probs": swept("old").log_probs}
@@ -63,7 +74,7 @@ def run_case(work: Path, case: dict) -> None:
         cached |= {"masked_image_log_probs": masked.log_probs, "masked_image_entropy": masked.entropy}
     if process_groups.is_last_stage():
         cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs) for row in mine]
-    megatron_files.load_weights(work / "policy_megatron", model)
+    load("policy")
     wrapped, optimizer = build_optimizer(model, config.optimizer, torch.float32)
     wrapped.zero_grad_buffer()
     optimizer.zero_grad()
@@ -81,9 +92,19 @@ def run_case(work: Path, case: dict) -> None:
         (output / "log_probs.json").write_text(
             json.dumps({name: [v.tolist() for v in values] for name, values in cached.items()})
         )
+    gradients = [
+        parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
+        for parameter in model.parameters()
+    ]
+    if case.get("is_saved"):
+        optimizer.step()
+        megatron_files.save(output / "trained", wrapped, optimizer, {"step": 1})
+        if process_groups.is_main_rank():
+            megatron_files.copy_hf_files(work / "policy_megatron", output / "trained")
+        collectives.barrier()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.main_grad)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.copy_(gradient)
     if process_groups.is_main_rank():
         (output / "gradient").mkdir()
     collectives.barrier()
@@ -94,10 +115,32 @@ def run_case(work: Path, case: dict) -> None:
     process_groups.destroy()
 
 
+def resume(work: Path, case: dict) -> None:
+    """Load what another case has saved, and save it again."""
+    config = load_config(work / "config.yaml", case["overrides"])
+    process_groups.initialize(config.parallel)
+    trained = work / case["resumes"] / "trained"
+    model = build_model(
+        read_hf_config(work / "policy"),
+        dtype=torch.float32,
+        sequence_parallel=config.parallel.sequence_parallel,
+        recompute=config.model.recompute,
+        frozen=config.model.freeze,
+    )
+    megatron_files.load_weights(trained, model)
+    wrapped, optimizer = build_optimizer(model, config.optimizer, torch.float32)
+    state = megatron_files.load_optimizer(trained, model, optimizer)
+    megatron_files.save(work / case["name"], wrapped, optimizer, state)
+    process_groups.destroy()
+
+
 def main() -> None:
     work = Path(sys.argv[1])
     for case in json.loads((work / "cases.json").read_text()):
-        run_case(work, case)
+        if "resumes" in case:
+            resume(work, case)
+        else:
+            run_case(work, case)
     process_groups.shutdown()
 
 
