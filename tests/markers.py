@@ -76,6 +76,8 @@ MARKERS = {
     "nightly": [  # benchmarks, at sizes that tell something; the smallest of each stays in CI
         "slurm",
         "test_resident.py::test_an_export_that_was_in_memory_is_made_again",
+        "plan/test_plan.py::test_a_real_step_of_true_width_holds_as_much",
+        "plan/test_plan.py::test_few_layers_tell_all_of_other_layouts",
         "test_resident.py::test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds",
         "distributed/test_publishing.py::test_processes_on_two_machines_leave_when_the_first_has_published",
         "sglang/test_nodes.py::test_rollouts_go_to_the_servers_of_all_nodes",

@@ -79,14 +79,25 @@ def initialize(parallel: ParallelConfig) -> None:
     cpu_backend.install()
     connect()
     import torch
+
+    # Beside NCCL's nobody uses them, and over several nodes they wait for ever where a host's name means 127.0.1.1.
+    make_groups(parallel, gloo=not torch.cuda.is_available())
+
+
+def make_groups(parallel: ParallelConfig, gloo: bool) -> None:
+    """Make megatron-core's groups of a layout among the processes that have joined.
+
+    Args:
+        parallel: The layout.
+        gloo: Data-parallel groups for tensors on the host, too.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         distributed_timeout_minutes=int(PATIENCE.total_seconds()) // 60,
-        # Beside NCCL's nobody uses them, and over several nodes they wait for ever where a host's name means 127.0.1.1.
-        create_gloo_process_groups=not torch.cuda.is_available(),
+        create_gloo_process_groups=gloo,
     )
     # The inference tracker leaves the CUDA generator alone, which is right because Qwen2.5-VL has no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
@@ -249,6 +260,13 @@ def dp_group() -> "torch.distributed.ProcessGroup":
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
+
+
+def has_gloo_groups() -> bool:
+    """Return whether there are data-parallel groups for tensors on the host."""
+    from megatron.core import parallel_state
+
+    return parallel_state._DATA_PARALLEL_GROUP_GLOO is not None
 
 
 def single_rank_group() -> "torch.distributed.ProcessGroup":

@@ -6,7 +6,9 @@ for the backward pass: probabilities are computed again there, chunk by chunk, s
 logits' size and dtype plus a few chunks. Arithmetic in fp32 whatever the dtype of the logits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ OUTPUT_CHUNK_ELEMENTS = 1 << 27
 """Logits that output_token_statistics lets exist at once: 256 MiB in bf16."""
 LOWEST = -1e4
 """Stands for log 0 inside the sums, where -inf would make 0 * -inf = nan; exp(-1e4) is 0 in fp32."""
+one_for_all: ContextVar[Callable[[int], AbstractContextManager[None]] | None] = ContextVar("one_for_all", default=None)
+"""Set by a plan, which looks at one of many chunks that are alike: makes what happens within count so many times."""
 LOG_RATIO_LIMIT = 20.0
 """|log pi - log pi_other| of one vocabulary entry is clamped to this in the exact KL, as the estimators clamp
 theirs."""
@@ -232,9 +236,15 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def _chunks(count: int, logits: Tensor) -> Iterator[slice]:
-    elements = CPU_CHUNK_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS
+    elements = CHUNK_ELEMENTS if logits.is_cuda else CPU_CHUNK_ELEMENTS
     size = max(1, elements // logits.shape[-1])
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    starts, once_for = range(0, count, size), one_for_all.get()
+    if once_for is None or len(starts) < 3:
+        yield from (slice(start, min(start + size, count)) for start in starts)
+        return
+    with once_for(len(starts) - 1):
+        yield slice(0, size)
+    yield slice(starts[-1], count)
 
 
 def _scaled(logits: Tensor, positions: Tensor, temperature: float) -> Tensor:

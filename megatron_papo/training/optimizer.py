@@ -7,6 +7,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_papo.config import OptimizerConfig
+from megatron_papo.distributed import process_groups
 
 LOWEST_DECAY = 0.1
 
@@ -53,7 +54,7 @@ def build_optimizer(
             use_distributed_optimizer=distributed,
         ),
         [wrapped],
-        use_gloo_process_groups=not torch.cuda.is_available(),  # process_groups.initialize makes none on GPUs
+        use_gloo_process_groups=process_groups.has_gloo_groups(),
     )
     model.config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer

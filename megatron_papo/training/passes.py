@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from megatron_papo.config import Config, ObjectiveConfig
+from megatron_papo.config import Config, ObjectiveConfig, TrainingConfig
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
@@ -85,6 +85,19 @@ class PassPlan:
     def count_at_start(self, number: int) -> int:
         """Return how often the sweeps before the first step go over the rollouts of step 0, 1, ..."""
         return self.reference + len(self.of_later_steps if number else self.of_first_step)
+
+    def passes_at_start(self, num_steps: int, training: TrainingConfig) -> list[accounting.Pass]:
+        """Return the sweeps before the first of so many steps."""
+        passes = accounting.sweeps(["original"] if self.reference else [], training)
+        passes += accounting.sweeps(self.of_first_step, training, slice(0, 1))
+        if num_steps > 1:
+            passes += accounting.sweeps(self.of_later_steps, training, slice(1, None))
+        return passes
+
+    def passes_of_step(self, config: Config) -> list[accounting.Pass]:
+        """Return the passes of one optimizer step."""
+        passes = accounting.sweeps(self.before_each_step, config.training)
+        return [*passes, accounting.update(config.objective, config.training)]
 
 
 @dataclass(frozen=True)
@@ -199,7 +212,7 @@ class Passes:
             policy.model, self.collator, step.own, of_step, settings, recipe, step.denominators
         )
         _, gradient_norm, _ = policy.optimizer.step()
-        metrics = finish_metrics(collectives.sum_from_last_stage(contributions))
+        metrics = self.read_metrics(contributions)
         if not (math.isfinite(metrics["loss"]) and math.isfinite(gradient_norm)):
             raise UserError(
                 f"optimizer step {policy.state['step'] + 1}: loss {metrics['loss']}, gradient norm {gradient_norm}:"
@@ -207,13 +220,13 @@ class Passes:
             )
         return Update(metrics, float(gradient_norm), seen)
 
+    def read_metrics(self, contributions: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Return a step's metrics, from what this rank contributes to them."""
+        return finish_metrics(collectives.sum_from_last_stage(contributions))
+
     def account_sweeps(self, seconds: float) -> dict[str, float]:
         """Return what the sweeps before the first step computed in so many seconds, `sweep_` before each name."""
-        plan, training = self.plan, self.config.training
-        passes = accounting.sweeps(["original"] if plan.reference else [], training)
-        passes += accounting.sweeps(plan.of_first_step, training, slice(0, 1))
-        if len(self.steps) > 1:
-            passes += accounting.sweeps(plan.of_later_steps, training, slice(1, None))
+        passes = self.plan.passes_at_start(len(self.steps), self.config.training)
         if not passes:
             return {}
         metrics = self._account([step.all for step in self.steps], passes, seconds)
@@ -221,8 +234,7 @@ class Passes:
 
     def account_step(self, step: StepRows, seconds: float) -> dict[str, float]:
         """Return what one update, with the sweep before it if there is one, computed in so many seconds."""
-        passes = accounting.sweeps(self.plan.before_each_step, self.config.training)
-        passes.append(accounting.update(self.config.objective, self.config.training))
+        passes = self.plan.passes_of_step(self.config)
         return self._account([step.all], passes, seconds)
 
     def _account(
