@@ -10,6 +10,7 @@ with what the demo's tiny model needs (docs/evaluation.md).
 import argparse
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_papo.config import SyntheticTaskConfig
@@ -18,6 +19,9 @@ from megatron_papo.reading import read_text, reading
 from megatron_papo.run.command_line import run
 from megatron_papo.synthetic.miniature import write_miniature
 
+HEAD = """# The nine sets of configs/benchmarks/papo.yaml in miniature, made by tools.miniature_suite and evaluated as
+# those are, but for the length of responses. All are read from evaluation.source, whatever `source` each of them has.
+"""
 PAPO = Path(__file__).resolve().parents[1] / "configs" / "benchmarks" / "papo.yaml"
 
 
@@ -35,13 +39,21 @@ def main() -> None:
     with reading(args.output, "choose another directory"):
         args.output.mkdir(parents=True)
         counts = write_miniature(args.output, SyntheticTaskConfig(), args.seed, args.problems)
-        (args.output / "miniature.yaml").write_text(suite_of(args.output))
+        (args.output / "miniature.yaml").write_text(suite_of(args.output, counts))
     print(f"{args.output}: {', '.join(f'{name} {count}' for name, count in counts.items())} rows")
 
 
-def suite_of(directory: Path) -> str:
-    """Return the suite file of a miniature: the published one, read from its directory."""
+def suite_of(directory: Path, counts: Mapping[str, int]) -> str:
+    """Return the suite file of a miniature: the published one, read from its directory.
+
+    Args:
+        directory: of the miniature.
+        counts: rows of its sets.
+    """
     text = read_text(PAPO, "check the repository out again")
+    for name, count in counts.items():
+        text = re.sub(rf"^(    {name}: +)# \d+ rows$", rf"\1# {count} rows", text, count=1, flags=re.MULTILINE)
+    text = re.sub(r"\A(#.*\n)+", HEAD, text)
     source = json.dumps(str(directory.absolute()))
     ours = {"source": source, "max_response_tokens": "20"}
     for key, value in ours.items():

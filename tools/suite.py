@@ -14,7 +14,7 @@ A suite is a configuration file with evaluation.benchmarks, or a part of one. No
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, combinations
 from pathlib import Path
@@ -122,6 +122,8 @@ def say(args: argparse.Namespace, config: Config, opens_pictures: bool) -> int:
             states[name] = looks.look_at(name, source, bar.update)
         if not args.json:
             tell(name, source, states[name])
+    if not args.json:
+        tell_of_all(args, states)
     if args.json:
         places = {name: {"source": source.source, "split": source.split} for name, source in sets_of(config).items()}
         print(json.dumps({"sets": {name: asdict(state) | places[name] for name, state in states.items()}}, indent=1))
@@ -133,8 +135,18 @@ def tell(name: str, source: BenchmarkConfig, state: SetState) -> None:
     groups = f" ({', '.join(source.groups)})" if source.groups else ""
     found = f"{state.records} records of {state.problems} problems, {state.pictures} pictures"
     print(shown(f"{name}{groups}: {found}, split {source.split} of {source.source}", limit=0), flush=True)
-    for line in state.missing:
+    for line in state.missing if state.is_there else ():
         print(shown(f"    missing: {line}", limit=0), flush=True)
+
+
+def tell_of_all(args: argparse.Namespace, states: Mapping[str, SetState]) -> None:
+    """Print of sets that are not there at all why not, the same once for all that it is said of, and what to do."""
+    names: dict[str, list[str]] = {}
+    for name, state in states.items():
+        for line in () if state.is_there else state.missing:
+            names.setdefault(line, []).append(name)
+    for line, of_sets in names.items():
+        print(shown(f"missing: {line} ({', '.join(of_sets)})", limit=0), flush=True)
 
 
 def fetch(args: argparse.Namespace) -> int:
@@ -258,4 +270,4 @@ def export(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="interrupted: nothing is half-written; the same command begins again")

@@ -3,8 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import get_args
 
@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_papo.config import BenchmarkConfig, Grading
+from megatron_papo.errors import UserError
 from megatron_papo.evaluation.joined_passes import JoinedSet, joined_sets
 from megatron_papo.evaluation.lmms_eval_files import write_lmms_eval_files
 from megatron_papo.evaluation.outputs import read_evaluation
-from megatron_papo.evaluation.outside_scores import answers_of, grading_of
+from megatron_papo.evaluation.outside_scores import Grade, answers_of, grading_of
 from megatron_papo.evaluation.scores import MeanScore, SetScores, SuiteScores, suite_scores
-from megatron_papo.reading import shown
+from megatron_papo.reading import reading, shown
 from megatron_papo.run.records import ImageShown
 
 SCORE_HELP = """Grade files of predictions: PAPO-Eval's (JSON lines with prompt, predict, label), or predictions.jsonl
@@ -34,7 +35,7 @@ AS_IN_THE_FILE = {
     None: "as recorded",
     "mathruler": "by mathruler; of a label the newline at its end is no part",
     "published": "as the authors do: by mathruler, a label ends with a newline, a missing box is the answer None",
-    "choice": "as multiple choice",
+    "choice": "as multiple choice, by the letter alone: the files have no options, so the text of one counts as wrong",
 }
 
 
@@ -59,6 +60,8 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--passes", type=_positive, metavar="K", help=passes_help)
     parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes that grade (default: 2)")
+    records_help = "also write a JSON line for every response: where it is, its label, its answer, its grade"
+    parser.add_argument("--records", type=Path, metavar="FILE", help=records_help)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -79,17 +82,44 @@ def score_files(args: argparse.Namespace, suite: Mapping[str, BenchmarkConfig]) 
     with redirect_stdout(sys.stderr if args.json else sys.stdout):
         sets = joined_sets(args.files, suite, args.image, args.passes)
         gradings = {one.name: grading_of(one, args.grading, suite) for one in sets}
-        answers = {one.name: answers_of(one, gradings[one.name], suite.get(one.name), args.workers) for one in sets}
+        with _records_file(args.records) as record:
+            answers = {
+                one.name: answers_of(one, gradings[one.name], suite.get(one.name), args.workers, record) for one in sets
+            }
         scores = suite_scores(answers, {one.name: _groups(one, suite) for one in sets})
         for one in sets:
             passes, files = sum(passes.count for passes in one.passes), len(one.files)
             words = f"{passes} of {files} files" if files > 1 else str(passes)
+            if any(passes.is_guess for passes in one.passes):
+                words += " (lines that repeat, without ids; if they are different pictures of one pass: --passes 1)"
             how = AS_IN_THE_FILE[gradings[one.name]]
             print(f"{shown(one.name)}: {len(one.prompts)} prompts, passes: {words}; graded {how}", flush=True)
     if args.json:
         print(json.dumps(scores.as_json(), indent=1, allow_nan=False))
     else:
         show(scores)
+
+
+@contextmanager
+def _records_file(path: Path | None) -> Iterator[Callable[[Grade], object] | None]:
+    """Give what takes grades into a new file, which is there in the end as a whole, or not at all; None without one.
+
+    Raises UserError for a file that is there already, or cannot be written.
+    """
+    if path is None:
+        yield None
+        return
+    partial = path.with_name(path.name + ".partial")
+    with reading(path, "choose another --records"):
+        if path.exists():
+            raise UserError(f"{shown(path)}: is there already: remove it, or choose another --records")
+        stream = open(partial, "w", encoding="utf-8")
+    try:
+        with stream:
+            yield lambda grade: stream.write(grade.model_dump_json() + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _groups(one: JoinedSet, suite: Mapping[str, BenchmarkConfig]) -> list[str]:

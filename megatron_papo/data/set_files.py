@@ -6,6 +6,7 @@ that its own list of files asks for, and the archive of its pictures agree up to
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,10 @@ def set_files(source: PromptSource) -> SetFiles:
     place = Path(source.source)
     with reading(place, "correct the source of the evaluation set"):
         if not place.exists():
-            raise UserError(f"{shown(place)}: no such file or directory: correct the source of the evaluation set")
+            raise UserError(
+                f"{shown(place)}: no such file or directory: correct the source of the evaluation set, or download it:"
+                f" .venv/bin/python -m tools.suite fetch --suite FILE --source {shlex.quote(shown(place))}"
+            )
         if not place.is_dir():
             return _with_pictures(source, [place], [], [place.parent, place.parent.parent])
         if source.form == "columns":

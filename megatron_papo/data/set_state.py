@@ -1,7 +1,7 @@
 """What is there of evaluation sets on this machine: counted before anything runs, no model needed."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,11 @@ class SetState:
     """Different ones that the records show."""
     missing: list[str] = field(default_factory=list)
     """A line for each thing that is not there or cannot be used."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether any of it is."""
+        return self.records > 0 or not self.missing
 
 
 @dataclass
@@ -67,12 +72,13 @@ class SuiteLook:
 
     def _read(self, name: str, source: BenchmarkConfig, state: SetState, seen: Callable[[], object]) -> None:
         """Count what a set's rows show, also where the reading ends early. Raises UserError where a file is damaged."""
-        looks, pictures, problems, bad = _PictureLook(self.opens_pictures, self.config), set(), set(), []
+        looks, pictures, problems = _PictureLook(self.opens_pictures, self.config), set(), set()
+        bad: list[tuple[str, str]] = []
         try:
             for row in read_rows(source, self.config, with_target=False):
                 seen()
                 if isinstance(row, BadRow):
-                    bad.append(f"{row.place}: {row.problem}")
+                    bad.append((row.place, row.problem))
                     continue
                 state.records += 1
                 problems.add(row.problem_id or row.id)
@@ -82,23 +88,26 @@ class SuiteLook:
                     if line is None:
                         pictures.add((row.image_root, picture) if isinstance(picture, str) else _digest(picture))
                     else:
-                        bad.append(f"{row.place}: {line}")
+                        bad.append((row.place, line))
         finally:
             state.pictures, state.problems = len(pictures), len(problems)
             state.missing += shortened(bad)
         if not state.records and not bad:
             state.missing.append(f"{source.source}: no row in it: download it again, or name another source")
 
-    def _disagreement(self, name: str, space: str, row: SourceRow) -> list[str]:
-        """Return a line where the answer of a row is not that of the same problem in another set."""
+    def _disagreement(self, name: str, space: str, row: SourceRow) -> list[tuple[str, str]]:
+        """Return place and problem where the answer of a row is not that of the same problem in another set."""
         answers = self.answers.setdefault(space, {})
         answer, other = answers.setdefault(row.problem_id or row.id, (row.answer, name))
         if answer == row.answer or other == name:
             return []
         return [
-            f"{row.place}: the answer is {shown(repr(row.answer), 40)}, that of the same problem in {other}"
-            f" {shown(repr(answer), 40)}: the two sets do not show the same problems in the same order: correct"
-            " problems_of or problem_by"
+            (
+                row.place,
+                f"the answer is {shown(repr(row.answer), 40)}, that of the same problem in {other}"
+                f" {shown(repr(answer), 40)}: the two sets do not show the same problems in the same order: correct"
+                " problems_of or problem_by",
+            )
         ]
 
 
@@ -149,8 +158,16 @@ def on_this_machine(source: BenchmarkConfig) -> BenchmarkConfig:
     return cached
 
 
-def shortened(lines: list[str]) -> list[str]:
-    """Return the first lines, and how many there are more."""
+def shortened(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Return a line for each problem, the same in many rows once, and how many there are more. problems: with their
+    places."""
+    places: dict[str, list[str]] = {}
+    for place, problem in problems:
+        places.setdefault(problem, []).append(place)
+    lines = [
+        f"{rows[0]}: {problem}{f' (and {len(rows) - 1} rows more)' if len(rows) > 1 else ''}"
+        for problem, rows in places.items()
+    ]
     more = len(lines) - _SHOWN
     return lines if more <= 1 else [*lines[:_SHOWN], f"... and {more} more like these"]
 

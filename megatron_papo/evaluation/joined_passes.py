@@ -31,6 +31,8 @@ class Passes:
     sample: list[int]
     """Of each response: how many of its prompt come before it."""
     count: int
+    is_guess: bool = False
+    """Taken from lines that repeat without ids: they may be prompts of one pass with different pictures."""
 
 
 @dataclass
@@ -161,9 +163,13 @@ def passes_of(file: PredictionsFile, count: int | None) -> Passes:
         if wanted and len(keys) % wanted == 0 and (wanted == 1 or len(keys) // wanted % period == 0):
             length = len(keys) // wanted
             rows = range(len(keys))
-            return Passes(keys[:length], [row % length for row in rows], [row // length for row in rows], wanted)
+            is_guess = count is None and wanted > 1 and not file.has_ids
+            return Passes(
+                keys[:length], [row % length for row in rows], [row // length for row in rows], wanted, is_guess
+            )
     places: dict[bytes, int] = {}
     place = [places.setdefault(key, len(places)) for key in keys]
+    is_guess = count is None and not file.ours and not file.has_ids
     samples: Counter[int] = Counter()
     sample = []
     for prompt in place:
@@ -177,7 +183,7 @@ def passes_of(file: PredictionsFile, count: int | None) -> Passes:
                 f"{where}:{_line_of(file, list(places)[prompt])}: {number} responses to its prompt, where others have"
                 f" {count}: make the rest, or leave the file out"
             )
-    return Passes(list(places), place, sample, count)
+    return Passes(list(places), place, sample, count, is_guess and count > 1)
 
 
 def _is_repetition(first: Sequence[bytes], rest: Sequence[bytes], has_ids: bool) -> bool:

@@ -1,7 +1,7 @@
 """Scores of joined files of predictions: graded here, or as their records say."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_papo.config import BenchmarkConfig, Grading, RewardConfig
@@ -13,7 +13,7 @@ from megatron_papo.evaluation.scores import Answer, SetAnswers, collect_answers
 from megatron_papo.reading import reading, shown
 from megatron_papo.rollout.rewards import Grader, Submitted, boxed_answer, reward_of
 from megatron_papo.run.console import counted, progress_bar
-from megatron_papo.run.records import Rewards
+from megatron_papo.run.records import Record, Rewards
 
 UNDER_WAY = 4096
 """Responses that are read ahead of the graders."""
@@ -34,7 +34,32 @@ def grading_of(one: JoinedSet, chosen: Grading | None, suite: Mapping[str, Bench
     return suite[one.name].grading if one.name in suite else "mathruler"
 
 
-def answers_of(one: JoinedSet, grading: Grading | None, entry: BenchmarkConfig | None, workers: int) -> SetAnswers:
+class Grade(Record):
+    """One response and its grade: a line of what `score --records` writes."""
+
+    set: str
+    place: str
+    """FILE:LINE."""
+    prompt: int
+    """Number of the prompt in its set, from 1."""
+    sample: int
+    """From 1."""
+    label: str
+    """The answer of the data, as it stands in the file."""
+    answer: str | None
+    """Of the response: the content of its last box; None: it has none that closes."""
+    right: bool
+    format: bool
+    timed_out: bool
+
+
+def answers_of(
+    one: JoinedSet,
+    grading: Grading | None,
+    entry: BenchmarkConfig | None,
+    workers: int,
+    record: Callable[[Grade], object] | None = None,
+) -> SetAnswers:
     """Return the answers to a set. Raises UserError.
 
     Args:
@@ -42,15 +67,24 @@ def answers_of(one: JoinedSet, grading: Grading | None, entry: BenchmarkConfig |
         grading: None: as its records say.
         entry: what the suite says of the set: which rows show the same problem.
         workers: processes that grade.
+        record: called with every grade, in the order of the files; None: nobody asks.
     """
+
+    def answers(graded: Iterator[tuple[_Row, Rewards]]) -> Iterator[Answer]:
+        for row, rewards in graded:
+            answer = _answer(row, rewards)
+            if record is not None:
+                record(_grade(one.name, row, answer))
+            yield answer
+
     problems = _Problems(one, entry)
     where = ", ".join(shown(file.path) for file in one.files)
     with progress_bar(sum(len(passes.place) for passes in one.passes), shown(one.name), "responses") as bar:
         rows = counted(_located(one, problems), bar)
         if grading is None:
-            return collect_answers((_answer(row, row.recorded) for row in rows), problems.space, where)
+            return collect_answers(answers((row, row.recorded) for row in rows), problems.space, where)
         with Grader(reward_of(RewardConfig(workers=workers), grading)) as grader:
-            return collect_answers(_graded(rows, grader, grading), problems.space, where)
+            return collect_answers(answers(_graded(rows, grader, grading)), problems.space, where)
 
 
 @dataclass(frozen=True)
@@ -122,8 +156,8 @@ def _located(one: JoinedSet, problems: _Problems) -> Iterator[_Row]:
                 yield _Row(response, prompt, sample, problems.of(response, prompt))
 
 
-def _graded(rows: Iterator[_Row], grader: Grader, grading: Grading) -> Iterator[Answer]:
-    """Yield the answers with the grades of `grader`, which works on some thousand at a time."""
+def _graded(rows: Iterator[_Row], grader: Grader, grading: Grading) -> Iterator[tuple[_Row, Rewards]]:
+    """Yield the rows with the grades of `grader`, which works on some thousand at a time."""
     under_way: deque[tuple[_Row, Submitted]] = deque()
     for row in rows:
         # the authors' label is graded as it stands; any other grading takes the newline at its end for no part of it
@@ -137,9 +171,23 @@ def _graded(rows: Iterator[_Row], grader: Grader, grading: Grading) -> Iterator[
         under_way.append((row, submitted))
         if len(under_way) > UNDER_WAY:
             done, grade = under_way.popleft()
-            yield _answer(done, grader.result(grade))
+            yield done, grader.result(grade)
     for done, grade in under_way:
-        yield _answer(done, grader.result(grade))
+        yield done, grader.result(grade)
+
+
+def _grade(name: str, row: _Row, answer: Answer) -> Grade:
+    return Grade(
+        set=name,
+        place=row.response.place,
+        prompt=row.prompt + 1,
+        sample=row.sample + 1,
+        label=row.response.label,
+        answer=answer.content,
+        right=answer.right,
+        format=answer.formatted,
+        timed_out=answer.timed_out,
+    )
 
 
 def _answer(row: _Row, rewards: Rewards) -> Answer:

@@ -116,6 +116,8 @@ def sample_and_grade(
     texts = [""] * len(requests)
     missing = Counter(request.group for request in requests)
     counts: Counter[str] = Counter()
+    if sampler.store is not None and sampler.store.count:
+        print(f"{title}: {sampler.store.count:,} samples are kept, those that are missing are asked for", flush=True)
     with Grader(sampler.reward) as grader, progress_bar(len(requests), title, "samples") as bar:
 
         def on_sample(index: int, sample: Sample) -> None:
@@ -133,6 +135,7 @@ def sample_and_grade(
                 "cut off": counts["cut off"],
             }
             bar.set_postfix(shown, refresh=False)
+            bar.initial = client.stored  # samples that were there: the time left is that of the others
             bar.update()
 
         def enough() -> bool:

@@ -183,7 +183,7 @@ class StageParser:
             self.parser.error("--iterations stands for the iterations of a --run: give --iteration")
         if self.stage.iteration_decides and args.iteration is None:
             self.parser.error("without --run needed: --iteration")
-        names = getattr(args, "evaluation_sets", None) or [None]
+        names = list(dict.fromkeys(getattr(args, "evaluation_sets", None) or [None]))
         if len(names) > 1:
             self.parser.error("without --run one output is made: give one --evaluation-set")
         turn = Turn(getattr(args, "iteration", None), names[0])
@@ -192,7 +192,7 @@ class StageParser:
         return args, [self._task(args, config, turn, None)]
 
     def _turns(self, args: argparse.Namespace, run: RunDirectory) -> list[Turn]:
-        turns, wanted = self.stage.turns(run), getattr(args, "evaluation_sets", None) or []
+        turns, wanted = self.stage.turns(run), list(dict.fromkeys(getattr(args, "evaluation_sets", None) or []))
         for name in wanted:
             if name not in run.config.evaluation_sets:
                 names = ", ".join(run.config.evaluation_sets)
@@ -266,8 +266,10 @@ def stage_command(stage: Stage, config: Config, arguments: Sequence[str]) -> str
     return shlex.join([*launcher(stage, config), "-m", f"stages.{stage.name}"]) + " " + " ".join(arguments)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], interrupted: str = "") -> None:
     """Run a command and leave; a UserError becomes `error: ...` lines on stderr and exit status 2.
+
+    interrupted: what to say on stderr of a command that was ended with Ctrl-C.
 
     So does a disk that takes no more, wherever something was written; work that was asked to end leaves with 75. Names
     that are no UTF-8 are printed as escapes.
@@ -290,6 +292,8 @@ def run(main: Callable[[], None]) -> None:
             print(ended, flush=True)
         status = ENDED_EARLY
     except KeyboardInterrupt:
+        if interrupted:
+            print(f"\n{interrupted}", file=sys.stderr, flush=True)
         status = 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

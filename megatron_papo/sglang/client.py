@@ -60,6 +60,11 @@ class SglangClient:
         """Requests under way now."""
         return 0 if self._delivery is None else self._delivery.running
 
+    @property
+    def stored(self) -> int:
+        """Samples of this call of `sample` that came from the store until now."""
+        return 0 if self._delivery is None else self._delivery.traffic.stored
+
     def sample(
         self,
         requests: Sequence[Request],

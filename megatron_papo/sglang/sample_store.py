@@ -109,6 +109,11 @@ class SampleStore:
             sample = Sample.of(stored.token_ids, stored.log_probs, stored.finish_reason, stored.weight_version)
             self._samples[stored.key] = sample
 
+    @property
+    def count(self) -> int:
+        """How many samples an attempt before has left, or were added since."""
+        return len(self._samples)
+
     def key(self, request: Request, body: dict) -> str:
         """Return what tells the sample of a request from all others.
 

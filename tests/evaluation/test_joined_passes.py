@@ -55,6 +55,21 @@ def test_rows_with_the_same_text_are_told_apart_by_their_order(tmp_path):
     assert places(one) == [[(0, n) for n in range(4)]]
 
 
+def test_passes_that_are_a_guess_are_known_as_one(tmp_path):
+    """Lines without ids that repeat may be several pictures; controls: ids, one's own word, nothing that repeats."""
+    counting = [row("How many?", label) for label in "3434"]
+    for name, rows, passes, is_guess in (
+        ("repeated", counting, None, True),
+        ("by_prompt", [entry for entry in ONCE for _ in range(2)], None, True),
+        ("told", counting, 1, False),
+        ("ids", [row("How many?", label, id=label) for label in "3434"], None, False),
+        ("once", ONCE, None, False),
+    ):
+        [one] = joined(write(tmp_path / f"{name}.jsonl", rows), passes=passes)
+        assert [passes.is_guess for passes in one.passes] == [is_guess], name
+    assert not joined(evaluated(tmp_path / "ours"))[0].passes[0].is_guess
+
+
 def test_files_over_the_same_prompts_are_joined_in_any_order_of_rows(tmp_path):
     first = write(tmp_path / "pass0.jsonl", ONCE)
     second = write(tmp_path / "pass1.jsonl", [row("p3", "4", "x"), row("p1"), row("p2")])

@@ -1,8 +1,10 @@
 """The miniature has the release's names and quirks, and stage 1 makes prompts of it that the demo's model can read."""
 
+import re
 import zipfile
 
 import pytest
+import yaml
 from pyarrow import parquet
 
 from megatron_papo.config import DataConfig, SyntheticTaskConfig
@@ -15,6 +17,7 @@ from megatron_papo.pictures.store import ImageStore
 from megatron_papo.synthetic.miniature import SETS, VISION_VERSIONS, write_miniature
 from megatron_papo.synthetic.tiny_tokenizer import make_tiny_tokenizer
 from tests.helpers import DEMO_CONFIG, ROOT
+from tools.miniature_suite import suite_of
 
 PAPO = ROOT / "configs" / "benchmarks" / "papo.yaml"
 
@@ -38,6 +41,16 @@ def test_files_are_called_as_the_suite_says(miniature):
 
 def rows_of(directory, split):
     return parquet.read_table(directory / "data" / f"{split}-00000-of-00001.parquet").to_pylist()
+
+
+def test_the_suite_file_says_what_is_there(tmp_path):
+    """Rows by its own counts; control: the published suite, whose counts are others."""
+    counts = {entry.name: 7 + number for number, entry in enumerate(SETS)}
+    text = suite_of(tmp_path, counts)
+    assert [int(number) for number in re.findall(r"# (\d+) rows", text)] == [*counts.values()]
+    assert "in miniature" in text.splitlines()[0] and "evaluated as by its authors" not in text
+    assert yaml.safe_load(text)["evaluation"]["source"] == str(tmp_path)
+    assert re.findall(r"# (\d+) rows", PAPO.read_text())[0] == "601"
 
 
 def test_quirks(miniature):

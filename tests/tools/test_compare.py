@@ -159,6 +159,29 @@ def test_tables(two_runs, command):
     assert len({line.count("&") - line.count(r"\&") for line in rows}) == 1
 
 
+def test_the_same_table_with_sets_below_each_other(two_runs, command):
+    """Cell by cell the other one, turned; it is chosen where it is narrower, and not in LaTeX."""
+
+    def cells(*options):
+        lines = command(*two_runs, "--baseline", "grpo", "--format", "markdown", *options).splitlines()
+        table = [line for line in lines if line.startswith("|") and not line.startswith("|---")]
+        return [line.split(" | ") for line in table]
+
+    def plain(rows):
+        return [[cell.replace("&nbsp;", "").strip("| *") for cell in row] for row in rows]
+
+    checkpoints, sets = (plain(cells("--rows-are", what)) for what in ("checkpoints", "sets"))
+    assert sets == [list(column) for column in zip(*checkpoints, strict=True)]
+    assert [row[0] for row in sets[1:4]] == ["mmk12", "mathverse", "general"] and sets[0][1:3] == ["grpo", "papo"]
+    assert plain(cells()) == sets  # four lines, nine columns
+    assert plain(cells("--vision", "--power", "--rates")) != plain(
+        cells("--vision", "--power", "--rates", "--rows-are", "sets")
+    )
+    latex = command(*two_runs, "--baseline", "grpo", "--format", "latex")
+    assert latex.partition(r"\toprule")[2].startswith("\n & mmk12 & mathverse")
+    assert latex != command(*two_runs, "--baseline", "grpo", "--format", "latex", "--rows-are", "sets")
+
+
 def test_the_table_of_a_page_is_what_the_command_prints(two_runs, command):
     options = (*two_runs, "--baseline", "grpo", "--sets", "mmk12")
     taken = json.loads(command(*options, "--format", "json"))

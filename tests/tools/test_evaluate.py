@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from megatron_papo.errors import UserError
 from megatron_papo.evaluation.statistics import pass_at_k
+from megatron_papo.run.command_line import StageParser
 from megatron_papo.run.output_lock import OutputLock
 from megatron_papo.run.records import Prediction, Prompt, read_jsonl
 from tests.helpers import DEMO_CONFIG, ROOT, run_module, settings
@@ -145,12 +147,24 @@ def test_it_goes_on_and_asks_for_more_samples_only(evaluated, evaluate, tmp_path
     more = evaluate(output, "--sets", "mmk12", overrides=[*shown, "evaluation.samples_per_prompt=3"])
     assert more.returncode == 0, more.stderr
     assert "the responses that are there are kept" in more.stdout
+    assert f"mmk12: {2 * 3 * 4} samples are kept" in more.stdout and "samples are kept" not in evaluated[2]
     stored = (output / "evaluation" / "iteration_0000" / "mmk12.samples.jsonl").read_text()
     assert len(stored.splitlines()) == 3 * 3 * 4  # nothing was sampled twice
     records = read_jsonl(output / "evaluation" / "iteration_0000" / "mmk12" / "predictions.jsonl", Prediction)
     assert len(records) == 3 * 3 * 4
     kept = "".join(record.model_dump_json() + "\n" for record in records if record.sample < SAMPLES)
     assert kept.encode() == before
+
+
+def test_a_set_that_is_named_twice_is_one_set(evaluated):
+    """Several names are several sets, in the order of the suite's; control: one that there is not."""
+    run = ["--run", str(evaluated[0]), "--iteration", "0"]
+    parser = StageParser("stage7_evaluate", "")
+    for names, expected in ((["mmk12", "geometry3k"], ["mmk12", "geometry3k"]), (["mmk12", "mmk12"], ["mmk12"])):
+        tasks = parser.parse([*run, *(word for name in names for word in ("--evaluation-set", name))])[1]
+        assert [task.turn.evaluation_set for task in tasks] == expected
+    with pytest.raises(UserError, match="--evaluation-set mmk13: the run has no set of that name"):
+        parser.parse([*run, "--evaluation-set", "mmk12", "--evaluation-set", "mmk13"])
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow
@@ -162,6 +165,46 @@ def test_sets_that_are_no_files_of_a_release(suite, tmp_path):
     }
     assert status == 1
     assert counts == {"made": (5, 5, 5, 0), "mine": (3, 0, 1, 0), "far": (0, 0, 0, 1)}
+
+
+def test_one_mistake_is_said_once(suite, tmp_path):
+    """A column that no row has, and a directory that is not there; control: rows that lack different things."""
+    rows = [{"problem": f"{number}?", "answer": "1"} for number in range(9)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mine = f"{{source: {tmp_path}/mine.jsonl, problem_by: 'column:figure'}}"
+    (tmp_path / "suite.yaml").write_text(f"evaluation: {{benchmarks: {{mine: {mine}}}}}")
+    [line] = suite("list", "--suite", tmp_path / "suite.yaml")[1]["sets"]["mine"]["missing"]
+    assert "mine.jsonl:1: figure is None" in line and line.endswith("correct problem_by (and 8 rows more)")
+    rows = [row | ({"figure": [number]} if number % 2 else {"figure": 1}) for number, row in enumerate(rows)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(suite("list", "--suite", tmp_path / "suite.yaml")[1]["sets"]["mine"]["missing"]) == 4
+    status, lines = suite("list", "--suite", PAPO, "--source", tmp_path / "gone", as_json=False)
+    said = [line for line in lines if line.startswith("missing: ")]
+    assert status == 1 and len(lines) == 10 and len(said) == 1
+    assert f"tools.suite fetch --suite FILE --source {tmp_path}/gone (geometry3k, mathvista, " in said[0]
+
+
+def test_an_interrupted_command_says_one_line(tmp_path):
+    """It waits for a suite that somebody else writes."""
+    os.mkfifo(tmp_path / "suite.yaml")
+    command = [sys.executable, "-m", "tools.suite", "list", "--suite", str(tmp_path / "suite.yaml")]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
+    writer = None
+    while writer is None and process.poll() is None:
+        with suppress(OSError):  # until the command reads
+            writer = os.open(tmp_path / "suite.yaml", os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=100)
+    assert process.returncode == 130 and printed == ""
+    assert said.strip() == "interrupted: nothing is half-written; the same command begins again"
 
 
 def test_mistakes_are_one_line(miniature, tmp_path):

@@ -54,7 +54,8 @@ def test_two_passes_of_papo_eval_by_hand(tmp_path, capsys):
         "unparsed": pytest.approx(1 / 6),
     }
     assert scores["overall"]["avg"] == pytest.approx(0.5)
-    assert "3 prompts, passes: 2; graded by mathruler; of a label the newline at its end is no part" in said
+    assert "3 prompts, passes: 2 (lines that repeat, without ids; if they are different pictures of one pass:" in said
+    assert "--passes 1); graded by mathruler; of a label the newline at its end is no part" in said
     for name, rows in (("a", first), ("b", second)):
         write(tmp_path / f"{name}.jsonl", rows)
     in_two, _ = scored(capsys, f"geometry3k={tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}")
@@ -75,9 +76,31 @@ def test_the_label_with_its_newline(tmp_path, capsys):
     stripped = write(tmp_path / "set.jsonl", [entry | {"label": entry["label"].strip()} for entry in rows])
     assert scored(capsys, stripped, "--grading", "published")[0]["sets"]["set"]["avg"] == pytest.approx(1)
     letters = write(tmp_path / "letters.jsonl", [row("p1", "B", "\\boxed{(b)}"), row("p2", "B", "\\boxed{A or B}")])
-    assert scored(capsys, letters, "--grading", "choice")[0]["sets"]["letters"]["avg"] == 0.5
+    of_letters, said = scored(capsys, letters, "--grading", "choice")
+    assert of_letters["sets"]["letters"]["avg"] == 0.5 and "the files have no options" in said
     with pytest.raises(UserError, match="letters.jsonl:1.*neither the letter nor the text of an option"):
         scored(capsys, write(tmp_path / "letters.jsonl", [row("p1", "7 cm")]), "--grading", "choice")
+
+
+def test_single_grades(tmp_path, capsys):
+    """A line for each response with its place; nothing is left of a file where something is wrong."""
+    rows = [row("p1", "3", RIGHT, id="a"), row("p2", "3", SILENT, id="b"), row("p1", "3", WRONG, id="a")]
+    file, records = (
+        write(tmp_path / "set.jsonl", rows + [row("p2", "3", "\\boxed{3.0}", id="b")]),
+        tmp_path / "grades.jsonl",
+    )
+    scores, _ = scored(capsys, file, "--records", records)
+    grades = [json.loads(line) for line in records.read_text().splitlines()]
+    of_row = [(grade["prompt"], grade["sample"], grade["answer"], grade["right"]) for grade in grades]
+    assert of_row == [(1, 1, "3", True), (2, 1, None, False), (1, 2, "4", False), (2, 2, "3.0", True)]
+    assert [grade["place"] for grade in grades] == [f"{file}:{number}" for number in (1, 2, 3, 4)]
+    assert scores["sets"]["set"]["avg"] == sum(grade["right"] for grade in grades) / 4
+    assert [grade["format"] for grade in grades] == [True, False, True, False] and grades[0]["label"] == "3\n"
+    with pytest.raises(UserError, match="grades.jsonl: is there already: remove it"):
+        scored(capsys, file, "--records", records)
+    with pytest.raises(UserError, match="neither the letter"):
+        scored(capsys, file, "--grading", "choice", "--records", tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("none*")) and not list(tmp_path.glob("*.partial"))
 
 
 def test_problems_and_groups_of_a_suite(tmp_path, capsys):
