@@ -152,6 +152,7 @@ def weights_to_export(task: Task, policy: "Policy") -> Path:
     catch_up(earlier_task(task, task.iteration + 1), policy)  # nothing to do for one who has just trained it
     if process_groups.is_main_rank():
         shutil.rmtree(place, ignore_errors=True)
+    collectives.barrier()  # before the others look whether something is there
     inputs = {name: replace(made_from, verify=False) for name, made_from in task.inputs().items()}
     out = replace(task, output=place).stage_output(inputs, time.time())
     with collectives.within_first_process(out):

@@ -3,7 +3,7 @@ tokens, FLOPs and hours; and whether it fits, with the key to change where it do
 
     .venv/bin/python -m tools.plan_memory --config configs/papo_g_3b.yaml --geometry 3b
     .venv/bin/python -m tools.plan_memory --config configs/papo_g_72b.yaml --geometry 72b --rank 24 --json
-    .venv/bin/python -m tools.plan_memory --run runs/demo --gpu-memory 24GB
+    .venv/bin/python -m tools.plan_memory --run runs/demo --geometry tiny --gpu-memory 24GB
 
 Stage 5's own code runs on tensors that have sizes and no values, as a rank of the configuration's layout: by default
 the first one of each pipeline stage. A few layers are traced and the others told from them; what was traced is kept in

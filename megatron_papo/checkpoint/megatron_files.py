@@ -114,13 +114,15 @@ class Save:
         pool.shutdown(wait=False)
 
     def finish(self) -> dict[str, str]:
-        """Return name -> sha256 of all ranks' files once the checkpoint is complete, written now or since begin().
+        """Return name -> sha256 of all ranks' files once the checkpoint is complete, written now or since begin();
+        afterwards this holds no tensors any more, which may be a GPU's.
 
         Raises UserError, on all ranks, where a file system refuses.
         """
         writing = self._write if self._writing is None else self._writing.result
         infos = {tensor.key: TensorInfo(tensor.dtype, tuple(tensor.global_shape)) for tensor in self._own}
         parts = _agreed(self.directory, lambda: (infos, writing()))
+        self._own = []
         if self._rank == 0:
             all_infos = {key: info for infos_of_rank, _ in parts for key, info in infos_of_rank.items()}
             finish(self.directory, dict(sorted(all_infos.items())), [written for _, written in parts], self._common)

@@ -178,7 +178,7 @@ class StageOutput:
             replaces: Says of two recipes, of what is there and of what is to be made, whether the second takes the
                 place of the first; that stays until the other is complete. None: never.
         """
-        self._replaces = replaces
+        self._replaces, self._is_replacing = replaces, False
         self.stage, self.output = stage, require_place(Path(output))
         self.partial = partial_of(self.output)
         self.counts: dict[str, Any] = {}
@@ -215,6 +215,7 @@ class StageOutput:
         if manifest.fingerprint != self.fingerprint:
             made, changed = manifest.recipe.model_dump(), differences(manifest.recipe.model_dump(), self._recipe)
             if self._replaces is not None and self._replaces(made, self._recipe):
+                self._is_replacing = True
                 return False
             raise UserError(
                 f"{self.output}: made from something else ({changed}): remove it or choose another --output (or --name)"
@@ -309,7 +310,7 @@ class StageOutput:
             sync_directory(directory)
         replaced = partial_of(self.output.with_name(self.output.name + ".replaced"))
         shutil.rmtree(replaced, ignore_errors=True)
-        if self.output.exists():
+        if self._is_replacing and self.output.exists():  # what else has come into its place stays, and is an error
             os.rename(self.output, replaced)
         os.rename(self.partial, self.output)
         (self.output / MARK).unlink()

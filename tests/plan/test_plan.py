@@ -1,6 +1,6 @@
 """Plans against real steps on a CPU, counted by torch's profiler; few layers against all; the cache; what does not fit.
 
-NOT covered here: a GPU (tools/gpu_acceptance prints the plan beside peak_memory_bytes there).
+NOT covered here: a GPU, where a plan has not been compared with peak_memory_bytes yet.
 """
 
 import json

@@ -149,9 +149,11 @@ def against_megatron_core(converted, directory, data) -> dict:
 
 
 def from_a_thread(directory, expected, model, optimizer) -> dict:
-    """Whether a save that is begun, and finished later, makes the same bytes; and what all ranks say where one cannot
-    write."""
+    """Whether a save that is begun, and finished later, makes the same bytes; what it holds of the model meanwhile and
+    afterwards; and what all ranks say where one cannot write."""
     import torch
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     from megatron_papo.checkpoint import megatron_files
     from megatron_papo.distributed import process_groups
@@ -159,8 +161,10 @@ def from_a_thread(directory, expected, model, optimizer) -> dict:
 
     begun, refused = directory / "begun", directory / "refused"
     save = megatron_files.Save(begun, model, optimizer, {"step": STEPS})
+    held = [sum(isinstance(value, ShardedTensor) for value in nested_values(vars(save)))]
     save.begin()
     save.finish()
+    held.append(sum(isinstance(value, ShardedTensor) for value in nested_values(vars(save))))
     torch.distributed.barrier()
     names = sorted(path.name for path in expected.iterdir())
     same = names == sorted(path.name for path in begun.iterdir())
@@ -176,7 +180,7 @@ def from_a_thread(directory, expected, model, optimizer) -> dict:
         message = str(error)
     messages = [message] * process_groups.world_size()
     torch.distributed.all_gather_object(messages, message)
-    return {"begun": same, "refused": messages}
+    return {"begun": same, "held": held, "refused": messages}
 
 
 def _groups() -> dict:
