@@ -47,6 +47,7 @@ from megatron_papo.run.command_line import StageParser, Task, run
 from megatron_papo.run.console import progress_bar
 from megatron_papo.run.end_request import EndedEarly, EndRequest
 from megatron_papo.run.follow import Follower
+from megatron_papo.run.manifest import require_weights
 from megatron_papo.run.records import Rollout
 from megatron_papo.run.room import require_room
 from megatron_papo.run.run_directory import RunDirectory
@@ -150,6 +151,9 @@ def weights_to_export(task: Task, policy: "Policy") -> Path:
     if all(collectives.gather(is_published and is_made)):
         return trained
     catch_up(earlier_task(task, task.iteration + 1), policy)  # nothing to do for one who has just trained it
+    if policy.at != trained:  # a whole checkpoint whose weights are gone is not made again
+        require_weights(trained)
+        raise RuntimeError(f"{trained}: the policy is at {policy.at}")
     if process_groups.is_main_rank():
         shutil.rmtree(place, ignore_errors=True)
     collectives.barrier()  # before the others look whether something is there
