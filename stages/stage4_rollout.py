@@ -58,6 +58,7 @@ def follow(tasks: list[Task], run: RunDirectory, server: str) -> None:
             if sampled_by > 0 and is_done_with(run, sampled_by):  # and these rollouts are there
                 continue
             if sampled_by > 0:
+                follower.wait_for(run.trained(sampled_by) if run.in_memory(sampled_by) else run.exported(sampled_by))
                 follower.wait_for(run.exported(sampled_by))
             if shares_gpus:  # training takes the GPUs as soon as the rollouts are published
                 evaluate_where_due(run, sampled_by, server)

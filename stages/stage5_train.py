@@ -145,7 +145,7 @@ def weights_to_export(task: Task, policy: "Policy") -> Path:
 
     run, trained = task.run, task.output
     assert run is not None
-    place = run.exported(task.iteration).with_name("weights")
+    place = run.weights_to_export(task.iteration)
     is_published = read_manifest(trained) is not None
     is_made = not (trained / PRUNED).exists() or read_manifest(run.exported(task.iteration)) is not None
     if all(collectives.gather(is_published and is_made)):
@@ -162,7 +162,8 @@ def weights_to_export(task: Task, policy: "Policy") -> Path:
     with collectives.within_first_process(out):
         if not all(collectives.gather(out.partial.is_dir())):
             with collectives.first_process_speaks():
-                raise UserError(f"export_directory {run.memory}: not all ranks see the same: choose another one")
+                key = "export_directory" if run.in_memory(task.iteration) else "run"
+                raise UserError(f"{key} {place.parent}: not all ranks see the same files there: choose another place")
         out.hashes |= policy.save(out.partial, trained, with_optimizer=False)
         if process_groups.is_main_rank():
             megatron_files.copy_hf_files(task.path("megatron"), out.partial)
@@ -310,6 +311,8 @@ def iterate(
         stack.enter_context(collectives.within_first_process(out))
         with collectives.first_process_speaks():
             interim = Interim(task, out.inputs)
+        if memory is not None and process_groups.is_main_rank():
+            shutil.rmtree(memory, ignore_errors=True)  # of an earlier attempt; nothing waits there before this is done
         progress = interim.load(policy) if interim.is_between_steps else None
         if progress is None:
             catch_up(task, policy)

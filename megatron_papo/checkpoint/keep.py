@@ -19,7 +19,7 @@ from megatron_papo.run.manifest import MANIFEST, PRUNED, Key, Pruned, read_manif
 from megatron_papo.run.records import Metrics
 from megatron_papo.run.room import replace_file
 from megatron_papo.run.run_directory import RunDirectory
-from megatron_papo.run.stage_output import interim_of
+from megatron_papo.run.stage_output import interim_of, partial_of
 from megatron_papo.run.state import needed_exports
 
 WEIGHTS = ("*.distcp", ".metadata", "common.pt", "metadata.json", "*.safetensors")
@@ -89,6 +89,7 @@ def tidy(run: RunDirectory, newest: int) -> None:
     waiting |= {run.sampled_by(newest + 1)}
     kept_of_exports = kept_exports(newest, exported, config.keep_exports, best, waiting)
     _remove_interims(run)
+    _remove_exported_weights(run)
     _remove_from_memory(run, newest)
     gone = [run.trained(number) for number in _iterations(run.iterations, "megatron") if number not in kept | between]
     gone += [run.exported(number) for number in _iterations(run.iterations, "hf") if number not in kept_of_exports]
@@ -109,6 +110,14 @@ def _remove_interims(run: RunDirectory) -> None:
         is_whole = published is not None and not holds_weights_alone(run.trained(number))
         if is_whole or following is not None:
             shutil.rmtree(interim_of(run.trained(number)), ignore_errors=True)
+
+
+def _remove_exported_weights(run: RunDirectory) -> None:
+    """Remove the weights that exports were made from, of a process that was killed meanwhile."""
+    for number in _iterations(run.iterations, "megatron"):
+        place = run.weights_to_export(number)
+        for left in (place, partial_of(place)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _remove_from_memory(run: RunDirectory, newest: int) -> None:

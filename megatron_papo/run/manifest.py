@@ -93,5 +93,7 @@ def require_weights(directory: Path) -> None:
         if not path.exists():
             return
     key = read_record(path, Pruned, f"make {directory} again").key
-    cure = "lower checkpoint_every" if key == "checkpoint_every" else f"raise {key}"
+    cure = f"raise {key}"
+    if key == "checkpoint_every":
+        cure = "go on with run_all.sh --resident, which needs none of them, or lower checkpoint_every"
     raise UserError(f"{directory}: its weights were deleted ({PRUNED} says when and why): {cure}, or make it again")

@@ -4,6 +4,7 @@ may.
 config.yaml is for people and for stages; .config.yaml beside it is the record by which an edit by hand is noticed.
 """
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ def write_run(run: RunDirectory, differences: Sequence[Change], command: str) ->
     is_new = not (run.root / CONFIG).exists()
     if not is_new and not differences:
         return
+    _empty_memory(run, is_new)
     heading = (
         f"# The configuration of this run, every key. Started with: {shown(command, limit=0)}\n"
         "# Keys that may change while a run lives are changed with --set: .venv/bin/python -m tools.show_config"
@@ -112,6 +114,13 @@ def write_run(run: RunDirectory, differences: Sequence[Change], command: str) ->
             f"{now()} run: {change.key}: {shown(change.old, limit=0)} -> {shown(change.new, limit=0)}\n"
             for change in differences
         )
+
+
+def _empty_memory(run: RunDirectory, is_new: bool) -> None:
+    """Remove what lies below export_directory of an earlier run in this place, or where the key was another one."""
+    before = run if is_new else RunDirectory(run.root, _recorded(run.root))
+    if before.memory is not None and (is_new or before.memory != run.memory):
+        shutil.rmtree(before.memory, ignore_errors=True)
 
 
 def now() -> str:

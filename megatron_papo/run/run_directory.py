@@ -57,7 +57,7 @@ class RunDirectory:
         """The directory below export_directory that belongs to this run; None without one."""
         if self.config.export_directory is None:
             return None
-        root = self.root.absolute()
+        root = self.root.resolve()  # one place, however the run's path is spelled
         distinct = hashlib.sha256(str(root).encode()).hexdigest()[:12]
         return Path(self.config.export_directory).absolute() / f"{root.name}-{distinct}"
 
@@ -68,6 +68,11 @@ class RunDirectory:
             return None
         is_here = (self._iteration(number) / "hf" / MANIFEST).exists()
         return None if is_here else self.memory / f"{number:04}"
+
+    def weights_to_export(self, number: int) -> Path:
+        """Return the Megatron checkpoint, weights alone, that iteration `number` is exported from where `trained` does
+        not hold them (yet): it is there as long as that takes."""
+        return self.exported(number).with_name("weights")
 
     def holds(self, path: Path) -> bool:
         """Say whether a path is the run's own, in its directory or in memory."""

@@ -211,6 +211,8 @@ def test_exports_in_memory_go_once_nothing_samples_from_them(tmp_path):
     assert [number for number in range(1, 7) if run.in_memory(number)] == [1, 2, 5]
     assert run.exported(5).is_relative_to(tmp_path / "memory") and run.holds(run.exported(5))
     assert run.exported(4) == tmp_path / "run/iterations/0004/hf" and other.exported(5) != run.exported(5)
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert RunDirectory(tmp_path / "link" / "run", run.config).memory == run.memory
     assert RunDirectory(run.root, load_config(DEMO_CONFIG, settings)).exported(5) == run.iterations / "0005/hf"
 
     for number in range(1, 6):
@@ -225,8 +227,11 @@ def test_exports_in_memory_go_once_nothing_samples_from_them(tmp_path):
             (run.trained(number) / "pruned.json").write_text('{"key": "checkpoint_every"}')
     assert needed_exports(run) == {4, 5, 6}  # to be evaluated; to be sampled from; the last
     assert [number for number in range(1, 7) if is_done_with(run, number)] == [1, 2]
+    left = [run.weights_to_export(4), run.weights_to_export(5).with_name("weights.partial")]  # killed while exporting
+    for place in left:
+        place.mkdir()
     tidy(run, 5)
-    assert [path.name for path in run.memory.iterdir()] == ["0005"]
+    assert [path.name for path in run.memory.iterdir()] == ["0005"] and not any(place.exists() for place in left)
     shutil.rmtree(run.exported(5))  # the machine was switched off
     word = {state.turn.iteration: state.word for state in states(run) if state.stage.number == 6}
     assert word[1] == word[2] == "done" and word[5] == word[6] == "missing"

@@ -49,6 +49,23 @@ def test_living_keys_change_and_the_log_says_so(tmp_path):
     assert (tmp_path / "r" / CONFIG).read_text().splitlines()[0].endswith("Started with: bash run_all.sh")
 
 
+def test_what_another_run_or_key_left_in_memory_is_removed(tmp_path):
+    """A run of the same name that was removed; the same run with another export_directory. Its own stays."""
+    first, second = (f"export_directory={tmp_path / name}" for name in ("first", "second"))
+    sparse = ["checkpoint_every=3", "hacking_guard.action=warn"]
+    run = start(tmp_path / "run", *sparse, first)[0]
+    left = run.memory / "0001"
+    left.mkdir(parents=True)
+    shutil.rmtree(run.root)
+    start(run.root, *sparse, first)
+    assert not left.exists()
+    left.mkdir(parents=True)
+    start(run.root, "iterations=9")
+    assert left.exists()
+    start(run.root, second)
+    assert not left.exists()
+
+
 def test_frozen_keys_are_refused_one_line_each(tmp_path):
     start(tmp_path / "r")
     before = (tmp_path / "r" / CONFIG).read_text()
