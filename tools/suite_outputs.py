@@ -35,7 +35,7 @@ AS_IN_THE_FILE = {
     None: "as recorded",
     "mathruler": "by mathruler; of a label the newline at its end is no part",
     "published": "as the authors do: by mathruler, a label ends with a newline, a missing box is the answer None",
-    "choice": "as multiple choice, by the letter alone: the files have no options, so the text of one counts as wrong",
+    "choice": "as multiple choice; without options in the file, as PAPO-Eval's, by the letter alone: a text is wrong",
 }
 
 

@@ -44,6 +44,8 @@ class Response(NamedTuple):
     cut_off: bool | None
     """None: not recorded, as `tokens`."""
     tokens: int | None
+    options: tuple[str, ...] = ()
+    """Ours: those of the prompt, that of A first. PAPO-Eval records none."""
 
     @property
     def ours(self) -> bool:
@@ -170,6 +172,7 @@ def _of_ours(place: str, line: str, image: ImageShown) -> Response | None:
         rewards=prediction.rewards,
         cut_off=prediction.finish_reason == "length",
         tokens=len(prediction.response_token_ids),
+        options=tuple(prediction.options),
     )
 
 

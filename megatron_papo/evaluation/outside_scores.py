@@ -165,7 +165,8 @@ def _graded(rows: Iterator[_Row], grader: Grader, grading: Grading) -> Iterator[
         label = row.response.label if as_it_stands else row.response.label.removesuffix("\n")
         how: Grading = "mathruler" if as_it_stands else grading
         try:
-            submitted = grader.submit(row.response.text, label, bool(row.response.cut_off), how)
+            cut_off, options = bool(row.response.cut_off), row.response.options
+            submitted = grader.submit(row.response.text, label, cut_off, how, options)
         except UserError as error:
             raise UserError(f"{row.response.place}: {error}")
         under_way.append((row, submitted))

@@ -70,6 +70,7 @@ def prediction(request: Request, response: Graded, image: ImageShown) -> Predict
         sample=request.sample,
         image=image,
         answer=request.prompt.answer,
+        options=request.prompt.options,
         text=response.text,
         response_token_ids=response.sample.token_ids,
         finish_reason=response.sample.finish_reason,

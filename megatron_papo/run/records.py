@@ -115,6 +115,8 @@ class Prediction(Record):
     sample: int
     image: ImageShown
     answer: str
+    options: list[str] = []
+    """As in Prompt.options."""
     text: str
     response_token_ids: list[int]
     finish_reason: Literal["stop", "length"]

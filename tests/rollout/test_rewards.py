@@ -26,8 +26,8 @@ from megatron_papo.run.records import Rewards
 from tests.helpers import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "rewards.json"
-# Too near to the answer to be told apart by its value, and a quarter of an hour for sympy: a continued fraction.
-HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**2+3*y+" * 9 + "y" + ")" * 9 + ")/10**30}"
+# Too near to the answer to be told apart by its value, and minutes for sympy: a continued fraction.
+HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**7+7*x*y**8+y**5+x**3*y**2+" * 9 + "y" + ")" * 9 + ")/10**30}"
 HANGS_ON = "\\frac{x}{2}"
 
 

@@ -12,8 +12,8 @@ from tests.evaluation.predictions_files import ONCE, PROTOCOL, evaluated, row, w
 from tests.helpers import ROOT, run_module
 from tools import suite
 
-HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**2+3*y+" * 9 + "y" + ")" * 9 + ")/10**30}"
-"""A continued fraction near to x/2, a quarter of an hour for sympy."""
+HANGS = "<think>a</think>\\boxed{x/2+(" + "1/(x**7+7*x*y**8+y**5+x**3*y**2+" * 9 + "y" + ")" * 9 + ")/10**30}"
+"""A continued fraction near to x/2, minutes for sympy."""
 RIGHT, WRONG, SILENT = "<think>a</think>\\boxed{3}", "<think>a</think>\\boxed{4}", "three"
 
 
@@ -77,9 +77,20 @@ def test_the_label_with_its_newline(tmp_path, capsys):
     assert scored(capsys, stripped, "--grading", "published")[0]["sets"]["set"]["avg"] == pytest.approx(1)
     letters = write(tmp_path / "letters.jsonl", [row("p1", "B", "\\boxed{(b)}"), row("p2", "B", "\\boxed{A or B}")])
     of_letters, said = scored(capsys, letters, "--grading", "choice")
-    assert of_letters["sets"]["letters"]["avg"] == 0.5 and "the files have no options" in said
+    assert of_letters["sets"]["letters"]["avg"] == 0.5 and "without options in the file" in said
     with pytest.raises(UserError, match="letters.jsonl:1.*neither the letter nor the text of an option"):
         scored(capsys, write(tmp_path / "letters.jsonl", [row("p1", "7 cm")]), "--grading", "choice")
+
+
+def test_ours_know_the_options_of_their_prompts(tmp_path, capsys):
+    """The text of the right option is right, that of another one wrong; the letter as well."""
+    for text, right in (("7 cm", 1.0), ("B", 1.0), ("5 cm", 0.0)):
+        file = evaluated(tmp_path / "set", answer="B", text=f"\\boxed{{{text}}}") / "predictions.jsonl"
+        records = [json.loads(line) | {"options": ["5 cm", "7 cm"]} for line in file.read_text().splitlines()]
+        scores, _ = scored(capsys, write(file, records), "--grading", "choice")
+        assert scores["sets"]["geo"]["avg"] == right, text
+    scores, _ = scored(capsys, evaluated(tmp_path / "older", answer="B", text="\\boxed{7 cm}"), "--grading", "choice")
+    assert scores["sets"]["geo"]["avg"] == 0.0
 
 
 def test_single_grades(tmp_path, capsys):
