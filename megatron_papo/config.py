@@ -501,6 +501,71 @@ class AnnealingConfig(Section):
     """Optimizer steps from the start of the run to the end of the annealing; constant afterwards."""
 
 
+class SensitivityConfig(Section):
+    """How much a response token depends on the picture (objective/sensitivity.py): what a policy says about it with the
+    picture (p) and with the masked one (q). Read where tokens are selected, or advantages shaped, by it."""
+
+    formula: Literal["k3", "abs", "entropy_gap"] = "k3"
+    """k3: exp(d) - d - 1 with d = log q - log p, at most 10. abs: |d|. entropy_gap: max(H_q - H_p, 0) / H_q, over the
+    vocabulary."""
+    weights: Literal["old", "current"] = "old"
+    """old: once per iteration, with its first weights. current: with the weights of each step, two more sweeps before
+    it."""
+
+
+class TokenSelectionConfig(Section):
+    """Which response tokens keep a term of the loss: ceil(share * T) tokens of largest sensitivity, of largest entropy,
+    or both; of equal ones the first."""
+
+    sensitivity_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of the tokens, those of largest sensitivity; null: none by it."""
+    entropy_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of the tokens, those of largest entropy of the policy that is trained; null: none by it."""
+    per: Literal["response", "step"] = "response"
+    """response: the share of each response's tokens. step: of all tokens of the optimizer step."""
+    sensitivity_only_weight: float = Field(default=1.0, gt=0, le=1)
+    """Weight of tokens that are selected by sensitivity but not by entropy; the others have 1."""
+    average: Literal["all", "selected"] = "all"
+    """What the term is divided by: all response tokens of the step, or those selected."""
+
+    @model_validator(mode="after")
+    def _selects(self) -> Self:
+        if self.sensitivity_share is None and self.entropy_share is None:
+            raise ValueError("selects no token: give sensitivity_share, entropy_share or both, or null for the section")
+        return self
+
+
+class TrajectoryShapingConfig(Section):
+    """VPPO's trajectory advantage shaping (arXiv 2510.09285): a response's advantage times a factor that grows with its
+    mean sensitivity, the mean of which over the responses is 1."""
+
+    lowest: float = Field(default=0.9, gt=0, le=1)
+    """Factor of the least sensitive response of the step."""
+    statistics: Literal["step", "dealt"] = "step"
+    """step: over the whole optimizer step. dealt: as in the authors' code, over the rollouts that average_ranks and
+    average_micro_batch_size deal out: extremes of each rank, means of each micro-batch."""
+
+
+class TokenShapingConfig(Section):
+    """PGPO's token advantage shaping (arXiv 2604.01840): the advantage of a token times a weight that grows with its
+    sensitivity, the mean of which over the response is 1."""
+
+    threshold: float = Field(default=0.4, gt=0, lt=1)
+    """Sensitivity, from 0 to 1 within the response, at which the weight is 1 (before it is scaled to its mean)."""
+    boost: float = Field(default=2.0, ge=0)
+    """How far the weight of the most sensitive token is above 1."""
+
+
+class ResponseShapingConfig(Section):
+    """CGPO's response scale: 1 + strength tanh((S - median) / MAD), S a response's mean sensitivity, on its perception
+    tokens."""
+
+    strength: float = Field(default=0.1, gt=0, lt=1)
+    """Largest change of an advantage, as a share of it."""
+    share: float = Field(default=0.4, gt=0, le=1)
+    """Of a response's tokens, those of largest sensitivity, that are its perception tokens."""
+
+
 class ObjectiveConfig(Section):
     """PAPO, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
 
@@ -513,11 +578,11 @@ class ObjectiveConfig(Section):
     token means of micro-batches of average_micro_batch_size, their mean on each of average_ranks, then over the ranks,
     as in the authors' code."""
     average_ranks: int = Field(default=8, gt=0)
-    """average micro_batch: the ranks that a step's rollouts are dealt out over, every so-many-th to each (8 published).
-    Part of the objective: parallel.data_parallel_size may be another."""
+    """average micro_batch, trajectory_shaping.statistics dealt: the ranks that a step's rollouts are dealt out over,
+    every so-many-th to each (8 published). Part of the objective: parallel.data_parallel_size may be another."""
     average_micro_batch_size: int = Field(default=4, gt=0)
-    """average micro_batch: rollouts that share a token mean, in the order in which a rank has them (4 published).
-    Part of the objective: training's micro-batches may be others."""
+    """The same two: rollouts that share a token mean, in the order in which a rank has them (4 published). Part of the
+    objective: training's micro-batches may be others."""
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
     """The ratio pi / pi_old is clipped at 1 - this from below."""
     clip_ratio_high: float = Field(default=0.3, gt=0)
@@ -546,6 +611,8 @@ class ObjectiveConfig(Section):
     """Clamp each token's KL_prcp to [0, this]; null: no clamp."""
     kl_prcp_top_p: float | None = Field(default=None, gt=0, le=1)
     """Keep only this share of a sequence's tokens, those with the largest KL_prcp; null: all."""
+    kl_prcp_tokens: TokenSelectionConfig | None = None
+    """Keep KL_prcp of these tokens alone; null: of all."""
     kl_prcp_annealing: AnnealingConfig | None = None
     masked_branch: Literal["cached", "recompute", "recompute_with_grad"] = "cached"
     """Log-probs given the masked image. cached: once per iteration, with its first weights (published). recompute: with
@@ -559,13 +626,40 @@ class ObjectiveConfig(Section):
     entropy_estimator: Literal["sampled", "exact"] = "sampled"
     """sampled: -log pi of the sampled tokens (published). exact: the entropy over the vocabulary. Of both entropy
     terms."""
+    sensitivity: SensitivityConfig = SensitivityConfig()
+    policy_tokens: TokenSelectionConfig | None = None
+    """Keep the policy gradient of these tokens alone; null: of all."""
+    trajectory_shaping: TrajectoryShapingConfig | None = None
+    token_shaping: TokenShapingConfig | None = None
+    response_shaping: ResponseShapingConfig | None = None
     sft_coef: float = Field(default=0.0, ge=0)
     """Weight of -log pi averaged over the response tokens of correct rollouts (1e-3 in the authors' code, where it is
     off)."""
 
     @property
     def uses_masked_image(self) -> bool:
-        return self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0
+        return self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0 or self.uses_sensitivity
+
+    @property
+    def uses_sensitivity(self) -> bool:
+        """Whether anything is selected or shaped by the sensitivity of tokens."""
+        shapings = (self.trajectory_shaping, self.token_shaping, self.response_shaping)
+        return any(shapings) or any(selection.sensitivity_share is not None for selection in self.selections)
+
+    @property
+    def uses_step_entropy(self) -> bool:
+        """Whether tokens are selected by the entropy of each step's policy."""
+        return any(selection.entropy_share is not None for selection in self.selections)
+
+    @property
+    def selections(self) -> "list[TokenSelectionConfig]":
+        """Return the selections of tokens that there are."""
+        return [selection for selection in (self.policy_tokens, self.kl_prcp_tokens) if selection is not None]
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether tokens are weighed in the loss by what sweeps before the step say."""
+        return self.uses_sensitivity or self.uses_step_entropy
 
     @property
     def uses_reference(self) -> bool:
@@ -575,7 +669,7 @@ class ObjectiveConfig(Section):
     def masked_rows_ride(self) -> bool:
         """Whether each micro-batch of the update carries its masked-image twin."""
         with_grad_or_logits = self.masked_branch == "recompute_with_grad" or self.kl_prcp_estimator == "exact"
-        return self.uses_masked_image and with_grad_or_logits
+        return (self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0) and with_grad_or_logits
 
     @model_validator(mode="after")
     def _branches(self) -> Self:
@@ -584,6 +678,12 @@ class ObjectiveConfig(Section):
                 "kl_prcp_estimator exact needs the logits of both branches: --set objective.masked_branch=recompute or"
                 " --set objective.masked_branch=recompute_with_grad"
             )
+        if any(selection.average == "selected" for selection in self.selections) and self.average != "token":
+            raise ValueError(
+                "an average over the selected tokens needs average token: --set objective.average=token, or average all"
+            )
+        if self.kl_prcp_tokens is not None and self.kl_prcp_coef == 0:
+            raise ValueError("kl_prcp_tokens needs a kl_prcp_coef above 0: --set objective.kl_prcp_tokens=null")
         if self.kl_prcp_annealing is not None and self.kl_prcp_coef == 0:
             raise ValueError(
                 "kl_prcp_annealing needs a kl_prcp_coef above 0 to start from: --set objective.kl_prcp_annealing=null"

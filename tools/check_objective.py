@@ -4,10 +4,18 @@
 
 FILE is a JSON list of cases in the format of tests/golden/papo_loss.json, which came from the authors' own actor
 update: logits [B, T, V], responses, response_mask, advantages, cached log-probs, coefficients, `over` (what differs
-from the authors' defaults), and their metrics and gradient with respect to the logits. Each case goes the way of a
-training step: token statistics of the response positions from the logits, papo_loss, backward. Prints per case the
-largest relative error of the loss, of the metrics and of the gradient; exit status 1 if any exceeds 1e-5, 0 if none
-does.
+from the authors' defaults), and their metrics and gradient with respect to the logits. A file may also be an object
+whose `cases` is that list, as tests/golden/vppo.json. A case may have besides
+
+    sensitivity, sensitivity_weights   how much a token depends on the picture: k3 or abs of masked_log_probs (old)
+    select                             {share, by, per, of} or a list of them: tokens that keep their policy gradient
+    advantage_scaling                  {kind: vppo, min}
+    expected                           selected [B, T] and scaling [B] of the whole step
+    expected_as_split                  loss and grad with the statistics of the ranks and micro-batches in `ranks`
+
+Each case goes the way of a training step: token statistics of the response positions from the logits, papo_loss,
+backward. Prints per case the largest relative error of the loss, of the metrics, of the gradient and of what tokens are
+weighed by; exit status 1 if any exceeds 1e-5, 0 if none does.
 
 Relative errors: |ours - theirs| / (|theirs| + floor), where floor is 0.01 nats for loss and metrics and 0.01 of the
 largest entry for the gradient, since both sides are fp32 sums.
@@ -17,7 +25,8 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +36,8 @@ from megatron_papo.run.command_line import run
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_papo.objective.token_weights import Deal
 
 LIMIT = 1e-5
 METRIC_FLOOR, GRADIENT_FLOOR = 0.01, 0.01
@@ -71,6 +82,10 @@ KNOWN_OVERRIDES = (
     "use_sft_loss",
     "sft_loss_coef",
 )
+SHARES = {"sensitivity": "sensitivity_share", "entropy": "entropy_share"}
+"""select.by: ours."""
+SELECTED = {"policy_loss": "policy_tokens", "kl_prcp": "kl_prcp_tokens"}
+"""select.of: ours."""
 METRICS = {
     "actor/pg_loss": ("loss", 1),  # their name for the total
     "actor/kl_loss": ("kl_ref", 1),
@@ -92,6 +107,8 @@ def read_cases(path: Path) -> list[dict]:
         cases = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}")
+    if isinstance(cases, dict) and "cases" in cases:
+        cases = cases["cases"]
     if not isinstance(cases, list) or not cases:
         raise UserError(f"{path}: expected a JSON list of cases, as in tests/golden/papo_loss.json")
     for number, case in enumerate(cases):
@@ -101,7 +118,30 @@ def read_cases(path: Path) -> list[dict]:
         unknown = [key for key in case["over"] if key not in KNOWN_OVERRIDES]
         if unknown:
             raise UserError(f"{path}: case {number}: over holds {', '.join(unknown)}, which this tool cannot translate")
+        if problem := next(untranslatable(case), None):
+            raise UserError(f"{path}: case {number}: {problem}, which this tool cannot translate")
     return cases
+
+
+def untranslatable(case: dict) -> Iterator[str]:
+    """Yield what stands in the newer fields of a case and has no counterpart here."""
+    if case.get("sensitivity", "k3") not in ("k3", "abs"):
+        yield f"sensitivity {case['sensitivity']}"
+    if case.get("sensitivity_weights", "old") != "old":
+        yield f"sensitivity_weights {case['sensitivity_weights']}, without the logits of the other view"
+    for select in selections_of(case):
+        if (select["by"], select["of"]) not in [(by, of) for by in SHARES for of in SELECTED]:
+            yield f"select by {select['by']} of {select['of']}"
+        elif select["by"] == "sensitivity" and "sensitivity" not in case:
+            yield "select by sensitivity without a sensitivity"
+    if case.get("advantage_scaling") and case["advantage_scaling"]["kind"] != "vppo":
+        yield f"advantage_scaling {case['advantage_scaling']['kind']}"
+
+
+def selections_of(case: dict) -> list[dict]:
+    """Return the selections of a case, each {share, by, per, of}."""
+    select = case.get("select") or []
+    return select if isinstance(select, list) else [select]
 
 
 def objective_of(case: dict) -> dict:
@@ -109,6 +149,13 @@ def objective_of(case: dict) -> dict:
     over = case["over"]
     low, high, dual = case["clip"]
     annealing = case["metrics"].get("actor/kl_prcp_coef_annealing_discount", 1.0)
+
+    selected: dict[str, dict] = {}
+    for select in selections_of(case):
+        of_term = selected.setdefault(SELECTED[select["of"]], {"per": select.get("per", "response")})
+        share = SHARES[select["by"]]
+        of_term[share] = max(float(select["share"]), of_term.get(share, 0.0))
+    scaling = case.get("advantage_scaling")
 
     def where(switch: str, value: float) -> float | None:
         return value if over.get(switch) else None
@@ -130,18 +177,31 @@ def objective_of(case: dict) -> dict:
         "masked_image_entropy_coef": where("use_aug_entropy_loss", over.get("aug_entropy_loss_coef", 0.01) * annealing)
         or 0.0,
         "sft_coef": where("use_sft_loss", over.get("sft_loss_coef", 1e-3)) or 0.0,
+        "sensitivity": {"formula": case.get("sensitivity", "k3")},
+        "trajectory_shaping": None if scaling is None else {"lowest": float(scaling["min"])},
+        **selected,
     }
 
 
-def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> tuple[dict[str, float], "torch.Tensor"]:
+@dataclass(frozen=True)
+class Result:
+    """What our objective makes of a case."""
+
+    metrics: dict[str, float]
+    gradient: "torch.Tensor"
+    """[B, T, V]"""
+    policy_weights: "torch.Tensor | None"
+    """[B, T] what each token's policy loss is multiplied by; None: 1."""
+
+
+def run_case(case: dict, *, num_tokens: float | None = None, ranks: "Deal | None" = None, **changes: Any) -> Result:
     """Run one case through our objective.
 
     Args:
         case: of the file.
         num_tokens: the denominator of averages over tokens, where it is not the case's own number of tokens.
+        ranks: the rows of each micro-batch of each rank, whose statistics scale advantages; None: those of the step.
         changes: fields of ObjectiveConfig that differ from the case's.
-
-    Returns our metrics and the gradient [B, T, V].
     """
     import torch
 
@@ -155,8 +215,10 @@ def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> 
         papo_loss,
         stacked,
     )
+    from megatron_papo.objective.sensitivity import TwoViews
+    from megatron_papo.objective.token_weights import StepTokens
     from megatron_papo.training.collator import pad_responses
-    from megatron_papo.training.loss_recipe import denominators_of, loss_recipe
+    from megatron_papo.training.loss_recipe import denominators_of, loss_recipe, sensitivity_of, token_weights_of
 
     process_groups.connect()
     over, mask = case["over"], torch.tensor(case["response_mask"], dtype=torch.float32)
@@ -174,6 +236,19 @@ def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> 
     assert world is not None  # connect() has made it
     statistics = token_statistics(logits.flatten(0, 1), positions, sampled, world)
     correct = torch.tensor(case.get("correctness_mult_mask", [1.0] * len(mask)))[:, None]
+    objective = ObjectiveConfig(**objective_of(case) | changes)
+    of_responses = [row.bool() for row in mask]
+
+    def cut(values: torch.Tensor) -> list[torch.Tensor]:
+        return [row[kept] for row, kept in zip(values, of_responses, strict=True)]
+
+    weights: dict[str, torch.Tensor] = {}
+    if objective.weighs_tokens:
+        entropy = pad_responses([statistics.entropy.detach()], mask)
+        views = TwoViews(table("old_log_probs"), table("masked_log_probs"), entropy, entropy)
+        step = StepTokens(cut(sensitivity_of(objective, views)), cut(entropy))
+        of_step = token_weights_of(objective, step, ranks)
+        weights = {name: pad_responses([torch.cat(values).float()], mask) for name, values in of_step.items()}
     tokens = ResponseTokens(
         log_probs=pad_responses([statistics.log_probs], mask),
         old_log_probs=table("old_log_probs"),
@@ -182,8 +257,8 @@ def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> 
         correct=correct,
         ref_log_probs=table("ref_log_probs") if over.get("use_kl_loss", True) else None,
         masked_image=MaskedImageTokens(table("masked_log_probs")) if over.get("use_kl_prcp", True) else None,
+        **weights,
     )
-    objective = ObjectiveConfig(**objective_of(case) | changes)
     recipe = loss_recipe(objective, step=0)
     lengths, of_correct = mask.sum(dim=1).tolist(), (mask * correct).sum(dim=1).tolist()
     rollouts = [
@@ -195,18 +270,20 @@ def run_case(case: dict, *, num_tokens: float | None = None, **changes: Any) -> 
     loss, metrics = papo_loss(tokens, Averages(counts, recipe.of_loss), recipe.coefficients, recipe.formulas)
     [gradient] = torch.autograd.grad(loss, [logits])
     metrics["grad_norm"] = gradient.norm()
-    return {name: value.item() for name, value in metrics.items()}, gradient
+    numbers = {name: value.item() for name, value in metrics.items()}
+    return Result(numbers, gradient, weights.get("policy_weights"))
 
 
 def errors_of(case: dict, **changes: Any) -> dict[str, float]:
-    """Return the largest relative error of loss, metrics and gradient; changes: as run_case takes them.
+    """Return the largest relative error of loss, metrics, gradient and weights; changes: as run_case takes them.
 
     Raises UserError where a metric of theirs is one that we lack.
     """
-    import torch
-
-    metrics, gradient = run_case(case, **changes)
-    errors = {"loss": 0.0, "metrics": 0.0, "gradient": 0.0}
+    result = run_case(case, **changes)
+    metrics = result.metrics
+    errors = {"loss": 0.0, "metrics": 0.0, "gradient": _gradient_error(result.gradient, case["grad"])}
+    if (error := _weights_error(case, case.get("expected") or {}, result)) is not None:
+        errors["weights"] = error
     for theirs, value in case["metrics"].items():
         if theirs.endswith(("_coef", "_discount")):  # inputs
             continue
@@ -220,10 +297,42 @@ def errors_of(case: dict, **changes: Any) -> dict[str, float]:
         error = _not_finite_is_infinite(abs(our_value - sign * expected_value) / (abs(expected_value) + METRIC_FLOOR))
         kind = "loss" if ours == "loss" else "metrics"
         errors[kind] = max(errors[kind], error)
-    expected = torch.tensor(case["grad"])
-    difference = (gradient - expected).abs() / (expected.abs() + GRADIENT_FLOOR * expected.abs().max()).clamp(min=1e-30)
-    errors["gradient"] = _not_finite_is_infinite(difference.max().item())
     return errors
+
+
+def errors_as_split(case: dict) -> dict[str, float]:
+    """Return the errors of loss, gradient and weights where the statistics are those of the authors' ranks and
+    micro-batches."""
+    expected = case["expected_as_split"]
+    result = run_case(case, ranks=expected["ranks"])
+    loss = abs(result.metrics["loss"] - expected["loss"]) / (abs(expected["loss"]) + METRIC_FLOOR)
+    errors = {
+        "loss": _not_finite_is_infinite(loss),
+        "gradient": _gradient_error(result.gradient, expected["grad"]),
+    }
+    if (error := _weights_error(case, expected, result)) is not None:
+        errors["weights"] = error
+    return errors
+
+
+def _gradient_error(gradient: "torch.Tensor", theirs: list) -> float:
+    import torch
+
+    expected = torch.tensor(theirs)
+    difference = (gradient - expected).abs() / (expected.abs() + GRADIENT_FLOOR * expected.abs().max()).clamp(min=1e-30)
+    return _not_finite_is_infinite(difference.max().item())
+
+
+def _weights_error(case: dict, expected: dict, result: Result) -> float | None:
+    """Return the largest error of what the policy loss of a token is multiplied by: 1 where it is selected, times the
+    scale of its response. None where the case does not say."""
+    import torch
+
+    if expected.get("selected") is None or result.policy_weights is None:
+        return None
+    mask, scaling = torch.tensor(case["response_mask"]), expected.get("scaling") or [1.0] * len(case["response_mask"])
+    theirs = torch.tensor(expected["selected"]) * torch.tensor(scaling)[:, None] * mask
+    return _not_finite_is_infinite((result.policy_weights * mask - theirs).abs().max().item())
 
 
 def _entropy_in_sequence_average(case: dict, value: float) -> tuple[float, float]:
@@ -251,15 +360,17 @@ def main() -> None:
     failed, cases = 0, read_cases(path)
     for number, case in enumerate(cases):
         try:
-            errors = errors_of(case)
+            checked = {json.dumps(case["over"]): errors_of(case)}
+            if "expected_as_split" in case:
+                checked["as their code splits the step"] = errors_as_split(case)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{path}: case {number}: cannot be run ({' '.join(str(error).split())}): are its shapes right?"
             )
-        wrong = max(errors.values()) > LIMIT
-        failed += wrong
-        shown = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        print(f"case {number:3}  {shown}  {'WRONG' if wrong else 'ok'}  {json.dumps(case['over'])}")
+        failed += any(max(errors.values()) > LIMIT for errors in checked.values())
+        for what, errors in checked.items():
+            shown = "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+            print(f"case {number:3}  {shown}  {'WRONG' if max(errors.values()) > LIMIT else 'ok'}  {what}")
     print(f"{path}: {len(cases)} cases, {failed} past {LIMIT:g}")
     sys.exit(1 if failed else 0)
 

@@ -96,3 +96,13 @@ def gather(value: Value) -> list[Value]:
     values: list[Value] = [value] * process_groups.world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gather_data_parallel(value: Value) -> list[Value]:
+    """Return the values of this rank's data-parallel group, on each of its ranks."""
+    import torch
+
+    group = process_groups.dp_group()
+    values: list[Value] = [value] * group.size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values

@@ -61,6 +61,10 @@ class ResponseTokens:
     rollout_log_probs: Tensor | None = None
     """As the rollout engine said; for Formulas.importance_weights."""
     masked_image: MaskedImageTokens | None = None
+    policy_weights: Tensor | None = None
+    """What each token's policy loss is multiplied by, a constant (objective/token_weights.py); None: 1."""
+    kl_prcp_weights: Tensor | None = None
+    """What each token's KL_prcp is multiplied by, a constant; None: 1."""
 
 
 @dataclass(frozen=True)
@@ -343,7 +347,12 @@ def papo_loss(
     if formulas.importance_weights is not None:
         rollout_log_probs = _given(t.rollout_log_probs, "rollout_log_probs")
         policy = policy * formulas.importance_weights(t.old_log_probs, rollout_log_probs)
-    terms = {"policy_loss": (loss_weights * policy).sum()}
+    terms: dict[str, Tensor] = {}
+    if t.policy_weights is not None:
+        policy = policy * t.policy_weights
+        terms["policy_tokens_share"] = (token_weights * (t.policy_weights > 0)).sum()
+        terms["policy_weight_mean"] = (token_weights * t.policy_weights).sum()
+    terms["policy_loss"] = (loss_weights * policy).sum()
     loss = terms["policy_loss"]
     loss = loss + coefficients.entropy * (token_weights * formulas.entropy(t.log_probs, t.entropy)).sum()
 
@@ -354,6 +363,8 @@ def papo_loss(
     if t.masked_image is not None:
         per_token = formulas.kl_prcp(t.log_probs, t.masked_image)
         selected = selected_kl(per_token, t.mask, formulas.kl_prcp_top_p, formulas.kl_prcp_clip)
+        if t.kl_prcp_weights is not None:
+            selected = selected * t.kl_prcp_weights
         terms["kl_prcp"] = (loss_weights * selected).sum()
         masked_entropy = formulas.entropy(t.masked_image.log_probs, t.masked_image.entropy)
         loss = loss - coefficients.kl_prcp * terms["kl_prcp"]
@@ -408,6 +419,8 @@ def _clean(tokens: ResponseTokens) -> ResponseTokens:
         entropy=clean_if_given(tokens.entropy),
         ref_log_probs=clean_if_given(tokens.ref_log_probs),
         rollout_log_probs=clean_if_given(tokens.rollout_log_probs),
+        policy_weights=clean_if_given(tokens.policy_weights),
+        kl_prcp_weights=clean_if_given(tokens.kl_prcp_weights),
         masked_image=masked_image,
     )
 

@@ -62,6 +62,10 @@ class PlannedPasses(Passes):
         self.collator.times = 1
         return seen
 
+    def constants_of_step(self, policy: Policy, step: StepRows, constants: PerRollout) -> PerRollout:
+        """Return the constants of a step; what tokens are weighed by is no value here."""
+        return constants if self.config.objective.weighs_tokens else super().constants_of_step(policy, step, constants)
+
     def read_metrics(self, contributions: dict[str, Tensor]) -> dict[str, float]:
         return {"loss": 0.0}
 
@@ -129,7 +133,8 @@ def work_of(config: Config, hf: HFConfig, lengths: Lengths, data_rank: int) -> W
     updates = layout.plan(step.own, training.micro_batch_size, copies)[: stages + 1]
 
     def first(count: int) -> StepRows:
-        return replace(step, own=step.own[:count], denominators=step.denominators[:count])
+        own, places = step.own[:count], step.places[:count]
+        return replace(step, own=own, denominators=step.denominators[:count], places=places)
 
     return Work(first(sum(map(len, sweeps))), first(sum(map(len, updates))))
 
@@ -249,6 +254,7 @@ def constants_of(config: Config, plan: PassPlan, several: bool, rows: list[Train
     names = ["ref_log_probs"] if plan.reference else []
     names += ["old_log_probs", "old_entropy"] if several else []
     names += ["masked_image_log_probs", "masked_image_entropy"] if "masked" in plan.of_first_step else []
+    names += ["policy_weights"] if config.objective.weighs_tokens else []
     names += ["rollout_log_probs"] if config.objective.importance_sampling_cap is not None else []
     return {name: [torch.zeros(row.response_length, device=DEVICE) for row in rows] for name in names}
 

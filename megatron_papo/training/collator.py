@@ -22,6 +22,7 @@ from megatron_papo.training.rows import Grid, TrainingRollout
 
 Kind = Literal["original", "masked"]
 """The pictures as they are, or corrupted by each rollout's seed."""
+KINDS: tuple[Kind, ...] = ("original", "masked")
 Pictures = Literal["original", "masked", "both"]
 """both: the original rows of a micro-batch, then their masked-image twins."""
 KEPT_PICTURE_BYTES = 2 << 30

@@ -25,8 +25,9 @@ from megatron_papo.training.rows import TrainingRollout
 
 PerRollout = dict[str, list[Tensor]]
 """Constants of the loss by their names there (old_log_probs, ref_log_probs, rollout_log_probs, masked_image_log_probs,
-masked_image_entropy), and old_entropy, for checks of the rollouts: one fp32 [response_length] for each of this rank's
-rollouts of an optimizer step, in order; none before the last pipeline stage."""
+masked_image_entropy, policy_weights, kl_prcp_weights), old_entropy, for checks of the rollouts, and old_sensitivity:
+one fp32 [response_length] for each of this rank's rollouts of an optimizer step, in order; none before the last
+pipeline stage."""
 
 
 def no_progress(rollouts: int) -> None:
@@ -250,6 +251,8 @@ def response_tokens(batch: MicroBatch, statistics: TokenStatistics, twins: Twins
         ref_log_probs=constants.get("ref_log_probs"),
         rollout_log_probs=constants.get("rollout_log_probs"),
         masked_image=masked_image,
+        policy_weights=constants.get("policy_weights"),
+        kl_prcp_weights=constants.get("kl_prcp_weights"),
     )
 
 

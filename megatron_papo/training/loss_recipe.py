@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_papo.config import ObjectiveConfig
-from megatron_papo.objective.dealt_average import dealt_denominators
+from megatron_papo.config import ObjectiveConfig, TokenSelectionConfig
+from megatron_papo.objective.dealt_average import deal, dealt_denominators
 from megatron_papo.objective.papo_loss import (
     ClipRatios,
     Coefficients,
@@ -28,8 +28,23 @@ from megatron_papo.objective.papo_loss import (
     token_log_ratios,
     total,
 )
+from megatron_papo.objective.sensitivity import TwoViews, abs_sensitivity, entropy_gap, k3_sensitivity
+from megatron_papo.objective.token_weights import (
+    Deal,
+    PolicyWeights,
+    ResponseShaping,
+    StepTokens,
+    TokenSelection,
+    TokenShaping,
+    TrajectoryShaping,
+)
 from megatron_papo.training.rows import TrainingRollout
 
+SENSITIVITIES: dict[str, Callable[[TwoViews], Tensor]] = {
+    "k3": k3_sensitivity,
+    "abs": abs_sensitivity,
+    "entropy_gap": entropy_gap,
+}
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "abs": kl_abs, "k2": kl_k2, "k3": kl_k3}
 
 
@@ -120,3 +135,52 @@ def denominators_of(rollouts: Sequence[StepCounts], objective: ObjectiveConfig) 
     if objective.average == "micro_batch":
         return dealt_denominators(rollouts, objective.average_ranks, objective.average_micro_batch_size)
     return [total(rollouts)] * len(rollouts)
+
+
+def sensitivity_of(objective: ObjectiveConfig, views: TwoViews) -> Tensor:
+    """Return the configured sensitivity of response tokens."""
+    return SENSITIVITIES[objective.sensitivity.formula](views)
+
+
+def token_weights_of(
+    objective: ObjectiveConfig, tokens: StepTokens, dealt: Deal | None = None
+) -> dict[str, list[Tensor]]:
+    """Return what tokens are multiplied by in the loss: policy_weights, kl_prcp_weights, where there are any.
+
+    Args:
+        objective: its selections and shapings.
+        tokens: of all rollouts of the step, in its order.
+        dealt: over which rollouts the statistics of trajectory_shaping are, where it is not the objective that says so.
+    """
+    weights = {}
+    policy = policy_weights_of(objective)
+    if policy != PolicyWeights():
+        if objective.trajectory_shaping is not None and objective.trajectory_shaping.statistics == "dealt":
+            rollouts = len(tokens.sensitivity or [])
+            dealt = deal(rollouts, objective.average_ranks, objective.average_micro_batch_size)
+        weights["policy_weights"] = policy(tokens, dealt)
+    if objective.kl_prcp_tokens is not None:
+        weights["kl_prcp_weights"] = _selection(objective.kl_prcp_tokens)(tokens)
+    return weights
+
+
+def policy_weights_of(objective: ObjectiveConfig) -> PolicyWeights:
+    """Return how the options weigh the policy loss of tokens."""
+    selection, trajectory = objective.policy_tokens, objective.trajectory_shaping
+    tokens, responses = objective.token_shaping, objective.response_shaping
+    return PolicyWeights(
+        None if selection is None else _selection(selection),
+        None if trajectory is None else TrajectoryShaping(trajectory.lowest),
+        None if tokens is None else TokenShaping(tokens.threshold, tokens.boost),
+        None if responses is None else ResponseShaping(responses.strength, responses.share),
+    )
+
+
+def _selection(selection: TokenSelectionConfig) -> TokenSelection:
+    return TokenSelection(
+        selection.sensitivity_share,
+        selection.entropy_share,
+        over_step=selection.per == "step",
+        sensitivity_only_weight=selection.sensitivity_only_weight,
+        renormalise=selection.average == "selected",
+    )

@@ -16,13 +16,14 @@ from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.objective.papo_loss import StepCounts, finish_metrics
 from megatron_papo.training import accounting
-from megatron_papo.training.collator import Collator, Kind
+from megatron_papo.training.collator import KINDS, Collator, Kind
 from megatron_papo.training.forward_step import PassSettings, PerRollout, Seen, papo_step, sweep
 from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.loss_recipe import LossRecipe, counts_of, denominators_of
 from megatron_papo.training.optimizer import set_learning_rate
 from megatron_papo.training.policy import Policy
 from megatron_papo.training.rows import Grid, TrainingRollout
+from megatron_papo.training.weighing import sensitivities, weigh
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class StepRows:
     """This rank's share."""
     denominators: list[StepCounts]
     """What each rollout of this rank's share is divided by in the loss."""
+    places: list[int]
+    """Where each rollout of this rank's share stands in `all`."""
 
 
 def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int, ranks: int) -> list[StepRows]:
@@ -51,7 +54,7 @@ def split_into_steps(rows: Sequence[TrainingRollout], config: Config, rank: int,
         of_step = list(rows[start : start + size])
         denominators = denominators_of([counts_of(row) for row in of_step], config.objective)
         own = layout_of(config.training).split_over_ranks(of_step, ranks)[rank]
-        steps.append(StepRows(of_step, [of_step[i] for i in own], [denominators[i] for i in own]))
+        steps.append(StepRows(of_step, [of_step[i] for i in own], [denominators[i] for i in own], own))
     return steps
 
 
@@ -72,10 +75,16 @@ class PassPlan:
     def of(cls, objective: ObjectiveConfig) -> "PassPlan":
         """Return the passes that an objective needs. No sweep for the old policy of the first step, which is the policy
         that makes it: its update says that."""
-        masked: list[Kind] = ["masked"] if objective.uses_masked_image else []
-        cached = masked if objective.masked_branch == "cached" else []
-        in_step = [] if cached or objective.masked_rows_ride else masked
-        return cls(objective.uses_reference, tuple(cached), ("original", *cached), tuple(in_step))
+        of_first: set[Kind] = set()
+        in_step: set[Kind] = {"original"} if objective.uses_step_entropy else set()
+        if objective.uses_sensitivity:
+            (of_first if objective.sensitivity.weights == "old" else in_step).update(("original", "masked"))
+        if objective.uses_masked_image and not objective.masked_rows_ride:
+            (of_first if objective.masked_branch == "cached" else in_step).add("masked")
+        first, later, before = (
+            tuple(kind for kind in KINDS if kind in kinds) for kinds in (of_first, of_first | {"original"}, in_step)
+        )
+        return cls(objective.uses_reference, first, later, before)
 
     @property
     def count_of_steps(self) -> int:
@@ -163,18 +172,23 @@ class Passes:
             forbidden: token ids that the rollout engine never samples, where its log-probs are to be compared.
 
         Returns constants of the loss while the policy trains, for each step (old_log_probs with old_entropy, the
-        masked-image branch, rollout_log_probs: what the plan and the objective ask for), and what the old policy said
-        about `later_rows`, None where there are none.
+        masked-image branch, old_sensitivity, rollout_log_probs: what the plan and the objective ask for), and what the
+        old policy said about `later_rows`, None where there are none.
         """
         first = self.sweep(model, self.steps[0].own, self.plan.of_first_step)
         later = self.sweep(model, self.later_rows, self.plan.of_later_steps, forbidden)
         constants: list[PerRollout] = [{} for _ in self.steps]
         for of_step, old in zip(constants[1:], self._by_step(later["original"], self.steps[1:]), strict=True):
             of_step |= {"old_log_probs": old.log_probs, "old_entropy": old.entropy}
-        if "masked" in first:
-            masked = [first["masked"], *self._by_step(later["masked"], self.steps[1:])]
-            constants = [old | masked_branch(seen) for old, seen in zip(constants, masked, strict=True)]
-        if self.config.objective.importance_sampling_cap is not None and process_groups.is_last_stage():
+        objective = self.config.objective
+        by_step = {kind: [first[kind], *self._by_step(later[kind], self.steps[1:])] for kind in first}
+        if "masked" in first and objective.masked_branch == "cached":
+            for of_step, masked in zip(constants, by_step["masked"], strict=True):
+                of_step |= masked_branch(masked)
+        if "original" in first:
+            for of_step, step, original, masked in zip(constants, self.steps, *by_step.values(), strict=True):
+                of_step["old_sensitivity"] = sensitivities(objective, step.own, original, masked)
+        if objective.importance_sampling_cap is not None and process_groups.is_last_stage():
             for of_step, step in zip(constants, self.steps, strict=True):
                 of_step["rollout_log_probs"] = [
                     torch.tensor(row.rollout.rollout_log_probs, device=process_groups.device()) for row in step.own
@@ -200,10 +214,7 @@ class Passes:
 
         Raises UserError where the loss or the gradient is not finite.
         """
-        of_step = dict(constants)
-        swept = self.sweep(policy.model, step.own, self.plan.before_each_step)
-        if "masked" in swept:
-            of_step |= masked_branch(swept["masked"])
+        of_step = self.constants_of_step(policy, step, constants)
         set_learning_rate(policy.optimizer, learning_rate)
         policy.model.zero_grad_buffer()
         policy.optimizer.zero_grad()
@@ -219,6 +230,24 @@ class Passes:
                 " nothing was saved; lower optimizer.learning_rate or objective.kl_prcp_coef"
             )
         return Update(metrics, float(gradient_norm), seen)
+
+    def constants_of_step(self, policy: Policy, step: StepRows, constants: PerRollout) -> PerRollout:
+        """Return the loss's constants of a step: those given, and what the sweeps before it say."""
+        of_step, objective = dict(constants), self.config.objective
+        swept = self.sweep(policy.model, step.own, self.plan.before_each_step)
+        if "masked" in swept and objective.masked_branch == "recompute":
+            of_step |= masked_branch(swept["masked"])
+        if not objective.weighs_tokens:
+            return of_step
+        values: dict[str, Sequence[torch.Tensor]] = {}
+        old_sensitivity = of_step.pop("old_sensitivity", None)
+        if old_sensitivity is not None:
+            values["sensitivity"] = old_sensitivity
+        elif objective.uses_sensitivity:
+            values["sensitivity"] = sensitivities(objective, step.own, swept["original"], swept["masked"])
+        if objective.uses_step_entropy:
+            values["entropy"] = swept["original"].entropy
+        return of_step | weigh(objective, step.all, step.places, values)
 
     def read_metrics(self, contributions: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return a step's metrics, from what this rank contributes to them."""

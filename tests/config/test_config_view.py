@@ -17,6 +17,11 @@ def config() -> Config:
         [
             "rollout.dynamic_sampling={max_rounds: 7}",
             "objective.kl_prcp_annealing={steps: 9}",
+            "objective.kl_prcp_tokens={sensitivity_share: 0.5}",
+            "objective.policy_tokens={entropy_share: 0.5}",
+            "objective.trajectory_shaping={}",
+            "objective.token_shaping={}",
+            "objective.response_shaping={}",
             "evaluation.masked_image={}",
         ],
     )

@@ -98,7 +98,16 @@ def test_every_key_can_be_seen_to_change(demo, key):
 
     config = load_config(
         DEMO_CONFIG,
-        ["rollout.dynamic_sampling={}", "objective.kl_prcp_annealing={steps: 5}", "evaluation.masked_image={}"],
+        [
+            "rollout.dynamic_sampling={}",
+            "objective.kl_prcp_annealing={steps: 5}",
+            "evaluation.masked_image={}",
+            "objective.kl_prcp_tokens={sensitivity_share: 0.5}",
+            "objective.policy_tokens={sensitivity_share: 0.5}",
+            "objective.trajectory_shaping={}",
+            "objective.token_shaping={}",
+            "objective.response_shaping={}",
+        ],
     )
     assert [change.key for change in changes(config, replaced(config, key.split(".")))] == [key]
 
@@ -189,7 +198,17 @@ def test_show_config_prints_every_key_with_its_source_kind_and_meaning():
     ]:
         assert re.search(rf"^{re.escape(key)}: {re.escape(value)} +\({re.escape(source)}\)$", text, re.MULTILINE), key
     assert "    Standard deviation of the pixel noise, in grey levels (0..255)." in lines
-    null = ("data.sft.", "sft.", "objective.kl_prcp_annealing.", "evaluation.masked_image.")
+    null = ("data.sft.", "sft.", "evaluation.masked_image.") + tuple(
+        f"objective.{section}."
+        for section in (
+            "kl_prcp_annealing",
+            "kl_prcp_tokens",
+            "policy_tokens",
+            "trajectory_shaping",
+            "token_shaping",
+            "response_shaping",
+        )
+    )
     printed = {line.split(": ")[0] for line in lines if re.match(r"[a-z_.0-9]+: .*(frozen|living)\)$", line)}
     assert printed == {key for key in leaf_keys() if not key.startswith(null)} | {name.rstrip(".") for name in null}
     assert lines[-1].startswith("note: objective.masked_image_entropy_coef 0.03 reaches no gradient")

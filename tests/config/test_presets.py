@@ -124,6 +124,41 @@ SIZES = {
     "32b": (5120,  40,   8, 64,    27648, 152064,    3456,      False, 33_452_718_336, 8, 2, 1),
     "72b": (8192,  64,   8, 80,    29568, 152064,    3456,      False, 73_410_777_344, 8, 4, 1),
 }  # fmt: skip
+FAMILY_PARTS = ["vppo"]
+FAMILY = {
+    "vppo_7b": {},
+    "vppo_32b": {"objective.average_ranks": 32},
+}
+"""Methods other than PAPO: their presets, and what differs from the method at another size."""
+VPPO = {
+    "rollout.group_size": 8,
+    "rollout.top_p": 0.99,
+    "rollout.dynamic_sampling": DYNAMIC_SAMPLING,
+    "reward.accuracy_weight": 1.0,
+    "reward.format_weight": 0.0,
+    "masked_image.ratio": 0.5,
+    "masked_image.square_pixels": 14,
+    "training.global_batch_size": 128,
+    "objective.average": "token",
+    "objective.average_ranks": 8,
+    "objective.average_micro_batch_size": 16,
+    "objective.kl_ref_coef": 0.0,
+    "objective.kl_prcp_coef": 0.0,
+    "objective.clip_ratio_low": 0.2,
+    "objective.clip_ratio_high": 0.28,
+    "objective.clip_ratio_dual": 3.0,
+    "objective.entropy_coef": 0.06,
+    "objective.masked_image_entropy_coef": 0.0,
+    "objective.sensitivity": {"formula": "k3", "weights": "old"},
+    "objective.policy_tokens.sensitivity_share": 0.4,
+    "objective.policy_tokens.entropy_share": None,
+    "objective.policy_tokens.per": "response",
+    "objective.policy_tokens.average": "all",
+    "objective.trajectory_shaping": {"lowest": 0.9, "statistics": "dealt"},
+}
+"""The authors' 7B script and code, typed in."""
+METHODS = {"vppo": VPPO}
+
 PARTS = ["grpo", "dapo", "papo_g_no_kl_ref", "3b_8x80gb", "7b_8x80gb", "32b_24x80gb", "72b_40x80gb"]
 """config.json of Qwen/Qwen2.5-VL-*-Instruct, their number of parameters (half of total_size in
 model.safetensors.index.json), and the layout of our presets."""
@@ -138,6 +173,8 @@ def size_of(name: str) -> str:
 
 
 def expected(name: str) -> dict:
+    if name in FAMILY:
+        return METHODS[name.rsplit("_", 1)[0]] | FAMILY[name]
     gamma, eta, beta, clip_ratio_high, dynamic_sampling = PRESETS[name]
     size = size_of(name)
     tp, pp, dp = SIZES[size][-3:]
@@ -179,17 +216,19 @@ def changed(tmp_path, name: str, old: str, new: str) -> Path:
 
 
 def test_every_file_is_the_demo_a_preset_or_a_part_of_one():
-    known = ["demo", "published", *PARTS, *PRESETS]
+    known = ["demo", "published", *PARTS, *FAMILY_PARTS, *PRESETS, *FAMILY]
     assert sorted(path.name for path in CONFIGS.glob("*.yaml")) == sorted(f"{name}.yaml" for name in known)
 
 
 def test_every_preset_starts_from_the_published_file_and_every_part_is_used():
-    extended = {name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["extends"] for name in PRESETS}
+    extended = {name: yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["extends"] for name in [*PRESETS, *FAMILY]}
     assert {names[0] for names in extended.values()} == {"published.yaml"}
-    assert {name for names in extended.values() for name in names[1:]} == {f"{name}.yaml" for name in PARTS}
+    assert {name for names in extended.values() for name in names[1:]} == {
+        f"{name}.yaml" for name in [*PARTS, *FAMILY_PARTS]
+    }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *FAMILY])
 def test_numbers_are_the_published_ones(name):
     assert differences(CONFIGS / f"{name}.yaml", name) == {}
 
@@ -197,6 +236,9 @@ def test_numbers_are_the_published_ones(name):
 @pytest.mark.parametrize(
     "name, file, old, new, key, value",
     [
+        ("vppo_7b", "vppo", "lowest: 0.9 ", "lowest: 0.8 ", "objective.trajectory_shaping",
+         {"lowest": 0.8, "statistics": "dealt"}),
+        ("vppo_32b", "vppo_32b", "average_ranks: 32", "average_ranks: 8", "objective.average_ranks", 8),
         ("papo_g_7b", "published", "kl_prcp_coef: 0.02", "kl_prcp_coef: 0.01", "objective.kl_prcp_coef", 0.01),
         ("papo_g_7b", "papo_g_7b", "  entropy_coef: 0.05", "  entropy_coef: 0.03", "objective.entropy_coef", 0.03),
         ("grpo_3b", "published", "kl_ref_coef: 0.01", "kl_ref_coef: 0.0", "objective.kl_ref_coef", 0.0),
@@ -313,7 +355,7 @@ def official(tmp_path):
     return read
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*PRESETS, *FAMILY])
 def test_the_layout_fits_the_model(official, name):
     check_parallel_sizes(official(size_of(name)), load_config(CONFIGS / f"{name}.yaml").parallel)
 

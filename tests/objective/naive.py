@@ -67,8 +67,8 @@ def naive_papo_loss(
     sft=0.0,
 ):
     """rollouts: dicts with advantage, correct, and a list per kind of number (log_probs, old, ref, masked, rollout,
-    entropy, masked_entropy, exact_kl), one entry per response token: scalar float64 tensors or floats. -> scalar
-    tensor, metrics."""
+    entropy, masked_entropy, exact_kl), one entry per response token: scalar float64 tensors or floats; perhaps weights
+    and kl_weights, floats (naive_weights.py). -> scalar tensor, metrics."""
     policy, kl_ref, kl_prcp, raw, entropies, masked_entropies, sampled, masked_sampled, sft_tokens = (
         [],
         [],
@@ -96,7 +96,7 @@ def naive_papo_loss(
                 token = min(token, ratio * 0 - a * dual, key=number_of)
             if importance_cap is not None:
                 token = token * min(math.exp(number["old"][t] - number["rollout"][t]), importance_cap)
-            losses.append(token)
+            losses.append(token * r["weights"][t] if "weights" in r else token)
         policy.append(losses)
         kl_ref.append([ESTIMATORS[ref_estimator](p, q) for p, q in zip(number["log_probs"], number["ref"])])
         if estimator == "exact":
@@ -110,6 +110,8 @@ def naive_papo_loss(
             ]
         if kl_clip is not None:
             values = [clip(x, 0.0, kl_clip) for x in values]
+        if "kl_weights" in r:
+            values = [x * w for x, w in zip(values, r["kl_weights"])]
         kl_prcp.append(values)
         sampled += [-x for x in number["log_probs"]]
         masked_sampled += [-x for x in number["masked"]]

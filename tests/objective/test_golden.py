@@ -10,9 +10,10 @@ import torch
 
 from megatron_papo.objective.advantages import advantages_of
 from tests.helpers import run_module
-from tools.check_objective import LIMIT, errors_of, run_case
+from tools.check_objective import LIMIT, errors_as_split, errors_of, run_case
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+VPPO_CASES = json.loads((GOLDEN / "vppo.json").read_text())["cases"]
 CASES = json.loads((GOLDEN / "papo_loss.json").read_text())
 ADVANTAGE_CASES = json.loads((GOLDEN / "advantages.json").read_text())
 
@@ -44,11 +45,53 @@ def test_every_option_reaches_the_gradient(change):
     assert errors_of(CASES[0], **change)["gradient"] > 100 * LIMIT
 
 
+@pytest.mark.parametrize("case", VPPO_CASES, ids=lambda case: case["name"])
+def test_vppo(case):
+    """Loss, metrics, gradient, and which tokens and responses weigh what: the whole step, and as their code splits
+    it."""
+    assert max(errors_of(case).values()) < LIMIT
+    if "expected_as_split" in case:
+        assert max(errors_as_split(case).values()) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(policy_tokens=dict(sensitivity_share=0.5)),
+        dict(policy_tokens=dict(entropy_share=0.4)),
+        dict(policy_tokens=dict(sensitivity_share=0.4, average="selected"), average="token"),
+        dict(policy_tokens=None),
+        dict(trajectory_shaping=None),
+        dict(trajectory_shaping=dict(lowest=0.8)),
+        dict(token_shaping={}),
+        dict(response_shaping={}),
+    ],
+    ids=str,
+)
+def test_every_option_of_vppo_reaches_the_gradient(change):
+    errors = errors_of(VPPO_CASES[0], **change)
+    assert min(errors["gradient"], errors["weights"]) > 100 * LIMIT
+
+
+def test_a_setting_splits_the_step_as_their_code_does():
+    """One rank, micro-batches of two, in order: average_ranks and average_micro_batch_size say so."""
+    case = next(case for case in VPPO_CASES if "expected_as_split" in case)
+    split = case["expected_as_split"]
+    assert split["ranks"] == [[[0, 1], [2, 3], [4, 5], [6, 7]]]
+    shaping = dict(lowest=case["advantage_scaling"]["min"], statistics="dealt")
+    options = dict(trajectory_shaping=shaping, average="token", average_ranks=1, average_micro_batch_size=2)
+    result = run_case(case, **options)
+    assert result.metrics["loss"] == pytest.approx(split["loss"], abs=LIMIT)
+    torch.testing.assert_close(result.gradient, torch.tensor(split["grad"]), rtol=LIMIT, atol=LIMIT / 100)
+    whole = run_case(case)
+    assert abs(whole.metrics["loss"] - split["loss"]) > 1e-2  # the control
+
+
 @pytest.mark.parametrize(
     "clip", [dict(clip_ratio_low=0.01), dict(clip_ratio_high=0.02), dict(clip_ratio_dual=1.01)], ids=str
 )
 def test_clip_ratios_reach_the_gradient(clip):
-    assert any(not torch.equal(run_case(case, **clip)[1], run_case(case)[1]) for case in CASES)
+    assert any(not torch.equal(run_case(case, **clip).gradient, run_case(case).gradient) for case in CASES)
 
 
 @pytest.mark.parametrize("number", range(len(ADVANTAGE_CASES)))
@@ -73,10 +116,11 @@ def damaged(where):
     return case
 
 
-def test_the_tool_passes_the_golden_file():
-    result = run_module("tools.check_objective", GOLDEN / "papo_loss.json")
+@pytest.mark.parametrize("file, lines, summary", [("papo_loss", 10, "10 cases"), ("vppo", 7, "6 cases")])
+def test_the_tool_passes_the_golden_file(file, lines, summary):
+    result = run_module("tools.check_objective", GOLDEN / f"{file}.json")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count(" ok ") == len(CASES) and "10 cases, 0 past 1e-05" in result.stdout
+    assert result.stdout.count(" ok ") == lines and f"{summary}, 0 past 1e-05" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -99,9 +143,11 @@ def test_the_tool_finds_a_damaged_number(where, tmp_path):
         ("[]", "expected a JSON list of cases"),
         ('[{"over": {}}]', "case 0: lacks kl_coef"),
         (json.dumps([CASES[0] | {"over": {"use_magic": True}}]), "case 0: over holds use_magic"),
+        (json.dumps([VPPO_CASES[0] | {"advantage_scaling": {"kind": "magic"}}]), "case 0: advantage_scaling magic"),
+        (json.dumps([CASES[0] | {"select": {"share": 0.1, "by": "luck", "of": "kl_prcp"}}]), "case 0: select by luck"),
         (json.dumps([CASES[0] | {"old_log_probs": [[0.0]]}]), "case 0: cannot be run"),
     ],
-    ids=["not JSON", "empty", "incomplete", "unknown option", "wrong shape"],
+    ids=["not JSON", "empty", "incomplete", "unknown option", "unknown scaling", "unknown selection", "wrong shape"],
 )
 def test_the_tool_refuses_other_files(text, problem, tmp_path):
     (tmp_path / "file.json").write_text(text)

@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megatron_papo.pictures.masking import black_squares, blacken
 from megatron_papo.run.records import Rewards, Rollout, read_jsonl, write_jsonl
 from megatron_papo.seeds import derive_seed
 from megatron_papo.synthetic.tiny_model import TinySizes, make_tiny_model
+from tests.objective import naive_weights
 from tests.objective.naive import naive_papo_loss
 
 ROOT = Path(__file__).parent.parent.parent
@@ -124,6 +126,37 @@ class Objective:
     """Cut-off rollouts do not count."""
     one_step: bool = False
     """The policy is its own old policy, whose log-probs nobody computes."""
+    weigh: Callable[[list[dict]], None] = lambda rows: None
+    """Gives the rows of naive_papo_loss the weights of their tokens."""
+
+
+def floats(row: dict, kind: str) -> list[float]:
+    return [float(torch.as_tensor(x).detach()) for x in row[kind]]
+
+
+def weigh_as_vppo(rows: list[dict]) -> None:
+    """By the old policy: 40 % of each response, and the trajectory's factor."""
+    s = [[naive_weights.k3(p, q) for p, q in zip(floats(row, "old"), floats(row, "masked"))] for row in rows]
+    of_tokens = naive_weights.selection(s, None, (4, None))
+    for row, weights, factor in zip(rows, of_tokens, naive_weights.trajectory(s, 0.8)):
+        row["weights"] = [w * factor for w in weights]
+
+
+def weigh_by_step(rows: list[dict]) -> None:
+    """By the policy that is trained: the entropy gap and the entropy of all tokens of the step."""
+    kinds = ("entropy", "masked_entropy")
+    tokens = [[dict(zip(kinds, of_token)) for of_token in zip(*(floats(row, kind) for kind in kinds))] for row in rows]
+    for of_row in tokens:
+        for token in of_row:  # a text has no gap but rounding
+            if abs(token["entropy"] - token["masked_entropy"]) < 1e-12:
+                token["masked_entropy"] = token["entropy"]
+            token |= {"log_probs": 0.0, "masked": 0.0}
+    gaps = [naive_weights.sensitivities("entropy_gap", of_row) for of_row in tokens]
+    entropy = [[token["entropy"] for token in of_row] for of_row in tokens]
+    of_policy = naive_weights.selection(gaps, entropy, (3, 2), per="step", only=0.5, renormalise=True)
+    of_kl = naive_weights.selection(gaps, None, (5, None))
+    for row, weights, kl_weights in zip(rows, of_policy, of_kl):
+        row |= {"weights": weights, "kl_weights": kl_weights}
 
 
 COEFFICIENTS = dict(beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
@@ -164,6 +197,25 @@ OBJECTIVES = {
         dict(beta=0.3, gamma=0.15, eta_1=0.05 * 0.75, eta_2=0.07 * 0.75, estimator="exact", kl_clip=0.02),
         "recompute",
     ),
+    "vppo": Objective(
+        ["policy_tokens={sensitivity_share: 0.4}", "trajectory_shaping={lowest: 0.8}"],
+        COEFFICIENTS,
+        weigh=weigh_as_vppo,
+    ),
+    "weighed by the step": Objective(
+        [
+            "sensitivity={formula: entropy_gap, weights: current}",
+            "policy_tokens={sensitivity_share: 0.3, entropy_share: 0.2, per: step, sensitivity_only_weight: 0.5,"
+            " average: selected}",
+            "kl_prcp_tokens={sensitivity_share: 0.5}",
+            "masked_branch=recompute",
+            "overlong_filtering=true",
+        ],
+        COEFFICIENTS,
+        "recompute",
+        filtered=True,
+        weigh=weigh_by_step,
+    ),
     "one step": Objective(["importance_sampling_cap=1.1"], COEFFICIENTS | dict(importance_cap=1.1), one_step=True),
 }
 STEP = 2
@@ -181,7 +233,7 @@ def make_cases() -> list[dict]:
                 ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp)
             )
         ]
-        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5)}.get(name, (3,))
+        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2, 3, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5, 3, 5)}.get(name, (3,))
         for micro, objective in zip(
             micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]
         ):
@@ -212,6 +264,8 @@ def group_cases() -> list[dict]:
         ("dp4", "paper", 90),
         ("tp2dp2", "token", 60),
         ("tp2pp2", "recompute", 120),
+        ("tp2dp2", "vppo", 100),
+        ("pp2dp2", "weighed by the step", 120),
         ("tp2pp2sp", "paper", 200),
         ("tp2pp2sp", "token", 40),
         ("pp4", "recompute exact", 100),
@@ -500,6 +554,7 @@ def reference(work):
 
     for name, objective in OBJECTIVES.items():
         rows = rows_of(objective)
+        objective.weigh(rows)
         found[name] = differentiate(*naive_papo_loss(rows, **objective.options))
         found[f"{name} ratios"] = [
             float((lp - o).detach().exp()) for row in rows for lp, o in zip(row["log_probs"], row["old"])

@@ -25,6 +25,7 @@ from megatron_papo.training.loss_recipe import loss_recipe
 from megatron_papo.training.optimizer import build_optimizer
 from megatron_papo.training.passes import split_into_steps
 from megatron_papo.training.rows import make_rows
+from megatron_papo.training.weighing import sensitivities, weigh
 
 
 def run_case(work: Path, case: dict) -> None:
@@ -72,6 +73,12 @@ def run_case(work: Path, case: dict) -> None:
     if not config.objective.masked_rows_ride:
         masked = swept("old" if config.objective.masked_branch == "cached" else "policy", "masked")
         cached |= {"masked_image_log_probs": masked.log_probs, "masked_image_entropy": masked.entropy}
+    if config.objective.weighs_tokens:
+        policy = "old" if config.objective.sensitivity.weights == "old" else "policy"
+        values = {"sensitivity": sensitivities(config.objective, mine, swept(policy), swept(policy, "masked"))}
+        if config.objective.uses_step_entropy:
+            values["entropy"] = swept("policy").entropy
+        cached |= weigh(config.objective, step.all, step.places, values)
     if process_groups.is_last_stage():
         cached["rollout_log_probs"] = [torch.tensor(row.rollout.rollout_log_probs) for row in mine]
     load("policy")

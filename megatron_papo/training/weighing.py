@@ -1,0 +1,77 @@
+"""What the tokens of a step are weighed by in the loss, over the rollouts of all data-parallel ranks: from what the
+sweeps before the step said."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_papo.config import ObjectiveConfig
+from megatron_papo.distributed import collectives, process_groups
+from megatron_papo.objective.sensitivity import TwoViews
+from megatron_papo.objective.token_weights import StepTokens
+from megatron_papo.training.forward_step import PerRollout, Seen
+from megatron_papo.training.loss_recipe import sensitivity_of, token_weights_of
+from megatron_papo.training.rows import TrainingRollout
+
+
+def sensitivities(
+    objective: ObjectiveConfig, rows: Sequence[TrainingRollout], original: Seen, masked: Seen
+) -> list[Tensor]:
+    """Return the sensitivity of each rollout's tokens, [response_length]; none before the last pipeline stage.
+
+    Of a rollout without pictures it is 0, whatever the rounding of two passes over the same prompt is.
+
+    Args:
+        objective: its formula.
+        rows: the rollouts.
+        original, masked: what one policy said about them with the picture, and with the masked one.
+    """
+    values = []
+    for row, *of_rollout in zip(
+        rows if original.log_probs else (),
+        original.log_probs,
+        masked.log_probs,
+        original.entropy,
+        masked.entropy,
+        strict=True,
+    ):
+        sensitivity = sensitivity_of(objective, TwoViews(*of_rollout)).float()
+        values.append(sensitivity if row.grids else torch.zeros_like(sensitivity))
+    return values
+
+
+def weigh(
+    objective: ObjectiveConfig,
+    rows: Sequence[TrainingRollout],
+    places: Sequence[int],
+    values: dict[str, Sequence[Tensor]],
+) -> PerRollout:
+    """Return policy_weights and kl_prcp_weights of this rank's rollouts of a step, those of them that there are.
+
+    A rollout that does not count in the loss is in no statistic either.
+
+    Args:
+        objective: its selections and shapings.
+        rows: the rollouts of the step, all ranks'.
+        places: where this rank's stand among them.
+        values: sensitivity and entropy of this rank's rollouts, as far as they are needed: StepTokens by name.
+
+    Collective over the data-parallel ranks of the last pipeline stage; the others return {}.
+    """
+    if not process_groups.is_last_stage():
+        return {}
+    own = {place: {name: of_rows[i].cpu() for name, of_rows in values.items()} for i, place in enumerate(places)}
+    of_step = {place: found for of_rank in collectives.gather_data_parallel(own) for place, found in of_rank.items()}
+    empty = torch.zeros(0)
+    tokens = StepTokens(
+        **{name: [of_step[i][name] if row.counts else empty for i, row in enumerate(rows)] for name in values}
+    )
+    device = process_groups.device()
+    return {
+        name: [
+            weights[i].float().to(device) if rows[i].counts else torch.zeros(rows[i].response_length, device=device)
+            for i in places
+        ]
+        for name, weights in token_weights_of(objective, tokens).items()
+    }
