@@ -102,9 +102,9 @@ def sparse(prepared, tmp_path_factory):
     samples."""
     memory = tmp_path_factory.mktemp("memory")
     run = prepared("sparse", *START, changes=(*CADENCE, "save_while_sampling=true", f"export_directory={memory}"))
-    of_another_run = open_run(run).exported(1)
+    of_another_run = open_run(run).memory / "0001/hf"
     of_another_run.mkdir(parents=True)
-    (of_another_run / "manifest.json").write_text("{}")  # nothing is sampled from it
+    (of_another_run / "manifest.json").write_text('{"stage": "stage6_convert_to_hf", "fingerprint": "6", "files": {}}')
     command = ["bash", "run_all.sh", "--name", run.name, "--resident", *settings("iterations=4")]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

@@ -46,12 +46,14 @@ def states(run: RunDirectory) -> list[State]:
 
 
 def _state(run: RunDirectory, stage: Stage, turn: Turn, stale: set[Path]) -> State:
-    output = stage.output(run, turn)
+    output, number = stage.output(run, turn), turn.iteration or 0
     manifest = read_manifest(output)
+    if stage.number == 6 and run.in_memory(number) and read_manifest(run.trained(number)) is None:
+        manifest = None  # what lies there is of an earlier attempt, and goes before this one's is made
     if manifest is None:
-        if stage.number == 6 and is_done_with(run, turn.iteration or 0):
+        if stage.number == 6 and is_done_with(run, number):
             return State(stage, turn, output, "done", "was needed in memory only")
-        is_lost = stage.number == 7 and (run.exported(turn.iteration or 0) / PRUNED).exists()
+        is_lost = stage.number == 7 and (run.exported(number) / PRUNED).exists()
         why = "the export was deleted before" if is_lost else ""
         return State(stage, turn, output, "running" if is_locked(output) else "missing", why)
     reason = what_differs(run, stage, turn, manifest, stale)
