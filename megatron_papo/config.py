@@ -478,18 +478,30 @@ class RewardConfig(Section):
 
 
 class MaskedImageConfig(Section):
-    """How the masked image of KL_prcp is drawn. One seed per (run seed, prompt, epoch), stored with the rollout."""
+    """How the masked image is drawn: what stands in the branch that the policy is compared with. One seed per (run
+    seed, prompt, epoch), stored with the rollout."""
 
-    strategy: Literal["random", "semantic", "full"] = "random"
+    strategy: Literal["random", "semantic", "full", "none", "noise", "diffusion", "blur", "grey"] = "random"
     """random: each square is blackened with probability `ratio`. semantic: the `ratio` of the squares that matter most,
-    by a saliency map per image (data.saliency_key). full: the whole picture is black."""
+    by a saliency map per image (data.saliency_key). full: the whole picture is black. none: no picture, its tokens are
+    taken out of the prompt. noise: Gaussian. diffusion: variance-preserving noise. blur: Gaussian. grey: no colours."""
     ratio: float = Field(default=0.6, gt=0, le=1)
-    """Share of the squares that are blackened; unused by `full`."""
+    """Share of the squares that are blackened; read by `random` and `semantic`."""
     square_pixels: int = Field(default=14, gt=0)
     """Side of a square; with space `patch`, of the resized picture."""
-    space: Literal["native", "patch"] = "native"
-    """native: squares of the native picture, before the resize (published). patch: of the resized one, aligned to ViT
-    patches."""
+    noise_deviation: float = Field(default=64.0, gt=0)
+    """Standard deviation of `noise`, in grey levels (0..255)."""
+    diffusion_step: int = Field(default=500, gt=0, le=1000)
+    """After how many of 1000 steps `diffusion` ends."""
+    blur_pixels: float = Field(default=8.0, gt=0)
+    """Standard deviation of `blur`."""
+    space: Literal["native", "resized", "patch"] = "native"
+    """native: on the native picture, before the resize (published). patch: on the one that the model sees, squares
+    aligned to ViT patches. resized: between the two steps of data.resize `published`, on a picture within the pixel
+    limits whose sides are no multiples of 28 yet (VPPO); as `patch` with `smart`, which has one step."""
+    per: Literal["group", "response"] = "group"
+    """group: the rollouts of a prompt share one (published). response: each has its own (VPPO), which costs the prompt
+    again for each."""
 
 
 class AnnealingConfig(Section):
@@ -566,6 +578,25 @@ class ResponseShapingConfig(Section):
     """Of a response's tokens, those of largest sensitivity, that are its perception tokens."""
 
 
+class ContrastConfig(Section):
+    """CPPO's contrastive term (arXiv 2601.00501): + coefficient * softplus((KL(pi, pi_kept) - KL(pi, pi_mask)) /
+    temperature), pi_kept given the picture of section kept_image, pi_mask that of masked_image; gradient through all
+    three."""
+
+    coefficient: float = Field(default=0.01, gt=0)
+    """Weight of the term in the loss."""
+    temperature: float = Field(default=0.1, gt=0)
+    """What the difference of the two divergences is divided by."""
+    share: float | None = Field(default=0.5, gt=0, le=1)
+    """Of each response's tokens whose sensitivity is above 0, those with the largest; ties are kept. null: all
+    tokens."""
+    positive_advantages: bool = True
+    """Only tokens of rollouts with an advantage above 0."""
+    average: Literal["step", "dealt"] = "step"
+    """step: over the selected tokens of the optimizer step. dealt: as in the authors' code, of each micro-batch, then
+    over micro-batches and ranks, as average_ranks and average_micro_batch_size deal them out."""
+
+
 class ObjectiveConfig(Section):
     """PAPO, arXiv 2507.06448. See docs/algorithm.md and objective/papo_loss.py for the formulas."""
 
@@ -614,6 +645,10 @@ class ObjectiveConfig(Section):
     kl_prcp_tokens: TokenSelectionConfig | None = None
     """Keep KL_prcp of these tokens alone; null: of all."""
     kl_prcp_annealing: AnnealingConfig | None = None
+    kl_kept_coef: float = Field(default=0.0, ge=0)
+    """Weight of KL(pi, pi_kept), pi_kept given the picture of section kept_image: MINIMISED (DVRP, arXiv 2601.06801:
+    robustness). By kl_prcp_estimator."""
+    contrast: ContrastConfig | None = None
     masked_branch: Literal["cached", "recompute", "recompute_with_grad"] = "cached"
     """Log-probs given the masked image. cached: once per iteration, with its first weights (published). recompute: with
     the weights of each step. recompute_with_grad: with gradient through both branches (the paper's objective), at twice
@@ -638,13 +673,24 @@ class ObjectiveConfig(Section):
 
     @property
     def uses_masked_image(self) -> bool:
-        return self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0 or self.uses_sensitivity
+        return self.trains_on_masked_image or self.uses_sensitivity
+
+    @property
+    def trains_on_masked_image(self) -> bool:
+        """Whether a term of the loss reads the masked-image branch."""
+        return self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0 or self.contrast is not None
+
+    @property
+    def uses_kept_image(self) -> bool:
+        return self.kl_kept_coef > 0 or self.contrast is not None
 
     @property
     def uses_sensitivity(self) -> bool:
         """Whether anything is selected or shaped by the sensitivity of tokens."""
         shapings = (self.trajectory_shaping, self.token_shaping, self.response_shaping)
-        return any(shapings) or any(selection.sensitivity_share is not None for selection in self.selections)
+        detects = self.contrast is not None and self.contrast.share is not None
+        by_sensitivity = any(selection.sensitivity_share is not None for selection in self.selections)
+        return any(shapings) or detects or by_sensitivity
 
     @property
     def uses_step_entropy(self) -> bool:
@@ -659,7 +705,7 @@ class ObjectiveConfig(Section):
     @property
     def weighs_tokens(self) -> bool:
         """Whether tokens are weighed in the loss by what sweeps before the step say."""
-        return self.uses_sensitivity or self.uses_step_entropy
+        return self.uses_sensitivity or self.uses_step_entropy or self.contrast is not None
 
     @property
     def uses_reference(self) -> bool:
@@ -669,7 +715,7 @@ class ObjectiveConfig(Section):
     def masked_rows_ride(self) -> bool:
         """Whether each micro-batch of the update carries its masked-image twin."""
         with_grad_or_logits = self.masked_branch == "recompute_with_grad" or self.kl_prcp_estimator == "exact"
-        return (self.kl_prcp_coef > 0 or self.masked_image_entropy_coef > 0) and with_grad_or_logits
+        return (self.trains_on_masked_image and with_grad_or_logits) or self.uses_kept_image
 
     @model_validator(mode="after")
     def _branches(self) -> Self:
@@ -678,6 +724,12 @@ class ObjectiveConfig(Section):
                 "kl_prcp_estimator exact needs the logits of both branches: --set objective.masked_branch=recompute or"
                 " --set objective.masked_branch=recompute_with_grad"
             )
+        if self.uses_kept_image and self.masked_branch != "recompute_with_grad":
+            raise ValueError(
+                "kl_kept_coef and contrast train through every view: --set objective.masked_branch=recompute_with_grad"
+            )
+        if self.uses_kept_image and self.kl_prcp_estimator == "exact":
+            raise ValueError("kl_prcp_estimator exact compares two views, kl_kept_coef and contrast need three: use k3")
         if any(selection.average == "selected" for selection in self.selections) and self.average != "token":
             raise ValueError(
                 "an average over the selected tokens needs average token: --set objective.average=token, or average all"
@@ -867,6 +919,9 @@ class Config(Section):
     rollout: RolloutConfig
     reward: RewardConfig = RewardConfig()
     masked_image: MaskedImageConfig = MaskedImageConfig()
+    kept_image: MaskedImageConfig | None = None
+    """The third view, of objective.kl_kept_coef and objective.contrast: a picture that keeps what matters. Drawn as the
+    masked image, from a seed of its own. null: none."""
     objective: ObjectiveConfig = ObjectiveConfig()
     hacking_guard: HackingGuardConfig = HackingGuardConfig()
     optimizer: OptimizerConfig
@@ -894,11 +949,30 @@ class Config(Section):
             self._rollouts_fit,
             self._freeze,
             self._steps_fit,
+            self._views,
         )
         problems = [problem for rule in rules for problem in rule()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _views(self) -> Iterator[str]:
+        if self.objective.uses_kept_image and self.kept_image is None:
+            yield "objective.kl_kept_coef and contrast need a kept picture: --set kept_image={strategy: random}"
+        if self.kept_image is not None and not self.objective.uses_kept_image:
+            yield "kept_image is read by objective.kl_kept_coef and contrast alone: --set kept_image=null"
+        for name, view in (("masked_image", self.masked_image), ("kept_image", self.kept_image)):
+            apart = view is not None and (view.strategy == "none" or view.per == "response")
+            if apart and self.objective.masked_rows_ride:
+                yield (
+                    f"{name}: strategy none and per response make other prompts, which cannot ride in the update:"
+                    " --set objective.masked_branch=cached, an estimator other than exact, and no third view"
+                )
+        if self.evaluation.masked_images and self.evaluation.masking(self.masked_image).strategy == "none":
+            yield (
+                "evaluation.masked_images needs pictures, masked_image.strategy none has none: --set"
+                " evaluation.without_images=true, and masked_images=false"
+            )
 
     def _cadence(self) -> Iterator[str]:
         """What needs the optimizer of every iteration on disk excludes checkpoint_every; keep_best needs scores."""

@@ -13,6 +13,9 @@ whose `cases` is that list, as tests/golden/vppo.json. A case may have besides
     expected                           selected [B, T] and scaling [B] of the whole step
     expected_as_split                  loss and grad with the statistics of the ranks and micro-batches in `ranks`
 
+A case with `views` is of CPPO's contrastive term alone, as tests/golden/cppo.json has it: loss, and the gradient of
+each of the three views, in float64 (tools/contrast_cases.py).
+
 Each case goes the way of a training step: token statistics of the response positions from the logits, papo_loss,
 backward. Prints per case the largest relative error of the loss, of the metrics, of the gradient and of what tokens are
 weighed by; exit status 1 if any exceeds 1e-5, 0 if none does.
@@ -33,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_papo.config import ObjectiveConfig
 from megatron_papo.errors import UserError
 from megatron_papo.run.command_line import run
+from tools.contrast_cases import contrast_errors
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +61,7 @@ KEYS = (
     "metrics",
     "grad",
 )
+CONTRAST_KEYS = ("logits", "responses", "response_mask", "advantages", "views", "cppo", "micro_batch", "expected")
 ESTIMATORS = {"kl": "k1", "abs": "abs", "mse": "k2", "low_var_kl": "k3"}
 AVERAGES = {"token": "micro_batch", "seq": "sequence"}
 """loss_avg_mode: ours; each case is one micro-batch of one rank."""
@@ -112,13 +117,17 @@ def read_cases(path: Path) -> list[dict]:
     if not isinstance(cases, list) or not cases:
         raise UserError(f"{path}: expected a JSON list of cases, as in tests/golden/papo_loss.json")
     for number, case in enumerate(cases):
-        missing = [key for key in KEYS if key not in case] if isinstance(case, dict) else list(KEYS)
+        if isinstance(case, dict) and "views" in case:
+            missing = [key for key in CONTRAST_KEYS if key not in case]
+            case = {"over": {}} | case
+        else:
+            missing = [key for key in KEYS if key not in case] if isinstance(case, dict) else list(KEYS)
         if missing:
             raise UserError(f"{path}: case {number}: lacks {', '.join(missing)}: see tests/golden/papo_loss.json")
         unknown = [key for key in case["over"] if key not in KNOWN_OVERRIDES]
         if unknown:
             raise UserError(f"{path}: case {number}: over holds {', '.join(unknown)}, which this tool cannot translate")
-        if problem := next(untranslatable(case), None):
+        if "views" not in case and (problem := next(untranslatable(case), None)):
             raise UserError(f"{path}: case {number}: {problem}, which this tool cannot translate")
     return cases
 
@@ -257,7 +266,8 @@ def run_case(case: dict, *, num_tokens: float | None = None, ranks: "Deal | None
         correct=correct,
         ref_log_probs=table("ref_log_probs") if over.get("use_kl_loss", True) else None,
         masked_image=MaskedImageTokens(table("masked_log_probs")) if over.get("use_kl_prcp", True) else None,
-        **weights,
+        policy_weights=weights.get("policy_weights"),
+        kl_prcp_weights=weights.get("kl_prcp_weights"),
     )
     recipe = loss_recipe(objective, step=0)
     lengths, of_correct = mask.sum(dim=1).tolist(), (mask * correct).sum(dim=1).tolist()
@@ -281,7 +291,7 @@ def errors_of(case: dict, **changes: Any) -> dict[str, float]:
     """
     result = run_case(case, **changes)
     metrics = result.metrics
-    errors = {"loss": 0.0, "metrics": 0.0, "gradient": _gradient_error(result.gradient, case["grad"])}
+    errors = {"loss": 0.0, "metrics": 0.0, "gradient": gradient_error(result.gradient, case["grad"])}
     if (error := _weights_error(case, case.get("expected") or {}, result)) is not None:
         errors["weights"] = error
     for theirs, value in case["metrics"].items():
@@ -308,14 +318,14 @@ def errors_as_split(case: dict) -> dict[str, float]:
     loss = abs(result.metrics["loss"] - expected["loss"]) / (abs(expected["loss"]) + METRIC_FLOOR)
     errors = {
         "loss": _not_finite_is_infinite(loss),
-        "gradient": _gradient_error(result.gradient, expected["grad"]),
+        "gradient": gradient_error(result.gradient, expected["grad"]),
     }
     if (error := _weights_error(case, expected, result)) is not None:
         errors["weights"] = error
     return errors
 
 
-def _gradient_error(gradient: "torch.Tensor", theirs: list) -> float:
+def gradient_error(gradient: "torch.Tensor", theirs: list) -> float:
     import torch
 
     expected = torch.tensor(theirs)
@@ -360,7 +370,10 @@ def main() -> None:
     failed, cases = 0, read_cases(path)
     for number, case in enumerate(cases):
         try:
-            checked = {json.dumps(case["over"]): errors_of(case)}
+            if "views" in case:
+                checked = {"contrast: " + json.dumps(case["cppo"]): contrast_errors(case)}
+            else:
+                checked = {json.dumps(case["over"]): errors_of(case)}
             if "expected_as_split" in case:
                 checked["as their code splits the step"] = errors_as_split(case)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

@@ -5,8 +5,9 @@
 
 Nothing is stored of a masked picture but its seed, which is in the rollout; how it is masked is in the configuration of
 the run that trained on it. Writes lineNNNNNN_imageM_original.png and lineNNNNNN_imageM_masked.png (after the resize, as
-cut into ViT patches) and prints a line per masked picture: its path and the share of its squares that are black. A
-group shares its pictures, so without --line only the first rollout of each group is drawn.
+cut into ViT patches) and prints a line per masked picture: its path and the share of its squares that are black, or by
+how many grey levels it differs. A group shares its pictures (with masked_image.per response not the masked ones), so
+without --line only the first rollout of each group is drawn. Where there is a kept_image, _kept.png is drawn, too.
 """
 
 import argparse
@@ -15,9 +16,12 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_papo.config import Config
 from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
+from megatron_papo.pictures.masking import seed_of_kept, seed_of_response
 from megatron_papo.pictures.preprocess import PictureSettings, load_images, load_masked_images
 from megatron_papo.run.command_line import run
 from megatron_papo.run.records import Rollout, read_jsonl
@@ -90,8 +94,8 @@ def chosen_lines(rollouts: list[Rollout], lines: list[int] | None, file: Path) -
     return lines
 
 
-def draw(rollout: Rollout, line: int, source: Source, output: Path) -> list[tuple[str, float]]:
-    """Write the pictures of a rollout. Returns the file name and the share of black squares of each masked picture.
+def draw(rollout: Rollout, line: int, source: Source, output: Path) -> list[tuple[str, str]]:
+    """Write the pictures of a rollout. Returns for each corrupted picture its file name and what was done to it.
 
     Args:
         rollout: whose pictures.
@@ -102,15 +106,29 @@ def draw(rollout: Rollout, line: int, source: Source, output: Path) -> list[tupl
     config, data = source.config, source.data
     settings = PictureSettings.of(config.data)
     originals = load_images(data, rollout.images, settings)
-    masked = load_masked_images(
-        data, rollout.images, settings, config.masked_image, rollout.masked_image_seed, rollout.saliency
-    )
+    for number, original in enumerate(originals):
+        original.save(output / f"line{line:06}_image{number}_original.png")
     drawn = []
-    for number, (original, (picture, squares)) in enumerate(zip(originals, masked, strict=True)):
-        stem = f"line{line:06}_image{number}"
-        original.save(output / f"{stem}_original.png")
-        picture.save(output / f"{stem}_masked.png")
-        drawn.append((f"{stem}_masked.png", float(squares.mean())))
+    for kind, masking in (("masked", config.masked_image), ("kept", config.kept_image)):
+        if masking is None:
+            continue
+        if masking.strategy == "none":
+            drawn += [(f"line{line:06}", "no picture")]
+            continue
+        seed = rollout.masked_image_seed
+        if kind == "kept":
+            seed = seed_of_kept(seed)
+        elif masking.per == "response":
+            seed = seed_of_response(seed, rollout.sample)
+        pictures = load_masked_images(data, rollout.images, settings, masking, seed, rollout.saliency)
+        for number, (original, (picture, squares)) in enumerate(zip(originals, pictures, strict=True)):
+            name = f"line{line:06}_image{number}_{kind}.png"
+            picture.save(output / name)
+            if squares is not None:
+                drawn.append((name, f"{float(squares.mean()):.4f} of the squares are black"))
+            else:
+                difference = np.abs(np.asarray(picture, dtype=float) - np.asarray(original, dtype=float)).mean()
+                drawn.append((name, f"{masking.strategy}, {difference:.2f} grey levels from the original"))
     return drawn
 
 
@@ -132,8 +150,8 @@ def main() -> None:
         os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for name, share in drawn:
-        print(f"{output / name}: {share:.4f} of the squares are black")
+    for name, what in drawn:
+        print(f"{output / name}: {what}")
     if not drawn:
         print(f"{file}: no pictures in {len(lines)} rollouts")
 

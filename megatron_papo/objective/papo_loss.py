@@ -6,6 +6,8 @@
         + entropy_coef              * H            eta_1 \\  double entropy loss
         + masked_image_entropy_coef * H_mask       eta_2 /
         + sft_coef                  * -log pi      of correct rollouts
+        + kl_kept_coef              * KL_kept      from the policy with a third view, the kept picture
+        + contrast.coefficient      * softplus((KL_kept - KL_prcp) / temperature)
 
 Every per-token tensor is [B, T]: B rollouts, T response positions (padded); response_mask is 1.0 on response tokens.
 Averages are weighted sums whose weights already hold the denominators of the whole optimizer step, so that
@@ -65,6 +67,10 @@ class ResponseTokens:
     """What each token's policy loss is multiplied by, a constant (objective/token_weights.py); None: 1."""
     kl_prcp_weights: Tensor | None = None
     """What each token's KL_prcp is multiplied by, a constant; None: 1."""
+    kept_image: MaskedImageTokens | None = None
+    """The same with the kept picture, a third view; for Coefficients.kl_kept and contrast."""
+    contrast_weights: Tensor | None = None
+    """Of Formulas.contrast, a constant: sum(weight * contrast) is its average over the step."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,8 @@ class Coefficients:
     masked_image_entropy: float = 0.0
     """eta_2"""
     sft: float = 0.0
+    kl_kept: float = 0.0
+    contrast: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -320,6 +328,8 @@ class Formulas:
     """Clamp each token's KL_prcp to [0, this]."""
     entropy: Callable[[Tensor, Tensor | None], Tensor] = sampled_entropy
     """sampled_entropy or exact_entropy, for both branches."""
+    contrast: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    """(log_probs, kept, masked) -> per token: objective/contrast.py with a temperature."""
 
 
 def papo_loss(
@@ -372,6 +382,17 @@ def papo_loss(
         terms["kl_prcp_mean"] = (token_weights * per_token).sum()
         terms["kl_prcp_second_moment"] = (token_weights * per_token.square()).sum()
 
+    if t.kept_image is not None:
+        terms["kl_kept"] = (loss_weights * formulas.kl_prcp(t.log_probs, t.kept_image)).sum()
+        loss = loss + coefficients.kl_kept * terms["kl_kept"]
+
+    if formulas.contrast is not None and t.kept_image is not None and t.masked_image is not None:
+        weights = _given(t.contrast_weights, "contrast_weights")
+        per_token = formulas.contrast(t.log_probs, t.kept_image.log_probs, t.masked_image.log_probs)
+        terms["contrast"] = (weights * per_token).sum()
+        terms["contrast_tokens_share"] = (token_weights * (weights > 0)).sum()
+        loss = loss + coefficients.contrast * terms["contrast"]
+
     if coefficients.sft > 0:
         of_correct = StepCounts(averages.counts.correct_tokens, averages.counts.sequences)
         sft_weights = token_average(t.mask * _given(t.correct, "correct"), of_correct)
@@ -407,11 +428,11 @@ def _clean(tokens: ResponseTokens) -> ResponseTokens:
     def clean_if_given(values: Tensor | None) -> Tensor | None:
         return None if values is None else clean(values)
 
-    masked_image = tokens.masked_image
-    if masked_image is not None:
-        masked_image = MaskedImageTokens(
-            clean(masked_image.log_probs), clean_if_given(masked_image.entropy), clean_if_given(masked_image.exact_kl)
-        )
+    def clean_view(view: MaskedImageTokens | None) -> MaskedImageTokens | None:
+        if view is None:
+            return None
+        return MaskedImageTokens(clean(view.log_probs), clean_if_given(view.entropy), clean_if_given(view.exact_kl))
+
     return replace(
         tokens,
         log_probs=clean(tokens.log_probs),
@@ -421,7 +442,9 @@ def _clean(tokens: ResponseTokens) -> ResponseTokens:
         rollout_log_probs=clean_if_given(tokens.rollout_log_probs),
         policy_weights=clean_if_given(tokens.policy_weights),
         kl_prcp_weights=clean_if_given(tokens.kl_prcp_weights),
-        masked_image=masked_image,
+        masked_image=clean_view(tokens.masked_image),
+        kept_image=clean_view(tokens.kept_image),
+        contrast_weights=clean_if_given(tokens.contrast_weights),
     )
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from megatron_papo.seeds import derive_seed
+
 Strategy = Literal["random", "semantic", "full"]
 TIE_DECIMALS = 9
 """Mean saliencies that agree to so many decimals, on a scale of 0 to 1, are ties: sums of floats differ in the last
@@ -86,3 +88,13 @@ def _shares(pixels: int, square_pixels: int, cells: int) -> np.ndarray:
     borders = np.arange(cells + 1) * pixels
     overlap = np.minimum(squares[1:, None], borders[None, 1:]) - np.maximum(squares[:-1, None], borders[None, :-1])
     return overlap.clip(min=0) / np.diff(squares)[:, None]
+
+
+def seed_of_response(seed: int, sample: int) -> int:
+    """Return the seed of a rollout's own masked picture, where each response has one; seed: its group's."""
+    return derive_seed(seed, "response", sample)
+
+
+def seed_of_kept(seed: int) -> int:
+    """Return the seed of the kept picture, the third view; seed: that of the masked picture."""
+    return derive_seed(seed, "kept")

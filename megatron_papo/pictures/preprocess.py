@@ -20,6 +20,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.pictures.decode import Transparency, decode_image, decode_saliency
 from megatron_papo.pictures.files import read_inside
 from megatron_papo.pictures.masking import black_squares, blacken
+from megatron_papo.pictures.views import blurred, diffused, grey, noisy
 from megatron_papo.seeds import derive_seed
 
 PATCH = 14
@@ -158,7 +159,11 @@ def _require_aspect(taken: list[tuple[int, int]]) -> None:
 
 def resize(image: Image.Image, settings: PictureSettings) -> Image.Image:
     """Return the picture in the size in which the model sees it, bicubic; itself if it has that size."""
-    for size in sizes(*image.size, settings):
+    return _resized(image, sizes(*image.size, settings))
+
+
+def _resized(image: Image.Image, steps: Sequence[tuple[int, int]]) -> Image.Image:
+    for size in steps:
         image = image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
     return image
 
@@ -187,14 +192,15 @@ def load_masked_images(
     masking: MaskedImageConfig,
     seed: int,
     saliency: Sequence[str] = (),
-) -> list[tuple[Image.Image, np.ndarray]]:
-    """Return a prompt's pictures resized with squares blackened, and which squares, bool [rows, columns].
+) -> list[tuple[Image.Image, np.ndarray | None]]:
+    """Return a prompt's pictures resized and corrupted, and which squares are black, bool [rows, columns]; None where a
+    strategy has no squares.
 
     Args:
         root: the data root.
         names: of the pictures, from root on.
         settings: how they are opened and resized.
-        masking: strategy, ratio, and whether squares are blackened before or after the resize.
+        masking: what is done to them, and whether before or after the resize.
         seed: of this prompt; each picture's is derived from it.
         saliency: names of the pictures' saliency maps, read by strategy `semantic` only.
 
@@ -204,21 +210,45 @@ def load_masked_images(
     pictures = []
     for index, name in enumerate(names):
         picture = open_image(root, name, settings.transparency)
-        if masking.space == "patch":
-            picture = resize(picture, settings)
-        squares = black_squares(
-            picture.size,
-            strategy=masking.strategy,
-            ratio=masking.ratio,
-            square_pixels=masking.square_pixels,
-            seed=derive_seed(seed, index),
-            saliency=open_saliency(root, saliency[index]) if masking.strategy == "semantic" else None,
-        )
-        picture = blacken(picture, squares, masking.square_pixels)
-        if masking.space == "native":
-            picture = resize(picture, settings)
-        pictures.append((picture, squares))
+        steps = sizes(*picture.size, settings)
+        before = {"native": 0, "resized": max(1, len(steps) - 1), "patch": len(steps)}[masking.space]
+        of_map = open_saliency(root, saliency[index]) if masking.strategy == "semantic" else None
+        corrupted, squares = corrupt(_resized(picture, steps[:before]), masking, derive_seed(seed, index), of_map)
+        pictures.append((_resized(corrupted, steps[before:]), squares))
     return pictures
+
+
+def corrupt(
+    picture: Image.Image, masking: MaskedImageConfig, seed: int, saliency: np.ndarray | None
+) -> tuple[Image.Image, np.ndarray | None]:
+    """Return a picture as the other branch sees it, and which of its squares are black, None without squares.
+
+    Args:
+        picture: RGB, in the space of the masking.
+        masking: what is done to it; any strategy but `none`.
+        seed: of this picture.
+        saliency: its map, for `semantic`.
+    """
+    strategy = masking.strategy
+    if strategy == "noise":
+        return noisy(picture, masking.noise_deviation, seed), None
+    if strategy == "diffusion":
+        return diffused(picture, masking.diffusion_step, seed), None
+    if strategy == "blur":
+        return blurred(picture, masking.blur_pixels), None
+    if strategy == "grey":
+        return grey(picture), None
+    if strategy == "none":
+        raise ValueError("strategy none shows no picture")
+    squares = black_squares(
+        picture.size,
+        strategy=strategy,
+        ratio=masking.ratio,
+        square_pixels=masking.square_pixels,
+        seed=seed,
+        saliency=saliency,
+    )
+    return blacken(picture, squares, masking.square_pixels), squares
 
 
 def require_saliency(masking: MaskedImageConfig, names: Sequence[str], saliency: Sequence[str]) -> None:

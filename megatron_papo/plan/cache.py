@@ -19,7 +19,7 @@ from megatron_papo.plan.workload import Lengths
 
 ROOMS = ("config.py", "distributed", "model", "objective", "plan", "training")
 """Whose code decides what a trace finds."""
-SECTIONS = ("model", "parallel", "objective", "optimizer", "training", "masked_image")
+SECTIONS = ("model", "parallel", "objective", "optimizer", "training", "masked_image", "kept_image")
 """Of the configuration, beside the numbers of _key."""
 PACKAGES = ("torch", "megatron-core")
 

@@ -24,8 +24,9 @@ from megatron_papo.plan.fake_device import DEVICE, FakeDevice
 from megatron_papo.plan.ledger import Ledger
 from megatron_papo.plan.workload import Lengths, rows_of
 from megatron_papo.run.records import Rollout
+from megatron_papo.training import accounting
 from megatron_papo.training.collator import Collator, Kind, MicroBatch, Pictures, kinds_of
-from megatron_papo.training.forward_step import PerRollout, Seen
+from megatron_papo.training.forward_step import PerRollout
 from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.loss_recipe import loss_recipe
 from megatron_papo.training.passes import Passes, PassPlan, StepRows, split_into_steps
@@ -47,21 +48,6 @@ PHASE/kernels       per micro-batch; PHASE/communication/NAME bytes of a collect
 class PlannedPasses(Passes):
     """Passes whose metrics nobody can read."""
 
-    collator: "PlannedCollator"
-
-    def sweep(
-        self,
-        model: torch.nn.Module,
-        rows: Sequence[TrainingRollout],
-        kinds: Sequence[Kind],
-        forbidden: Sequence[int] = (),
-    ) -> dict[Kind, Seen]:
-        """Sweep, after saying how often each micro-batch goes through."""
-        self.collator.times = len(kinds)
-        seen = super().sweep(model, rows, kinds, forbidden)
-        self.collator.times = 1
-        return seen
-
     def constants_of_step(self, policy: Policy, step: StepRows, constants: PerRollout) -> PerRollout:
         """Return the constants of a step; what tokens are weighed by is no value here."""
         return constants if self.config.objective.weighs_tokens else super().constants_of_step(policy, step, constants)
@@ -82,9 +68,7 @@ class PlannedCollator(Collator):
             device=DEVICE,
             dtype=getattr(torch, config.model.dtype),
         )
-        self.hf, self.picture, self.on = hf, picture, device
-        self.times = 1
-        """How often each micro-batch goes through, with original and with masked pictures."""
+        self.picture, self.on = picture, device
         self.made: Counter[str] = Counter()
         """Micro-batches, by phase."""
 
@@ -105,7 +89,7 @@ class PlannedCollator(Collator):
         lengths = [self.layout.row_lengths(part) for part in parts]
         width = self.hf.text.hidden_size
         shapes = [[-(-max(of_part) // multiple), len(of_part) * copies, width] for of_part in lengths]
-        self.on.expect([shape for shape in shapes for _ in range(self.times)])
+        self.on.expect(shapes)
         return parts
 
     def _patches(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
@@ -128,7 +112,7 @@ def work_of(config: Config, hf: HFConfig, lengths: Lengths, data_rank: int) -> W
     stages, layout = parallel.pipeline_model_parallel_size, layout_of(training)
     rows = rows_of(hf, config, lengths, training.global_batch_size)
     step = split_into_steps(rows, config, data_rank, parallel.data_parallel_size)[0]
-    copies = 2 if config.objective.masked_rows_ride else 1
+    copies = len(kinds_of(accounting.update(config.objective, training).pictures))
     sweeps = layout.plan(step.own, training.log_prob_micro_batch_size)[: 1 if stages == 1 else 2]
     updates = layout.plan(step.own, training.micro_batch_size, copies)[: stages + 1]
 
@@ -255,6 +239,7 @@ def constants_of(config: Config, plan: PassPlan, several: bool, rows: list[Train
     names += ["old_log_probs", "old_entropy"] if several else []
     names += ["masked_image_log_probs", "masked_image_entropy"] if "masked" in plan.of_first_step else []
     names += ["policy_weights"] if config.objective.weighs_tokens else []
+    names += ["contrast_weights"] if config.objective.contrast is not None else []
     names += ["rollout_log_probs"] if config.objective.importance_sampling_cap is not None else []
     return {name: [torch.zeros(row.response_length, device=DEVICE) for row in rows] for name in names}
 

@@ -310,6 +310,7 @@ STAGES: dict[str, Stage] = {
                 "objective",
                 "hacking_guard",
                 "masked_image",
+                "kept_image",
                 "optimizer",
                 "training",
                 "rollout",

@@ -36,6 +36,7 @@ from megatron_papo.model.hf_config import HFConfig, TextConfig, VisionConfig
 from megatron_papo.training.collator import Kind, Pictures, kinds_of
 from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.rows import Grid, TrainingRollout
+from megatron_papo.training.views import rows_as_seen
 
 BACKWARD = 2
 """FLOPs of the backward pass over those of the forward pass."""
@@ -151,6 +152,8 @@ def update(objective: ObjectiveConfig, training: TrainingConfig) -> Pass:
     size = training.micro_batch_size
     if not objective.masked_rows_ride:
         return Pass("original", size, ("original",))
+    if objective.uses_kept_image:
+        return Pass("all", size, ("original", "masked", "kept"))
     if objective.masked_branch == "recompute_with_grad":
         return Pass("both", size, ("original", "masked"))
     return Pass("both", size, ("original",))
@@ -176,6 +179,8 @@ def work_of(rows: Sequence[TrainingRollout], one_pass: Pass, config: Config, hf:
     frozen = config.model.freeze
     multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     kinds = kinds_of(one_pass.pictures)
+    if len(kinds) == 1:
+        rows = rows_as_seen(rows, kinds[0], config, hf)
     for part in layout.plan(rows, one_pass.micro_batch_size, len(kinds)):
         in_rows = layout.row_lengths(part)
         tokens = sum(in_rows)
@@ -203,7 +208,7 @@ def work_of(rows: Sequence[TrainingRollout], one_pass: Pass, config: Config, hf:
 def _distinct_pictures(part: Sequence[TrainingRollout], kind: Kind) -> list[Grid]:
     """Return the grids of what Collator sends through the vision tower for a micro-batch."""
     distinct = {
-        (*row.rollout.images, row.rollout.masked_image_seed if kind == "masked" else None): row.grids for row in part
+        (*row.rollout.images, None if kind == "original" else row.rollout.masked_image_seed): row.grids for row in part
     }
     return [grid for grids in distinct.values() for grid in grids]
 

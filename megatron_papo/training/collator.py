@@ -9,22 +9,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_papo.config import Config
+from megatron_papo.config import Config, MaskedImageConfig
 from megatron_papo.model.group_attention import GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
 from megatron_papo.objective.papo_loss import StepCounts
 from megatron_papo.pictures import preprocess
+from megatron_papo.pictures.masking import seed_of_kept
 from megatron_papo.run.records import Rollout
 from megatron_papo.training.encoded_pictures import EncodedPictures
 from megatron_papo.training.layouts import InputRow, RotaryPositions, layout_of
 from megatron_papo.training.rows import Grid, TrainingRollout
+from megatron_papo.training.views import rows_as_seen
 
-Kind = Literal["original", "masked"]
-"""The pictures as they are, or corrupted by each rollout's seed."""
-KINDS: tuple[Kind, ...] = ("original", "masked")
-Pictures = Literal["original", "masked", "both"]
-"""both: the original rows of a micro-batch, then their masked-image twins."""
+Kind = Literal["original", "masked", "kept"]
+"""The pictures as they are, or corrupted by each rollout's seed: as section masked_image, or kept_image, says."""
+KINDS: tuple[Kind, ...] = ("original", "masked", "kept")
+Pictures = Literal["original", "masked", "kept", "both", "all"]
+"""both: the original rows of a micro-batch, then their masked-image twins. all: and then those with kept images."""
 KEPT_PICTURE_BYTES = 2 << 30
 """Prepared pictures that a rank remembers, so that the sweeps and the steps of an iteration do not load and resize them
 again."""
@@ -58,8 +60,8 @@ class MicroBatch:
     groups: GroupSegments | None = None
     """What attends to what, in the group layout."""
     kinds: tuple[Kind, ...] = ("original",)
-    """The pictures that the rows show. With two kinds the b rows are followed by the same b rows with masked images,
-    their twins: input_ids is [2b, s], response_positions and response_tokens [2N]."""
+    """The pictures that the rows show. With k kinds the b rows are followed by the same b rows with other images, their
+    twins: input_ids is [k b, s], response_positions and response_tokens [k N]."""
     constants: dict[str, Tensor] = field(default_factory=dict)
     """Per-token tensors [B, T] that are constants of the loss: old_log_probs, ref_log_probs, ..."""
     denominators: StepCounts | None = None
@@ -67,7 +69,7 @@ class MicroBatch:
 
     @property
     def has_twins(self) -> bool:
-        return len(self.kinds) == 2
+        return len(self.kinds) > 1
 
     @property
     def num_response_tokens(self) -> int:
@@ -102,7 +104,7 @@ class Collator:
             rotary_positions: the model's own where it is None.
             encoded: of a frozen vision tower.
         """
-        self.config, self.data_root = config, data_root
+        self.config, self.hf, self.data_root = config, hf, data_root
         self.with_pixels, self.device, self.dtype = with_pixels, device, dtype
         self.layout, self.encoded = layout_of(config.training), encoded
         self.rotary_positions = rotary_positions or partial(mrope_position_ids, image_token_id=hf.image_token_id)
@@ -116,6 +118,10 @@ class Collator:
     ) -> list[Sequence[TrainingRollout]]:
         """Cut the rollouts into micro-batches, as Layout.plan."""
         return self.layout.plan(rows, micro_batch_size, len(kinds_of(pictures)))
+
+    def rows_as_seen(self, rows: Sequence[TrainingRollout], kind: Kind) -> list[TrainingRollout]:
+        """Return the rollouts as pictures of this kind alone show them: training/views.py."""
+        return rows_as_seen(rows, kind, self.config, self.hf)
 
     def collate(self, rows: Sequence[TrainingRollout], pictures: Pictures = "original") -> MicroBatch:
         """Return the rollouts of one micro-batch as tensors on the device."""
@@ -198,27 +204,31 @@ class Collator:
     def _prepared(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
         """Return [patches, 1176] of each of the rollout's pictures, loaded, resized and masked."""
         settings = preprocess.PictureSettings.of(self.config.data)
-        if kind == "masked":
-            pictures = preprocess.load_images(
-                self.data_root,
-                rollout.images,
-                settings,
-                masking=self.config.masked_image,
-                seed=rollout.masked_image_seed,
-                saliency=rollout.saliency,
-            )
-        else:
-            pictures = preprocess.load_images(self.data_root, rollout.images, settings)
+        masking, seed = view_of(self.config, rollout, kind)
+        pictures = preprocess.load_images(
+            self.data_root, rollout.images, settings, masking=masking, seed=seed, saliency=rollout.saliency
+        )
         return [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
 
 
 def kinds_of(pictures: Pictures) -> tuple[Kind, ...]:
     """Return the kinds of pictures in a micro-batch, one copy of its rows for each."""
+    if pictures == "all":
+        return KINDS
     return ("original", "masked") if pictures == "both" else (pictures,)
 
 
+def view_of(config: Config, rollout: Rollout, kind: Kind) -> tuple[MaskedImageConfig | None, int | None]:
+    """Return how a kind of pictures is corrupted, and the seed; None for the pictures as they are."""
+    if kind == "original":
+        return None, None
+    if kind == "masked":
+        return config.masked_image, rollout.masked_image_seed
+    return config.kept_image, seed_of_kept(rollout.masked_image_seed)
+
+
 def _picture_key(rollout: Rollout, kind: Kind) -> tuple:
-    seed = [rollout.masked_image_seed] if kind == "masked" else []
+    seed = [] if kind == "original" else [rollout.masked_image_seed]
     return (kind, *rollout.images, *seed)
 
 

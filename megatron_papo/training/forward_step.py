@@ -25,9 +25,9 @@ from megatron_papo.training.rows import TrainingRollout
 
 PerRollout = dict[str, list[Tensor]]
 """Constants of the loss by their names there (old_log_probs, ref_log_probs, rollout_log_probs, masked_image_log_probs,
-masked_image_entropy, policy_weights, kl_prcp_weights), old_entropy, for checks of the rollouts, and old_sensitivity:
-one fp32 [response_length] for each of this rank's rollouts of an optimizer step, in order; none before the last
-pipeline stage."""
+masked_image_entropy, policy_weights, kl_prcp_weights, contrast_weights), old_entropy, for checks of the rollouts, and
+old_sensitivity: one fp32 [response_length] for each of this rank's rollouts of an optimizer step, in order; none before
+the last pipeline stage."""
 
 
 def no_progress(rollouts: int) -> None:
@@ -131,7 +131,7 @@ def sweep(
         collator: makes the micro-batches.
         rows: this rank's rollouts.
         settings: micro-batch size, temperature, progress.
-        kinds: each micro-batch goes through with the pictures of every kind, in turn.
+        kinds: the rows go through with the pictures of every kind, one after the other.
         forbidden: token ids that the rollout engine never samples; Seen.allowed_... are over the others.
 
     Collective over the model-parallel group.
@@ -149,10 +149,11 @@ def sweep(
         seen[batch.kinds[0]].add(statistics, batch.rows)
         settings.progress(len(batch.rows))
 
-    plan = collator.plan(rows, settings.micro_batch_size)
-    batches = (collator.collate(part, kind) for part in plan for kind in kinds)
     with torch.no_grad():
-        _run(model, batches, len(plan) * len(kinds), ask, collect, forward_only=True)
+        for kind in kinds:
+            plan = collator.plan(collator.rows_as_seen(rows, kind), settings.micro_batch_size)
+            batches = (collator.collate(part, kind) for part in plan)
+            _run(model, batches, len(plan), ask, collect, forward_only=True)
     return seen
 
 
@@ -179,7 +180,7 @@ def papo_step(
 
     Returns this rank's contributions to the metrics ({} before the last stage), and what the policy said.
     """
-    pictures: Pictures = "original" if recipe.twins is None else "both"
+    pictures: Pictures = "original" if recipe.twins is None else recipe.twins.pictures
     plan = collator.plan(rows, settings.micro_batch_size, pictures)
     # The schedule divides by the number of micro-batches and DDP by the data-parallel size; the loss's own weights hold
     # the denominators of the whole step already.
@@ -236,9 +237,11 @@ def response_tokens(batch: MicroBatch, statistics: TokenStatistics, twins: Twins
     count = batch.num_response_tokens
     log_probs = pad_responses([statistics.log_probs[:count]], mask)
     counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=device)
-    masked_image = None
+    masked_image = kept_image = None
     if twins is not None:
-        masked_image = _twins_tokens(statistics, count, mask, twins)
+        masked_image = _twins_tokens(statistics, slice(count, 2 * count), mask, twins)
+        if twins.pictures == "all":
+            kept_image = _twins_tokens(statistics, slice(2 * count, None), mask, twins)
     elif "masked_image_log_probs" in constants:
         masked_image = MaskedImageTokens(constants["masked_image_log_probs"], constants.get("masked_image_entropy"))
     return ResponseTokens(
@@ -253,12 +256,14 @@ def response_tokens(batch: MicroBatch, statistics: TokenStatistics, twins: Twins
         masked_image=masked_image,
         policy_weights=constants.get("policy_weights"),
         kl_prcp_weights=constants.get("kl_prcp_weights"),
+        kept_image=kept_image,
+        contrast_weights=constants.get("contrast_weights"),
     )
 
 
-def _twins_tokens(statistics: TokenStatistics, count: int, mask: Tensor, twins: Twins) -> MaskedImageTokens:
-    log_probs = pad_responses([statistics.log_probs[count:]], mask)
-    entropy = pad_responses([statistics.entropy[count:]], mask)
+def _twins_tokens(statistics: TokenStatistics, place: slice, mask: Tensor, twins: Twins) -> MaskedImageTokens:
+    log_probs = pad_responses([statistics.log_probs[place]], mask)
+    entropy = pad_responses([statistics.entropy[place]], mask)
     exact_kl = None if statistics.kl is None else pad_responses([statistics.kl], mask)
     if not twins.with_gradient:
         log_probs, entropy = log_probs.detach(), entropy.detach()

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from megatron_papo.config import ObjectiveConfig, TokenSelectionConfig
+from megatron_papo.objective.contrast import contrast, contrast_weights, detected
 from megatron_papo.objective.dealt_average import deal, dealt_denominators
 from megatron_papo.objective.papo_loss import (
     ClipRatios,
@@ -56,6 +60,8 @@ class Twins:
     """False: they are constants, there for their logits."""
     exact_kl: bool
     """Whether the KL of the two branches is summed over the whole vocabulary."""
+    pictures: Literal["both", "all"] = "both"
+    """all: and twins with kept images."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,11 @@ def loss_recipe(objective: ObjectiveConfig, step: int, kl_prcp_scale: float = 1.
     """
     twins = None
     if objective.masked_rows_ride:
-        twins = Twins(objective.masked_branch == "recompute_with_grad", objective.kl_prcp_estimator == "exact")
+        twins = Twins(
+            objective.masked_branch == "recompute_with_grad",
+            objective.kl_prcp_estimator == "exact",
+            "all" if objective.uses_kept_image else "both",
+        )
     return LossRecipe(
         coefficients_at(objective, step, kl_prcp_scale),
         formulas_of(objective),
@@ -101,6 +111,8 @@ def coefficients_at(objective: ObjectiveConfig, step: int, kl_prcp_scale: float)
         entropy=objective.entropy_coef * factor,
         masked_image_entropy=objective.masked_image_entropy_coef * factor,
         sft=objective.sft_coef,
+        kl_kept=objective.kl_kept_coef,
+        contrast=0.0 if objective.contrast is None else objective.contrast.coefficient,
     )
 
 
@@ -116,6 +128,7 @@ def formulas_of(objective: ObjectiveConfig) -> Formulas:
         kl_prcp_top_p=objective.kl_prcp_top_p,
         kl_prcp_clip=objective.kl_prcp_clip,
         entropy=exact_entropy if objective.entropy_estimator == "exact" else sampled_entropy,
+        contrast=None if objective.contrast is None else partial(contrast, temperature=objective.contrast.temperature),
     )
 
 
@@ -162,6 +175,27 @@ def token_weights_of(
     if objective.kl_prcp_tokens is not None:
         weights["kl_prcp_weights"] = _selection(objective.kl_prcp_tokens)(tokens)
     return weights
+
+
+def contrast_weights_of(
+    objective: ObjectiveConfig, sensitivity: Sequence[Tensor], advantages: Sequence[float]
+) -> list[Tensor]:
+    """Return the weight of each token of a step in objective.contrast.
+
+    Args:
+        objective: its contrast.
+        sensitivity: one tensor [T] per rollout of the step, in its order; of any values where contrast.share is null.
+        advantages: of the rollouts.
+    """
+    config = objective.contrast
+    assert config is not None
+    selected = []
+    for of_response, advantage in zip(sensitivity, advantages, strict=True):
+        kept = torch.ones(len(of_response)).double() if config.share is None else detected(of_response, config.share)
+        selected.append(kept * float(advantage > 0 or not config.positive_advantages))
+    if config.average == "step":
+        return contrast_weights(selected)
+    return contrast_weights(selected, objective.average_ranks, objective.average_micro_batch_size)
 
 
 def policy_weights_of(objective: ObjectiveConfig) -> PolicyWeights:

@@ -78,6 +78,8 @@ def _expanded_prompt(
         raise UserError(f"{place}: {len(grids)} images but another number of image tokens: make the file again")
     if config.objective.uses_masked_image:
         preprocess.require_saliency(config.masked_image, rollout.images, rollout.saliency)
+    if config.kept_image is not None:
+        preprocess.require_saliency(config.kept_image, rollout.images, rollout.saliency)
     return expand_image_pads(rollout.prompt_token_ids, hf.image_token_id, grids), grids
 
 

@@ -11,7 +11,7 @@ from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.objective.sensitivity import TwoViews
 from megatron_papo.objective.token_weights import StepTokens
 from megatron_papo.training.forward_step import PerRollout, Seen
-from megatron_papo.training.loss_recipe import sensitivity_of, token_weights_of
+from megatron_papo.training.loss_recipe import contrast_weights_of, sensitivity_of, token_weights_of
 from megatron_papo.training.rows import TrainingRollout
 
 
@@ -47,12 +47,13 @@ def weigh(
     places: Sequence[int],
     values: dict[str, Sequence[Tensor]],
 ) -> PerRollout:
-    """Return policy_weights and kl_prcp_weights of this rank's rollouts of a step, those of them that there are.
+    """Return policy_weights, kl_prcp_weights and contrast_weights of this rank's rollouts of a step, as far as there
+    are any.
 
     A rollout that does not count in the loss is in no statistic either.
 
     Args:
-        objective: its selections and shapings.
+        objective: its selections, shapings and contrast.
         rows: the rollouts of the step, all ranks'.
         places: where this rank's stand among them.
         values: sensitivity and entropy of this rank's rollouts, as far as they are needed: StepTokens by name.
@@ -64,14 +65,19 @@ def weigh(
     own = {place: {name: of_rows[i].cpu() for name, of_rows in values.items()} for i, place in enumerate(places)}
     of_step = {place: found for of_rank in collectives.gather_data_parallel(own) for place, found in of_rank.items()}
     empty = torch.zeros(0)
-    tokens = StepTokens(
-        **{name: [of_step[i][name] if row.counts else empty for i, row in enumerate(rows)] for name in values}
-    )
+    of_rows = {name: [of_step[i][name] if row.counts else empty for i, row in enumerate(rows)] for name in values}
+    weights = token_weights_of(objective, StepTokens(**of_rows))
+    if objective.contrast is not None:
+        any_values = [torch.zeros(row.response_length if row.counts else 0) for row in rows]
+        advantages = [row.advantage for row in rows]
+        weights["contrast_weights"] = contrast_weights_of(objective, of_rows.get("sensitivity", any_values), advantages)
     device = process_groups.device()
     return {
         name: [
-            weights[i].float().to(device) if rows[i].counts else torch.zeros(rows[i].response_length, device=device)
+            of_step_rows[i].float().to(device)
+            if rows[i].counts
+            else torch.zeros(rows[i].response_length, device=device)
             for i in places
         ]
-        for name, weights in token_weights_of(objective, tokens).items()
+        for name, of_step_rows in weights.items()
     }

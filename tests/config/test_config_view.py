@@ -22,6 +22,9 @@ def config() -> Config:
             "objective.trajectory_shaping={}",
             "objective.token_shaping={}",
             "objective.response_shaping={}",
+            "objective.contrast={}",
+            "objective.masked_branch=recompute_with_grad",
+            "kept_image={}",
             "evaluation.masked_image={}",
         ],
     )

@@ -107,6 +107,9 @@ def test_every_key_can_be_seen_to_change(demo, key):
             "objective.trajectory_shaping={}",
             "objective.token_shaping={}",
             "objective.response_shaping={}",
+            "objective.contrast={}",
+            "objective.masked_branch=recompute_with_grad",
+            "kept_image={}",
         ],
     )
     assert [change.key for change in changes(config, replaced(config, key.split(".")))] == [key]
@@ -198,7 +201,7 @@ def test_show_config_prints_every_key_with_its_source_kind_and_meaning():
     ]:
         assert re.search(rf"^{re.escape(key)}: {re.escape(value)} +\({re.escape(source)}\)$", text, re.MULTILINE), key
     assert "    Standard deviation of the pixel noise, in grey levels (0..255)." in lines
-    null = ("data.sft.", "sft.", "evaluation.masked_image.") + tuple(
+    null = ("data.sft.", "sft.", "evaluation.masked_image.", "kept_image.") + tuple(
         f"objective.{section}."
         for section in (
             "kl_prcp_annealing",
@@ -207,6 +210,7 @@ def test_show_config_prints_every_key_with_its_source_kind_and_meaning():
             "trajectory_shaping",
             "token_shaping",
             "response_shaping",
+            "contrast",
         )
     )
     printed = {line.split(": ")[0] for line in lines if re.match(r"[a-z_.0-9]+: .*(frozen|living)\)$", line)}

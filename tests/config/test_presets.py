@@ -128,6 +128,11 @@ FAMILY_PARTS = ["vppo"]
 FAMILY = {
     "vppo_7b": {},
     "vppo_32b": {"objective.average_ranks": 32},
+    "pgpo_7b": {},
+    "tor_7b": {},
+    "cgpo_7b": {},
+    "dvrp_7b": {},
+    "cppo_7b": {},
 }
 """Methods other than PAPO: their presets, and what differs from the method at another size."""
 VPPO = {
@@ -137,6 +142,8 @@ VPPO = {
     "reward.accuracy_weight": 1.0,
     "reward.format_weight": 0.0,
     "masked_image.ratio": 0.5,
+    "masked_image.space": "resized",
+    "masked_image.per": "response",
     "masked_image.square_pixels": 14,
     "training.global_batch_size": 128,
     "objective.average": "token",
@@ -157,7 +164,50 @@ VPPO = {
     "objective.trajectory_shaping": {"lowest": 0.9, "statistics": "dealt"},
 }
 """The authors' 7B script and code, typed in."""
-METHODS = {"vppo": VPPO}
+GRPO = {"objective.kl_ref_coef": 0.01, "objective.average": "token", "rollout.dynamic_sampling": None}
+METHODS = {
+    "vppo": VPPO,
+    "pgpo": GRPO
+    | {
+        "masked_image.strategy": "none",
+        "objective.kl_prcp_coef": 0.0,
+        "objective.token_shaping": {"threshold": 0.4, "boost": 2.0},
+        "objective.sensitivity": {"formula": "k3", "weights": "old"},
+    },
+    "tor": GRPO
+    | {
+        "masked_image.strategy": "none",
+        "objective.kl_prcp_coef": 0.0,
+        "objective.sensitivity": {"formula": "abs", "weights": "old"},
+        "objective.policy_tokens": {
+            "sensitivity_share": 0.3,
+            "entropy_share": 0.3,
+            "per": "step",
+            "sensitivity_only_weight": 0.5,
+            "average": "all",
+        },
+    },
+    "cgpo": GRPO | {"objective.kl_prcp_coef": 0.0, "objective.response_shaping.strength": 0.1},
+    "dvrp": GRPO
+    | {
+        "kept_image.strategy": "noise",
+        "objective.kl_prcp_coef": 0.01,
+        "objective.kl_kept_coef": 0.01,
+        "objective.kl_prcp_estimator": "k3",
+        "objective.masked_branch": "recompute_with_grad",
+    },
+    "cppo": GRPO
+    | {
+        "objective.kl_prcp_coef": 0.0,
+        "objective.masked_branch": "recompute_with_grad",
+        "objective.sensitivity": {"formula": "entropy_gap", "weights": "current"},
+        "objective.contrast.coefficient": 0.01,
+        "objective.contrast.temperature": 0.1,
+        "objective.contrast.share": 0.5,
+        "objective.contrast.positive_advantages": True,
+    },
+}
+"""What the sources state of each method's settings, typed in."""
 
 PARTS = ["grpo", "dapo", "papo_g_no_kl_ref", "3b_8x80gb", "7b_8x80gb", "32b_24x80gb", "72b_40x80gb"]
 """config.json of Qwen/Qwen2.5-VL-*-Instruct, their number of parameters (half of total_size in

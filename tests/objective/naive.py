@@ -65,10 +65,13 @@ def naive_papo_loss(
     top_p=None,
     exact_entropy=False,
     sft=0.0,
+    kl_kept=0.0,
+    contrast=0.0,
+    temperature=0.1,
 ):
     """rollouts: dicts with advantage, correct, and a list per kind of number (log_probs, old, ref, masked, rollout,
     entropy, masked_entropy, exact_kl), one entry per response token: scalar float64 tensors or floats; perhaps weights
-    and kl_weights, floats (naive_weights.py). -> scalar tensor, metrics."""
+    and kl_weights, floats (naive_weights.py), kept, and contrasted: which tokens are. -> scalar tensor, metrics."""
     policy, kl_ref, kl_prcp, raw, entropies, masked_entropies, sampled, masked_sampled, sft_tokens = (
         [],
         [],
@@ -141,6 +144,19 @@ def naive_papo_loss(
     }
     if sft:
         metrics["sft_loss"] = mean(sft_tokens)
+    kept, contrasts = [], []
+    for r in rollouts if kl_kept or contrast else []:
+        kinds = ("log_probs", "masked", "kept")
+        lp, masked, third = ([torch.as_tensor(x, dtype=torch.float64) for x in r[kind]] for kind in kinds)
+        kept.append([ESTIMATORS[estimator](p, q) for p, q in zip(lp, third)])
+        for t, is_in in enumerate(r.get("contrasted", [False] * len(lp))):
+            if is_in:
+                difference = ESTIMATORS["k3"](lp[t], third[t]) - ESTIMATORS["k3"](lp[t], masked[t])
+                contrasts.append((1 + (difference / temperature).exp()).log())
+    if kept:
+        metrics |= {"kl_kept": average_of(kept)}
+    if contrast:
+        metrics |= {"contrast": mean(contrasts)}
     h, h_masked = (
         ("entropy", "masked_image_entropy") if exact_entropy else ("entropy_sampled", "masked_image_entropy_sampled")
     )
@@ -151,6 +167,8 @@ def naive_papo_loss(
         + eta_1 * metrics[h]
         + eta_2 * metrics[h_masked]
         + sft * metrics.get("sft_loss", 0.0)
+        + kl_kept * metrics.get("kl_kept", 0.0)
+        + contrast * metrics.get("contrast", 0.0)
     )
     return loss, metrics | {"loss": loss}
 

@@ -104,6 +104,14 @@ def response_shaping(sensitivity, strength, tenths):
     return factors
 
 
+def detected(s, numerator, denominator=10):
+    """CPPO's detector, one response: which of its tokens."""
+    above = sorted([x for x in s if x > 0], reverse=True)
+    if not above:
+        return [False] * len(s)
+    return [x >= above[max(1, len(above) * numerator // denominator) - 1] for x in s]
+
+
 def product(*factors):
     """Token by token."""
     return [[math.prod(of_token) for of_token in zip(*of_response)] for of_response in zip(*factors)]

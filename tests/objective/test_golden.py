@@ -11,9 +11,11 @@ import torch
 from megatron_papo.objective.advantages import advantages_of
 from tests.helpers import run_module
 from tools.check_objective import LIMIT, errors_as_split, errors_of, run_case
+from tools.contrast_cases import contrast_errors, run_contrast
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 VPPO_CASES = json.loads((GOLDEN / "vppo.json").read_text())["cases"]
+CPPO_CASES = json.loads((GOLDEN / "cppo.json").read_text())["cases"]
 CASES = json.loads((GOLDEN / "papo_loss.json").read_text())
 ADVANTAGE_CASES = json.loads((GOLDEN / "advantages.json").read_text())
 
@@ -87,6 +89,33 @@ def test_a_setting_splits_the_step_as_their_code_does():
     assert abs(whole.metrics["loss"] - split["loss"]) > 1e-2  # the control
 
 
+@pytest.mark.parametrize("case", CPPO_CASES, ids=lambda case: case["name"])
+def test_cppo(case):
+    """Loss, the gradient of each of the three views, and the selected tokens, in float64."""
+    assert max(contrast_errors(case).values()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(coefficient=0.02), dict(temperature=0.2), dict(share=0.9), dict(share=None), dict(positive_advantages=False)],
+    ids=str,
+)
+def test_every_option_of_the_contrast_reaches_each_view(change):
+    errors = contrast_errors(CPPO_CASES[0], **change)
+    assert min(errors[name] for name in ("grad", "grad_keep", "grad_remove")) > 100 * LIMIT
+
+
+def test_the_exact_contrast_is_over_the_step():
+    """The mean over the selected tokens of all micro-batches, not theirs over each; by hand from their per-token
+    values."""
+    case = next(case for case in CPPO_CASES if case["micro_batch"] < len(case["response_mask"]))
+    theirs = case["expected"]
+    selected, values = torch.tensor(theirs["selected"]), torch.tensor(theirs["cpl"])
+    expected = case["cppo"]["cpl_loss_coef"] * ((selected * values).sum() / selected.sum()).item()
+    loss, _, _ = run_contrast(case, average="step")
+    assert loss == pytest.approx(expected, rel=1e-6) and abs(loss - theirs["loss"]) > 1e-3 * theirs["loss"]
+
+
 @pytest.mark.parametrize(
     "clip", [dict(clip_ratio_low=0.01), dict(clip_ratio_high=0.02), dict(clip_ratio_dual=1.01)], ids=str
 )
@@ -116,7 +145,9 @@ def damaged(where):
     return case
 
 
-@pytest.mark.parametrize("file, lines, summary", [("papo_loss", 10, "10 cases"), ("vppo", 7, "6 cases")])
+@pytest.mark.parametrize(
+    "file, lines, summary", [("papo_loss", 10, "10 cases"), ("vppo", 7, "6 cases"), ("cppo", 3, "3 cases")]
+)
 def test_the_tool_passes_the_golden_file(file, lines, summary):
     result = run_module("tools.check_objective", GOLDEN / f"{file}.json")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -159,6 +159,14 @@ def weigh_by_step(rows: list[dict]) -> None:
         row |= {"weights": weights, "kl_weights": kl_weights}
 
 
+def weigh_as_cppo(rows: list[dict]) -> None:
+    """The contrasted tokens: half of those with a gap, by the policy that is trained, of positive advantage."""
+    for row in rows:
+        entropies = zip(floats(row, "entropy"), floats(row, "masked_entropy"))
+        gaps = [max(q - p, 0.0) / (q + 1e-6) if abs(q - p) > 1e-12 else 0.0 for p, q in entropies]
+        row["contrasted"] = [x and row["advantage"] > 0 for x in naive_weights.detected(gaps, 5)]
+
+
 COEFFICIENTS = dict(beta=0.3, gamma=0.2, eta_1=0.05, eta_2=0.07)
 OBJECTIVES = {
     "token": Objective([], COEFFICIENTS),
@@ -216,10 +224,26 @@ OBJECTIVES = {
         filtered=True,
         weigh=weigh_by_step,
     ),
+    "three views": Objective(
+        [
+            "masked_branch=recompute_with_grad",
+            "kl_kept_coef=0.4",
+            "sensitivity={formula: entropy_gap, weights: current}",
+            "contrast={coefficient: 0.5, temperature: 0.3, share: 0.5}",
+        ],
+        COEFFICIENTS | dict(kl_kept=0.4, contrast=0.5, temperature=0.3),
+        "recompute_with_grad",
+        weigh=weigh_as_cppo,
+    ),
     "one step": Objective(["importance_sampling_cap=1.1"], COEFFICIENTS | dict(importance_cap=1.1), one_step=True),
 }
 STEP = 2
 """Of the run: half way through the annealing from 0.2 to 0.1."""
+
+
+def overrides_of(name: str) -> list[str]:
+    kept = ["kept_image={strategy: random, ratio: 0.3, space: patch}"] if name == "three views" else []
+    return [f"objective.{x}" for x in OBJECTIVES[name].overrides] + kept
 
 
 def make_cases() -> list[dict]:
@@ -233,7 +257,7 @@ def make_cases() -> list[dict]:
                 ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp)
             )
         ]
-        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2, 3, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5, 3, 5)}.get(name, (3,))
+        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2, 3, 4, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5, 3, 4, 5)}.get(name, (3,))
         for micro, objective in zip(
             micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]
         ):
@@ -248,7 +272,7 @@ def make_cases() -> list[dict]:
                         f"parallel.sequence_parallel={str(sequence).lower()}",
                         f"training.micro_batch_size={micro}",
                         f"training.log_prob_micro_batch_size={micro + 1}",
-                        *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
+                        *overrides_of(objective),
                     ],
                 }  # fmt: skip
             )
@@ -266,6 +290,8 @@ def group_cases() -> list[dict]:
         ("tp2pp2", "recompute", 120),
         ("tp2dp2", "vppo", 100),
         ("pp2dp2", "weighed by the step", 120),
+        ("tp2pp2sp", "three views", 200),
+        ("dp4", "three views", 1000),
         ("tp2pp2sp", "paper", 200),
         ("tp2pp2sp", "token", 40),
         ("pp4", "recompute exact", 100),
@@ -282,7 +308,7 @@ def group_cases() -> list[dict]:
             f"parallel.sequence_parallel={str(sequence).lower()}",
             "training.layout=group",
             f"training.max_tokens_per_micro_batch={budget}",
-            *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
+            *overrides_of(objective),
         ]
         cases.append(
             {"name": f"group-{name}-{budget}-{objective}", "objective": objective, "step": STEP, "overrides": overrides}
@@ -315,7 +341,7 @@ def spread_cases() -> list[dict]:
             *(f"parallel.{k}={v}" for k, v in layout.items()),
             "training.log_prob_micro_batch_size=4",
             *(f"training.{x}" for x in training),
-            *(f"objective.{x}" for x in OBJECTIVES[objective].overrides),
+            *overrides_of(objective),
         ]
         sizes = f"tp{tp}{'pp2' * (pp > 1)}{'dp2' * (dp > 1)}{'sp' * sequence}"
         name = f"spread-{sizes}-{'group-' * ('layout=group' in training)}{objective}"
@@ -454,17 +480,21 @@ def work(tmp_path_factory):
     return work
 
 
-def expected_tokens(model, rollout: Rollout, data: Path, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def expected_tokens(
+    model, rollout: Rollout, data: Path, masked: bool, kept: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[T] log-probs and [T, V] log-probs of all tokens of one rollout by transformers, in the model's dtype, one row at
     a time."""
     pictures = []
     for number, name in enumerate(rollout.images):
         picture = preprocess.resize(preprocess.open_image(data, name), PIXELS)
-        if masked:
-            seed = derive_seed(rollout.masked_image_seed, number)
-            picture = blacken(
-                picture, black_squares(picture.size, strategy="random", ratio=0.6, square_pixels=14, seed=seed), 14
+        if masked or kept:
+            seed = rollout.masked_image_seed if masked else derive_seed(rollout.masked_image_seed, "kept")
+            ratio = 0.6 if masked else 0.3
+            squares = black_squares(
+                picture.size, strategy="random", ratio=ratio, square_pixels=14, seed=derive_seed(seed, number)
             )
+            picture = blacken(picture, squares, 14)
         pictures.append(picture)
     ids, remaining = [], iter(pictures)
     for token in rollout.prompt_token_ids:
@@ -538,6 +568,9 @@ def reference(work):
                     "old": list(log_probs.detach() if objective.one_step else old[i]),
                     "ref": list(ref[i]),
                     "masked": list(masked_log_probs),
+                    "kept": list(expected_tokens(model, rollout, data, False, kept=True)[0])
+                    if "kl_kept" in objective.options
+                    else [],
                     "rollout": rollout.rollout_log_probs,
                     "entropy": entropies(all_tokens),
                     "masked_entropy": entropies(masked_all),
