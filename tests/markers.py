@@ -76,6 +76,7 @@ MARKERS = {
     "nightly": [  # benchmarks, at sizes that tell something; the smallest of each stays in CI
         "slurm",
         "test_resident.py::test_an_export_that_was_in_memory_is_made_again",
+        "test_resident.py::test_stage_by_stage_goes_on_from_weights_alone",
         "plan/test_plan.py::test_a_real_step_of_true_width_holds_as_much",
         "plan/test_plan.py::test_few_layers_tell_all_of_other_layouts",
         "test_resident.py::test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds",
