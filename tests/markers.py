@@ -85,6 +85,7 @@ MARKERS = {
         "test_pipeline.py::test_killed_in_training_and_started_again_gives_the_same_bits",
         "test_several_nodes.py",
         "tools/test_benchmark_attention.py::test_report",
+        "tools/test_benchmark_layout.py::test_one_more_view_is_one_more_prompt",
         "tools/test_benchmark_layout.py::test_report[TP2 x PP2]",
         "tools/test_benchmark_objective.py::test_demo",
         "tools/test_benchmark_objective.py::test_large_vocabulary",

@@ -42,3 +42,19 @@ def test_report(layout):
     assert found["ratio"] == pytest.approx(found["seconds_plain"] / found["seconds_group"])
     assert 0 < found["max_abs_gradient_difference"] < 1e-5 * found["max_abs_gradient"]
     assert found["peak_bytes_group"] < found["peak_bytes_plain"]
+
+
+def test_one_more_view_is_one_more_prompt():
+    """In the group layout a view adds the prompt and its responses once per group; in the plain one per rollout."""
+    sizes = ["--group-size", "3", "--prompt-tokens", "60", "--response-tokens", "10", "--hidden", "64", "--repeat", "1"]
+    result = run_module("tools.benchmark.layout", *sizes, "--views", "1,2,3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    for number in (1, 2, 3):
+        for layout in ("plain", "group"):
+            assert found[f"tokens_{layout}_{number}"] == number * found[f"tokens_{layout}_1"]
+        assert 0 < found[f"gradient_difference_{number}"] < 1e-4
+    assert found["tokens_plain_3"] - found["tokens_group_3"] == 3 * 2 * (3 - 1) * 60
+    assert found["peak_bytes_group_3"] > found["peak_bytes_group_2"] > found["peak_bytes_group_1"]
+    refused = run_module("tools.benchmark.layout", "--views", "4")
+    assert refused.returncode == 2 and "expected some of 1, 2 and 3" in refused.stderr

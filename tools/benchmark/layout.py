@@ -16,6 +16,8 @@ attention and the vision tower for what they are, and no padding. seconds_pictur
 the same in both layouts. Times are the best of --repeat, taken in turns, since other work on the machine only adds; one
 process counts its own CPU seconds (`clock`). --tp and --pp start that many processes. The last line of the output is
 one JSON object.
+
+--views 1,2,3 measures another thing: the update alone, with gradient through that many views of the picture.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING
 from megatron_papo.config import Config
 from megatron_papo.run.command_line import run
 from tools.benchmark.measure import measure_in_processes, peak_bytes, seconds_in_turns, shared_machine_clock
+from tools.benchmark.views import VIEWS, measure_views, show_views
 
 if TYPE_CHECKING:
     from megatron_papo.model.hf_config import HFConfig
@@ -58,8 +61,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=256, help="width of the decoder (default 256)")
     parser.add_argument("--layers", type=int, default=4, help="of the decoder (default 4)")
     parser.add_argument("--repeat", type=int, default=3, help="measurements of each, the best counts (default 3)")
+    parser.add_argument("--views", type=views_of, metavar="1,2,3", help="measure updates with so many views instead")
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)  # of the processes that --tp and --pp start
     return parser.parse_args()
+
+
+def views_of(text: str) -> list[int]:
+    """Return numbers of views. Raises ArgumentTypeError."""
+    numbers = text.split(",")
+    if not all(number in ("1", "2", "3") for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: expected some of 1, 2 and 3, separated by commas")
+    return [int(number) for number in dict.fromkeys(numbers)]
 
 
 def response_lengths(rng: random.Random, group_size: int, mean: int) -> list[int]:
@@ -136,13 +148,12 @@ def make_checkpoint(args: argparse.Namespace, directory: Path) -> None:
     convert.hf_to_megatron(convert.HFCheckpoint(directory / "hf"), directory / "megatron")
 
 
-def load_layout(args: argparse.Namespace, layout: str) -> Config:
+def load_layout(args: argparse.Namespace, layout: str, views: int | None = None) -> Config:
     from megatron_papo.config_files import load_config
 
     whole_group = 2 * args.group_size * (args.prompt_tokens + 10 * args.response_tokens)
-    budget = args.prompt_tokens + args.group_size * (
-        args.response_tokens + 1
-    )  # one group; the next one's prompt does not fit
+    # one group; the next one's prompt does not fit
+    budget = (views or 1) * (args.prompt_tokens + args.group_size * (args.response_tokens + 1))
     return load_config(
         DEMO_CONFIG,
         [
@@ -157,12 +168,19 @@ def load_layout(args: argparse.Namespace, layout: str) -> Config:
             f"rollout.group_size={max(args.group_size, 2)}",
             f"data.max_pixels={args.prompt_tokens * PIXELS_PER_TOKEN**2}",
             f"data.max_prompt_tokens={whole_group}",
+            *VIEWS.get(views or 0, []),
         ],
     )
 
 
 def measure(args: argparse.Namespace, directory: Path) -> dict:
     """In every process of the layout; the result is the same in all."""
+    if args.views:
+        return measure_views(
+            args,
+            directory,
+            {f"{layout}_{n}": load_layout(args, layout, n) for n in args.views for layout in ("plain", "group")},
+        )
     import torch
 
     from megatron_papo.checkpoint import megatron_files
@@ -272,6 +290,9 @@ def measure(args: argparse.Namespace, directory: Path) -> dict:
 
 
 def show(args: argparse.Namespace, found: dict) -> None:
+    if args.views:
+        show_views(args, found)
+        return
     shape = (
         f"groups of {args.group_size}, prompts of {args.prompt_tokens}, responses of {args.response_tokens} tokens,"
         f" TP{args.tp} x PP{args.pp}"
