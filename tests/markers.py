@@ -72,7 +72,7 @@ MARKERS = {
         "tools/test_gpu_acceptance.py::test_the_command",
         "training/test_papo_step.py",
     ],
-    "gpu": ["model/test_gpu.py"],
+    "gpu": ["model/test_gpu.py", "model/test_varlen.py::test_on_a_gpu"],
     "nightly": [  # benchmarks, at sizes that tell something; the smallest of each stays in CI
         "slurm",
         "test_resident.py::test_an_export_that_was_in_memory_is_made_again",
@@ -86,6 +86,7 @@ MARKERS = {
         "test_several_nodes.py",
         "tools/test_benchmark_attention.py::test_report",
         "tools/test_benchmark_layout.py::test_one_more_view_is_one_more_prompt",
+        "tools/test_benchmark_host.py::test_report",
         "tools/test_benchmark_layout.py::test_report[TP2 x PP2]",
         "tools/test_benchmark_objective.py::test_demo",
         "tools/test_benchmark_objective.py::test_large_vocabulary",

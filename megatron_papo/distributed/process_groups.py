@@ -62,6 +62,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if _is_launched() else 0
 
 
+def local_world_size() -> int:
+    """Return how many of them are on this machine: all, where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if _is_launched() else 1
+
+
 def is_main_rank() -> bool:
     """Return whether this is the one process of a run that prints and publishes."""
     return rank() == 0

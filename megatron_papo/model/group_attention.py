@@ -3,7 +3,8 @@ responses to it.
 
 In a group every response sees the prompt and itself, never another response: the same numbers as a row per response,
 with the prompt computed once (the idea of Prefix Grouper, arXiv 2506.05433). Torch's attention kernels, no score matrix
-of [tokens, tokens].
+of [tokens, tokens]: all sequences of a micro-batch in one call where torch has the kernel (model/varlen.py), else one
+call per prompt and response.
 """
 
 from collections.abc import Iterator
@@ -17,20 +18,34 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_papo.model import varlen
+from megatron_papo.model.rotary import Rotary
+
 
 @dataclass
 class GroupSegments(PackedSeqParams):
     """Travels through TransformerBlock to the attention of each layer. What follows the last group is padding."""
 
-    groups: list[tuple[int, list[int]]] = field(default_factory=list)
-    """(prompt length, response lengths) of each group, one after the other in the row."""
+    groups: list[tuple[int, list[int]]] | None = field(default_factory=list)
+    """(prompt length, response lengths) of each group, one after the other in the row; None: the rows are plain."""
+    rotary: Rotary | None = None
+    """Turns queries and keys; None: they come turned."""
+    table: varlen.Table | None = None
+    """Of `groups`, once the first layer has made it."""
+
+    def table_for(self, query: Tensor) -> varlen.Table:
+        """Return the table for [s, b, heads, d], the same for all layers."""
+        if self.table is None:
+            assert self.groups is not None  # rows of groups
+            self.table = varlen.table_of_groups(self.groups, query.shape[0], query.shape[1], query.device)
+        return self.table
 
 
 class GroupAttention(MegatronModule):
     """[s, b, heads, d], [s, b, kv groups, d] twice -> [s, b, heads * d].
 
-    Without GroupSegments: causal attention of right-padded rows; padding comes last, so no real token sees it and no
-    mask is needed. megatron-core's own DotProductAttention keeps the whole score matrix.
+    Without groups: causal attention of right-padded rows; padding comes last, so no real token sees it and no mask is
+    needed. megatron-core's own DotProductAttention keeps the whole score matrix.
     """
 
     def __init__(self, config: TransformerConfig, **_: object):
@@ -48,11 +63,18 @@ class GroupAttention(MegatronModule):
     ) -> Tensor:
         if attention_mask is not None:
             raise ValueError("rows are right-padded or in groups: attention_mask must be None")
+        segments = GroupSegments(groups=None) if packed_seq_params is None else packed_seq_params
+        if segments.rotary is not None:
+            query, key = segments.rotary.rotate(query), segments.rotary.rotate(key)
+        if segments.groups is not None and varlen.has_kernel(query):
+            flat_query, flat_key, flat_value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+            flat = varlen.attend(flat_query, flat_key, flat_value, segments.table_for(query), is_causal=True)
+            return flat.flatten(1).unflatten(0, (query.shape[1], query.shape[0])).transpose(0, 1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # heads first
-        if packed_seq_params is None:
+        if segments.groups is None:
             out = _attend(query, key, value, is_causal=True)
         else:
-            out = attend_groups(query, key, value, packed_seq_params.groups)
+            out = attend_groups(query, key, value, segments.groups)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -5,7 +5,7 @@ Equal to transformers' Qwen2_5_VLForConditionalGeneration in logits and in every
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -20,6 +20,7 @@ from megatron_papo.model.group_attention import GroupAttention, GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.layer_specs import Recompute, RMSNorm, transformer_config, transformer_layer
 from megatron_papo.model.log_probs import TokenStatistics, output_token_statistics
+from megatron_papo.model.rotary import Rotary
 from megatron_papo.model.spread_vision import SpreadVisionTower, finalize_gradients
 from megatron_papo.model.vision import VisionTower
 
@@ -82,7 +83,13 @@ class Responses:
 
 
 class Decoder(GPTModel):
-    """megatron-core's GPTModel whose last stage ends with the hidden states: most positions need no logits."""
+    """megatron-core's GPTModel whose last stage ends with the hidden states: most positions need no logits. Its layers
+    get cosines and sines of the positions, in GroupSegments, in place of angles."""
+
+    def _preprocess(self, *args: Any, packed_seq_params: GroupSegments, **others: Any) -> tuple:
+        hidden, angles, *rest = super()._preprocess(*args, packed_seq_params=packed_seq_params, **others)
+        packed_seq_params.rotary = Rotary.of(angles, self.config.params_dtype)
+        return hidden, None, *rest
 
     def _postprocess(self, hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return hidden_states
@@ -142,6 +149,7 @@ class Qwen2_5_VL(MegatronModule):
         *,
         encoded_pictures: torch.Tensor | None = None,
         pictures: Sequence[int] | None = None,
+        num_image_tokens: int | None = None,
         groups: GroupSegments | None = None,
         responses: Responses | None = None,
     ) -> torch.Tensor | TokenStatistics:
@@ -154,6 +162,7 @@ class Qwen2_5_VL(MegatronModule):
             image_grids: (1, rows, columns) of each distinct picture.
             encoded_pictures: [cells, 4 * vision width] of them by VisionTower.encode, in place of pixel_values.
             pictures: which of them each place for a picture shows, in reading order; None: each its own.
+            num_image_tokens: in input_ids; None: they are counted, for which the thread waits for the GPU.
             groups: the one row holds prompts, each followed by several responses to it.
             responses: what the last stage is asked.
 
@@ -168,9 +177,10 @@ class Qwen2_5_VL(MegatronModule):
             )
         embeddings = None
         if self.pre_process:
-            embeddings = self._embed(input_ids, pixel_values, encoded_pictures, image_grids, pictures)
+            embeddings = self._embed(input_ids, pixel_values, encoded_pictures, image_grids, pictures, num_image_tokens)
+        segments = GroupSegments(qkv_format="sbhd", groups=None if groups is None else groups.groups)
         hidden = self.language_model(
-            input_ids, position_ids, attention_mask=None, decoder_input=embeddings, packed_seq_params=groups
+            input_ids, position_ids, attention_mask=None, decoder_input=embeddings, packed_seq_params=segments
         )
         if not self.post_process:
             return hidden
@@ -201,6 +211,7 @@ class Qwen2_5_VL(MegatronModule):
         encoded_pictures: torch.Tensor | None,
         image_grids: Sequence[tuple[int, int, int]],
         pictures: Sequence[int] | None,
+        num_image_tokens: int | None,
     ) -> torch.Tensor:
         """Return token embeddings [s, b, h] (this rank's share of s with sequence parallelism), with the tower's output
         in place of image tokens."""
@@ -214,10 +225,9 @@ class Qwen2_5_VL(MegatronModule):
         lengths = [time * rows * columns // self.hf.vision.spatial_merge_size**2 for time, rows, columns in image_grids]
         pictures = list(range(len(image_grids))) if pictures is None else pictures
         cells = sum(lengths[picture] for picture in pictures)
-        if int(is_image.sum()) != cells:
-            raise ValueError(
-                f"input_ids holds {int(is_image.sum())} image tokens, the image grids {list(image_grids)} make {cells}"
-            )
+        held = int(is_image.sum()) if num_image_tokens is None else num_image_tokens
+        if held != cells:
+            raise ValueError(f"input_ids holds {held} image tokens, the image grids {list(image_grids)} make {cells}")
         if image_grids:
             assert self.vision_model is not None  # it is the first stage
             if encoded_pictures is not None:

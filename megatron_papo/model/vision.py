@@ -18,8 +18,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_papo.distributed.transfer import to_device
+from megatron_papo.model import varlen
 from megatron_papo.model.hf_config import VisionConfig
 from megatron_papo.model.layer_specs import Recompute, RMSNorm, transformer_config, transformer_layer
+from megatron_papo.model.rotary import Rotary
 
 ROPE_BASE = 10000.0
 
@@ -32,18 +35,35 @@ class Segments:
     """[patches] gathers the sequence so that segments of equal length are neighbours; None where they are already."""
     counts: list[tuple[int, int]]
     """(number of segments, length) in that order."""
+    back: torch.Tensor | None = None
+    """[patches] undoes `order`."""
+    table: varlen.Table | None = None
+    """Of the segments, where the kernel takes all of them in one call."""
+
+    def on(self, device: torch.device) -> "Segments":
+        """Return the segments for patches on a device."""
+        back = None if self.order is None else to_device(torch.argsort(self.order), device)
+        order = None if self.order is None else to_device(self.order, device)
+        lengths = [length for count, length in self.counts for _ in range(count)]
+        return Segments(order, self.counts, back, varlen.Table.of(lengths, lengths, None, device))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return the attention within the segments, by one call of the kernel per distinct length. [patches, heads, d]
-        three times -> the same shape."""
-        qkv = (query, key, value) if self.order is None else [x[self.order] for x in (query, key, value)]
+        """Return the attention within the segments, by one call of the kernel where it takes them together, else by one
+        per distinct length. [patches, heads, d] three times -> the same shape."""
+        query, key, value = (x if self.order is None else x[self.order] for x in (query, key, value))
+        if self.table is not None and varlen.has_kernel(query):
+            out = varlen.attend(query, key, value, self.table, is_causal=False)
+        else:
+            out = self._by_length(query, key, value)
+        return out if self.back is None else out[self.back]
+
+    def _by_length(self, *qkv: torch.Tensor) -> torch.Tensor:
         outs, start = [], 0
         for count, length in self.counts:
             batched = [x[start : start + count * length].unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
             outs.append(F.scaled_dot_product_attention(*batched).transpose(1, 2).flatten(0, 1))
             start += count * length
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out if self.order is None else out[torch.argsort(self.order)]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 NO_SEGMENTS = Segments(None, [])
@@ -55,13 +75,23 @@ class VisionSegments(PackedSeqParams):
 
     windows: Segments = field(default_factory=lambda: NO_SEGMENTS)
     pictures: Segments = field(default_factory=lambda: NO_SEGMENTS)
+    rotary: Rotary | None = None
 
 
 class _SegmentAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, **_: object):
         super().__init__(config)
 
-    def _attend(self, segments: Segments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self,
+        segments: Segments,
+        rotary: Rotary | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        if rotary is not None:
+            query, key = rotary.rotate(query), rotary.rotate(key)
         return segments.attend(query.squeeze(1), key.squeeze(1), value.squeeze(1)).flatten(1).unsqueeze(1)
 
 
@@ -78,7 +108,7 @@ class WindowAttention(_SegmentAttention):
         packed_seq_params: VisionSegments,
         **_: object,
     ) -> torch.Tensor:
-        return self._attend(packed_seq_params.windows, query, key, value)
+        return self._attend(packed_seq_params.windows, packed_seq_params.rotary, query, key, value)
 
 
 class PictureAttention(_SegmentAttention):
@@ -94,7 +124,7 @@ class PictureAttention(_SegmentAttention):
         packed_seq_params: VisionSegments,
         **_: object,
     ) -> torch.Tensor:
-        return self._attend(packed_seq_params.pictures, query, key, value)
+        return self._attend(packed_seq_params.pictures, packed_seq_params.rotary, query, key, value)
 
 
 @dataclass
@@ -245,17 +275,19 @@ class VisionTower(MegatronModule):
         """Return [cells, 4 * hidden_size] in the order of the windows, and [cells] that order: Geometry.cells."""
         check_patches(pixel_values, image_grids)
         places, device = geometry(self.vision, image_grids), pixel_values.device
-        cells, merge = places.cells.to(device), self.vision.spatial_merge_size**2
-        if places.pictures.order is not None:
-            places.pictures.order = places.pictures.order.to(device)
+        cells, merge = to_device(places.cells, device), self.vision.spatial_merge_size**2
         hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         hidden = hidden.unflatten(0, (-1, merge))[cells].flatten(0, 1).unsqueeze(1)
-        angles = self._rotary_angles(places.positions.to(device)).unflatten(0, (-1, merge))[cells].flatten(0, 1)
+        angles = self._rotary_angles(to_device(places.positions, device)).unflatten(0, (-1, merge))[cells].flatten(0, 1)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=angles[:, None, None, :],
-            packed_seq_params=VisionSegments(qkv_format="sbhd", windows=places.windows, pictures=places.pictures),
+            packed_seq_params=VisionSegments(
+                qkv_format="sbhd",
+                windows=places.windows.on(device),
+                pictures=places.pictures.on(device),
+                rotary=Rotary.of(angles[:, None, None, :], hidden.dtype),
+            ),
         )
         return hidden.reshape(cells.numel(), -1), cells
 

@@ -100,7 +100,8 @@ def total(rollouts: Sequence[StepCounts], times: int = 1) -> StepCounts:
 def stacked(rollouts: Sequence[StepCounts], device: torch.device) -> StepCounts:
     """Return the denominators of B rollouts, given as numbers, as tensors [B, 1]."""
     rows = [[counts.tokens, counts.sequences, counts.correct_tokens] for counts in rollouts]
-    return StepCounts(*torch.tensor(rows, dtype=torch.float32, device=device).split(1, dim=1))
+    counts = torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True)
+    return StepCounts(*counts.split(1, dim=1))
 
 
 def token_average(response_mask: Tensor, counts: StepCounts) -> Tensor:

@@ -113,6 +113,7 @@ class FakeDevice:
 
     def __init__(self, rank: int, parallel: ParallelConfig, ledger: Ledger):
         self.rank, self.parallel, self.ledger = rank, parallel, ledger
+        self.view = GpuView(ledger)
         self.expect([])
 
     def __enter__(self) -> Self:
@@ -127,7 +128,7 @@ class FakeDevice:
             dist.init_process_group("fake", rank=self.rank, world_size=self.parallel.world_size, store=FakeStore())
             stack.callback(process_groups.shutdown)
             process_groups.make_groups(self.parallel, gloo=False)
-            stack.enter_context(GpuView(self.ledger))
+            stack.enter_context(self.view)
             stack.enter_context(self.ledger)
             self._stack = stack.pop_all()
         return self
@@ -153,10 +154,23 @@ class FakeDevice:
             Replacement(P2PCommunicator, "_communicate_shapes", self._shapes),
             # A subclass of tensors cannot be made where operations are counted; this one holds no numbers.
             Replacement(CausalBias, "__new__", _causal_bias),
+            # Torch leaves modes out of a backward pass; what is computed again there is on the device, too.
+            Replacement(
+                megatron_random.CheckpointFunction,
+                "backward",
+                staticmethod(self._in_view(megatron_random.CheckpointFunction.backward)),
+            ),
             # Recomputing restores the generator's state; there is no dropout, so it does not matter.
             Replacement(megatron_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
             Replacement(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None),
         ]
+
+    def _in_view(self, function: Callable) -> Callable:
+        def in_view(*args: Any) -> Any:
+            with self.view:
+                return function(*args)
+
+        return in_view
 
     def expect(self, shapes: Sequence[list[int]]) -> None:
         """Say what the stages next to this one are going to send: [s, b, h] of each micro-batch, in order."""

@@ -20,6 +20,7 @@ from megatron_papo.config import Config
 from megatron_papo.distributed import process_groups
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.log_probs import one_for_all
+from megatron_papo.pictures.preprocess import TEMPORAL
 from megatron_papo.plan.fake_device import DEVICE, FakeDevice
 from megatron_papo.plan.ledger import Ledger
 from megatron_papo.plan.workload import Lengths, rows_of
@@ -92,8 +93,11 @@ class PlannedCollator(Collator):
         self.on.expect(shapes)
         return parts
 
+    def expect(self, parts: Sequence[Sequence[TrainingRollout]], pictures: Pictures) -> None:
+        """Nothing has to be prepared."""
+
     def _patches(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
-        patch = torch.zeros(1, self.hf.vision.patch_values, dtype=self.dtype)
+        patch = torch.zeros(1, self.hf.vision.patch_values // TEMPORAL, dtype=torch.uint8)
         return [patch.expand(math.prod(self.picture), -1) for _ in rollout.images]
 
 

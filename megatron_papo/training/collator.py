@@ -1,6 +1,6 @@
 """Rollouts as tensors: micro-batches with the pictures that the vision tower sees, in the configured layout."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_papo.config import Config, MaskedImageConfig
+from megatron_papo.distributed import process_groups
+from megatron_papo.distributed.transfer import to_device
 from megatron_papo.model.group_attention import GroupSegments
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.position_ids import mrope_position_ids
@@ -19,6 +21,7 @@ from megatron_papo.pictures.masking import seed_of_kept
 from megatron_papo.run.records import Rollout
 from megatron_papo.training.encoded_pictures import EncodedPictures
 from megatron_papo.training.layouts import InputRow, RotaryPositions, layout_of
+from megatron_papo.training.prepared_pictures import Prepare, PreparedPictures, normalised, threads_for
 from megatron_papo.training.rows import Grid, TrainingRollout
 from megatron_papo.training.views import rows_as_seen
 
@@ -29,7 +32,7 @@ Pictures = Literal["original", "masked", "kept", "both", "all"]
 """both: the original rows of a micro-batch, then their masked-image twins. all: and then those with kept images."""
 KEPT_PICTURE_BYTES = 2 << 30
 """Prepared pictures that a rank remembers, so that the sweeps and the steps of an iteration do not load and resize them
-again."""
+again: about 900 of the published size, 2.1 MB each."""
 
 
 @dataclass
@@ -57,6 +60,8 @@ class MicroBatch:
     """[N]"""
     response_mask: Tensor
     """[B, T], 1.0 on response tokens."""
+    num_image_tokens: int
+    """In input_ids."""
     groups: GroupSegments | None = None
     """What attends to what, in the group layout."""
     kinds: tuple[Kind, ...] = ("original",)
@@ -110,8 +115,8 @@ class Collator:
         self.rotary_positions = rotary_positions or partial(mrope_position_ids, image_token_id=hf.image_token_id)
         parallel = config.parallel
         self.length_multiple = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-        self._kept: dict[tuple, list[Tensor]] = {}
-        self._kept_bytes = 0
+        kept = KEPT_PICTURE_BYTES if encoded is None else 0  # what an encoded picture was made of is not wanted again
+        self._prepared = PreparedPictures(kept, threads_for(process_groups.local_world_size()))
 
     def plan(
         self, rows: Sequence[TrainingRollout], micro_batch_size: int, pictures: Pictures = "original"
@@ -122,6 +127,20 @@ class Collator:
     def rows_as_seen(self, rows: Sequence[TrainingRollout], kind: Kind) -> list[TrainingRollout]:
         """Return the rollouts as pictures of this kind alone show them: training/views.py."""
         return rows_as_seen(rows, kind, self.config, self.hf)
+
+    def expect(self, parts: Sequence[Sequence[TrainingRollout]], pictures: Pictures) -> None:
+        """Say which micro-batches a pass is going to ask for: threads prepare those of their pictures that are not
+        there."""
+        if not self.with_pixels:
+            return
+        wanted: dict[Hashable, Prepare] = {}
+        for part in parts:
+            for kind in kinds_of(pictures):
+                for rollout in (row.rollout for row in part if row.grids):
+                    key = _picture_key(rollout, kind)
+                    if self.encoded is None or not self.encoded.knows(key):
+                        wanted.setdefault(key, partial(self._prepare, rollout, kind))
+        self._prepared.expect(wanted)
 
     def collate(self, rows: Sequence[TrainingRollout], pictures: Pictures = "original") -> MicroBatch:
         """Return the rollouts of one micro-batch as tensors on the device."""
@@ -137,15 +156,16 @@ class Collator:
         of_pictures, image_grids, places = self._pictures(first_of_prompts, kinds)
         return MicroBatch(
             rows,
-            input_ids.repeat(copies, 1).to(self.device),
-            position_ids.repeat(1, copies, 1).to(self.device),
+            to_device(input_ids.repeat(copies, 1), self.device),
+            to_device(position_ids.repeat(1, copies, 1), self.device),
             of_pictures if self.encoded is None else None,
             None if self.encoded is None else of_pictures,
             image_grids,
             places,
-            torch.cat([predicting + copy * input_ids.numel() for copy in range(copies)]).to(self.device),
-            response_tokens.repeat(copies).to(self.device),
-            response_mask.to(self.device),
+            to_device(torch.cat([predicting + copy * input_ids.numel() for copy in range(copies)]), self.device),
+            to_device(response_tokens.repeat(copies), self.device),
+            to_device(response_mask, self.device),
+            copies * int((input_ids == self.hf.image_token_id).sum()),
             arranged.segments,
             kinds,
         )
@@ -180,35 +200,31 @@ class Collator:
                     if self.encoded is None:
                         patches += self._patches(row.rollout, kind)
                     else:
-                        prepared = partial(self._prepared_on_device, row.rollout, kind)
-                        patches += [each.to(self.device) for each in self.encoded.of(key, prepared, row.grids)]
+                        encodable = partial(self._encodable, row.rollout, kind)
+                        encoded = self.encoded.of(key, encodable, row.grids)
+                        patches += [to_device(of_picture, self.device) for of_picture in encoded]
                     grids += row.grids
                 places += distinct[key]
-        return torch.cat(patches).to(self.device), grids, places
+        if self.encoded is None:
+            return normalised(to_device(torch.cat(patches), self.device), self.dtype), grids, places
+        return torch.cat(patches), grids, places
 
     def _patches(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
-        """Return [patches, 1176] of each of the rollout's pictures, on the host, in the model's dtype. Kept, while
-        there is room."""
-        key = _picture_key(rollout, kind)
-        if key in self._kept:
-            return self._kept[key]
-        patches = self._prepared(rollout, kind)
-        size = sum(tensor.nbytes for tensor in patches)
-        if self._kept_bytes + size <= KEPT_PICTURE_BYTES:
-            self._kept[key], self._kept_bytes = patches, self._kept_bytes + size
-        return patches
+        """Return uint8 [patches, 588] of each of the rollout's pictures, on the host."""
+        return self._prepared.of(_picture_key(rollout, kind), partial(self._prepare, rollout, kind))
 
-    def _prepared_on_device(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
-        return [patches.to(self.device) for patches in self._prepared(rollout, kind)]
+    def _encodable(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
+        """Return [patches, 1176] of each of them, on the device, in the model's dtype."""
+        return [normalised(to_device(patches, self.device), self.dtype) for patches in self._patches(rollout, kind)]
 
-    def _prepared(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
-        """Return [patches, 1176] of each of the rollout's pictures, loaded, resized and masked."""
+    def _prepare(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
+        """Return uint8 [patches, 588] of each of the rollout's pictures, loaded, resized and masked."""
         settings = preprocess.PictureSettings.of(self.config.data)
         masking, seed = view_of(self.config, rollout, kind)
         pictures = preprocess.load_images(
             self.data_root, rollout.images, settings, masking=masking, seed=seed, saliency=rollout.saliency
         )
-        return [torch.from_numpy(preprocess.to_patches(picture)).to(self.dtype) for picture in pictures]
+        return [torch.from_numpy(preprocess.to_patch_bytes(picture)) for picture in pictures]
 
 
 def kinds_of(pictures: Pictures) -> tuple[Kind, ...]:

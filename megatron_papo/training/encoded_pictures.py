@@ -30,6 +30,10 @@ class EncodedPictures:
         self._bytes = 0
         self._just_encoded: list[Grid] = []
 
+    def knows(self, key: Hashable) -> bool:
+        """Say whether the encoded pictures of a prompt are kept."""
+        return key in self._kept
+
     def of(self, key: Hashable, patches: Callable[[], Sequence[Tensor]], grids: Sequence[Grid]) -> list[Tensor]:
         """Return the encoded pictures of a prompt.
 

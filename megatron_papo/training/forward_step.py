@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_papo.distributed import process_groups
+from megatron_papo.distributed.transfer import to_device
 from megatron_papo.model.log_probs import TokenStatistics
 from megatron_papo.model.qwen2_5_vl import Responses
 from megatron_papo.objective.papo_loss import (
@@ -100,7 +101,8 @@ def _run(
         batch = next(iterator)
         output = model(
             batch.input_ids, batch.position_ids, batch.pixel_values, batch.image_grids,
-            encoded_pictures=batch.encoded_pictures, pictures=batch.pictures, groups=batch.groups, responses=ask(batch),
+            encoded_pictures=batch.encoded_pictures, pictures=batch.pictures, num_image_tokens=batch.num_image_tokens,
+            groups=batch.groups, responses=ask(batch),
         )  # fmt: skip
         return output, partial(on_output, batch)
 
@@ -152,6 +154,7 @@ def sweep(
     with torch.no_grad():
         for kind in kinds:
             plan = collator.plan(collator.rows_as_seen(rows, kind), settings.micro_batch_size)
+            collator.expect(plan, kind)
             batches = (collator.collate(part, kind) for part in plan)
             _run(model, batches, len(plan), ask, collect, forward_only=True)
     return seen
@@ -182,6 +185,7 @@ def papo_step(
     """
     pictures: Pictures = "original" if recipe.twins is None else recipe.twins.pictures
     plan = collator.plan(rows, settings.micro_batch_size, pictures)
+    collator.expect(plan, pictures)
     # The schedule divides by the number of micro-batches and DDP by the data-parallel size; the loss's own weights hold
     # the denominators of the whole step already.
     schedule_divisor = len(plan) * process_groups.dp_group().size()
@@ -236,7 +240,7 @@ def response_tokens(batch: MicroBatch, statistics: TokenStatistics, twins: Twins
     device, mask, constants = batch.response_mask.device, batch.response_mask, batch.constants
     count = batch.num_response_tokens
     log_probs = pad_responses([statistics.log_probs[:count]], mask)
-    counted = torch.tensor([[float(row.counts)] for row in batch.rows], device=device)
+    counted = to_device(torch.tensor([[float(row.counts)] for row in batch.rows]), device)
     masked_image = kept_image = None
     if twins is not None:
         masked_image = _twins_tokens(statistics, slice(count, 2 * count), mask, twins)
@@ -247,9 +251,9 @@ def response_tokens(batch: MicroBatch, statistics: TokenStatistics, twins: Twins
     return ResponseTokens(
         log_probs=log_probs,
         old_log_probs=constants.get("old_log_probs", log_probs.detach()),
-        advantages=torch.tensor([[row.advantage] for row in batch.rows], device=device),
+        advantages=to_device(torch.tensor([[row.advantage] for row in batch.rows]), device),
         mask=mask * counted,
-        correct=torch.tensor([[float(row.is_correct)] for row in batch.rows], device=device),
+        correct=to_device(torch.tensor([[float(row.is_correct)] for row in batch.rows]), device),
         entropy=pad_responses([statistics.entropy[:count]], mask),
         ref_log_probs=constants.get("ref_log_probs"),
         rollout_log_probs=constants.get("rollout_log_probs"),
