@@ -12,6 +12,7 @@ import torch
 
 from megatron_papo.config import Config, ObjectiveConfig, TrainingConfig
 from megatron_papo.distributed import collectives, process_groups
+from megatron_papo.distributed.transfer import to_device
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.objective.papo_loss import StepCounts, finish_metrics
@@ -191,7 +192,7 @@ class Passes:
         if objective.importance_sampling_cap is not None and process_groups.is_last_stage():
             for of_step, step in zip(constants, self.steps, strict=True):
                 of_step["rollout_log_probs"] = [
-                    torch.tensor(row.rollout.rollout_log_probs, device=process_groups.device()) for row in step.own
+                    to_device(torch.tensor(row.rollout.rollout_log_probs), process_groups.device()) for row in step.own
                 ]
         return constants, later["original"] if len(self.steps) > 1 else None
 
