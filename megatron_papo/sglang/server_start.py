@@ -185,7 +185,9 @@ def launcher(python: Path, config: ServerConfig, replica: int) -> list[str]:
     """Return the beginning of the command: launcher.py on GPUs, cpu_launcher.py on a machine without any."""
     if _has_gpu(config):
         tp_size = config.tensor_parallel_size
-        command = [str(python), "-P", str(LAUNCHER), "--enable-deterministic-inference"]
+        command = [str(python), "-P", str(LAUNCHER)]
+        if config.deterministic:
+            command.append("--enable-deterministic-inference")
         command += ["--tp", str(tp_size), "--mem-fraction-static", str(config.memory_fraction)]
         if config.shares_gpus:
             command += ["--enable-memory-saver", "--enable-weights-cpu-backup"]

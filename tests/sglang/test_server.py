@@ -254,6 +254,9 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
         sglang_server.open_servers(str(tmp_path / "other"), tmp_path, config, "bfloat16")
     sharing = server_start.launcher(tmp_path, config.model_copy(update={"shares_gpus": True}), 0)
     assert "--enable-memory-saver" in sharing and "--enable-weights-cpu-backup" in sharing
+    free = server_start.launcher(tmp_path, config.model_copy(update={"deterministic": False}), 0)
+    assert "--enable-deterministic-inference" not in free
+    assert all("--enable-deterministic-inference" in command for command in [*commands, sharing])
     assert len({record(directory)["api_key"] for directory in directories}) == 3
     pids = [record(directory)["pid"] for directory in directories]
     assert sglang_server.open_servers(str(where), tmp_path, config, "bfloat16") == servers  # found again
