@@ -32,6 +32,14 @@ def run_all(name, *arguments, iterations):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
+def kill(process, run):
+    """Kill run_all.sh and its stages; return once none of them can write any more."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    while subprocess.run(["pgrep", "-f", f"stage5_train --run runs/{run.name} "], capture_output=True).returncode == 0:
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def both(prepared):
     """Two iterations, stage by stage and resident, from the same cold start."""
@@ -113,8 +121,7 @@ def sparse(prepared, tmp_path_factory):
     while not (run / "iterations/0003/megatron.partial").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process, run)
     weights_alone = [read_manifest(run / f"iterations/000{n}/megatron").counts.get("weights_alone") for n in (1, 2)]
     assert weights_alone == [True, True]
     assert not (run / "iterations/0001/hf").exists() and list((run / "iterations/0001/megatron").glob("*.distcp")) == []
@@ -162,8 +169,7 @@ def test_an_export_that_was_in_memory_is_made_again(whole, prepared, tmp_path):
     while not list(memory.glob("*/0002/hf/manifest.json")):
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process, run)
     assert not (run / "iterations/0003/rollouts").exists()
     assert not list(run.glob("iterations/000[12]/*/*.distcp")) and not list(run.glob("iterations/000[12]/hf"))
     shutil.rmtree(memory)
@@ -187,8 +193,7 @@ def test_stage_by_stage_goes_on_from_weights_alone(sparse, whole, prepared):
     while not (run / "iterations/0002/hf").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process, run)
     done = run_all(run.name, "--stages", "4-6", iterations=3)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     third = "iterations/0003/hf/model.safetensors"
