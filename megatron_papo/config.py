@@ -522,12 +522,17 @@ class SensitivityConfig(Section):
     """How much a response token depends on the picture (objective/sensitivity.py): what a policy says about it with the
     picture (p) and with the masked one (q). Read where tokens are selected, or advantages shaped, by it."""
 
-    formula: Literal["k3", "abs", "entropy_gap"] = "k3"
+    formula: Literal["k3", "abs", "entropy_gap", "exact", "jsd", "hellinger", "vepo"] = "k3"
     """k3: exp(d) - d - 1 with d = log q - log p, at most 10. abs: |d|. entropy_gap: max(H_q - H_p, 0) / H_q, over the
-    vocabulary."""
+    vocabulary. exact: KL(p, q) over it. jsd: Jensen-Shannon divergence. hellinger: distance. vepo: VEPO's score of
+    entropy, jsd and entropy difference. The last four need both logits at once."""
     weights: Literal["old", "current"] = "old"
     """old: once per iteration, with its first weights. current: with the weights of each step, two more sweeps before
     it."""
+
+    @property
+    def needs_both_logits(self) -> bool:
+        return self.formula in ("exact", "jsd", "hellinger", "vepo")
 
 
 class TokenSelectionConfig(Section):
@@ -966,6 +971,13 @@ class Config(Section):
             yield "objective.kl_kept_coef and contrast need a kept picture: --set kept_image={strategy: random}"
         if self.kept_image is not None and not self.objective.uses_kept_image:
             yield "kept_image is read by objective.kl_kept_coef and contrast alone: --set kept_image=null"
+        apart = self.masked_image.strategy == "none" or self.masked_image.per == "response"
+        formula = self.objective.sensitivity
+        if apart and self.objective.uses_sensitivity and formula.needs_both_logits:
+            yield (
+                f"objective.sensitivity.formula {formula.formula} compares both logits of one prompt, masked_image's"
+                " strategy none and per response make other prompts: choose k3, abs or entropy_gap"
+            )
         for name, view in (("masked_image", self.masked_image), ("kept_image", self.kept_image)):
             apart = view is not None and (view.strategy == "none" or view.per == "response")
             if apart and self.objective.masked_rows_ride:

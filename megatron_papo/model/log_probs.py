@@ -45,6 +45,9 @@ class TokenStatistics(NamedTuple):
     allowed_log_probs: Tensor | None = None
     """[N] log_probs over the tokens that are not forbidden, without gradient; None where none is."""
     allowed_entropy: Tensor | None = None
+    divergences: Tensor | None = None
+    """[3, N / 2] of the first half from the second, without gradient, where they were asked for: KL, Jensen-Shannon
+    divergence, Hellinger distance."""
 
 
 def token_statistics(
@@ -57,6 +60,7 @@ def token_statistics(
     kl_of_halves: bool = False,
     second_half_gradient: bool = True,
     forbidden: Sequence[int] = (),
+    divergences: bool = False,
 ) -> TokenStatistics:
     """Return log-probs, entropy and KL of the response tokens. Gradient flows through all three into the logits.
 
@@ -71,11 +75,16 @@ def token_statistics(
         second_half_gradient: False treats the second half as constants.
         forbidden: token ids that the rollout engine never samples. If there are any, the same is also said about the
             distributions over all other tokens; a forbidden token has log-prob -inf there.
+        divergences: positions are two halves, as for kl_of_halves, whose divergences are wanted.
     """
     log_probs, entropy, kl = _TokenStatistics.apply(
         logits, positions, tokens, group, temperature, kl_of_halves, second_half_gradient
     )
     statistics = TokenStatistics(log_probs, entropy, kl if kl_of_halves else None)
+    if divergences:
+        with torch.no_grad():
+            values = _divergences(logits, positions, tokens, temperature, group)
+        statistics = statistics._replace(divergences=values)
     if not forbidden:
         return statistics
     with torch.no_grad():
@@ -96,6 +105,7 @@ def output_token_statistics(
     kl_of_halves: bool = False,
     second_half_gradient: bool = True,
     forbidden: Sequence[int] = (),
+    divergences: bool = False,
     chunk_elements: int = OUTPUT_CHUNK_ELEMENTS,
 ) -> TokenStatistics:
     """Return token_statistics of logits = hidden weight^T that never exist whole.
@@ -104,7 +114,7 @@ def output_token_statistics(
         hidden: [N, h], the state that predicts each token, the same on every rank of the group, and so is its gradient.
         weight: [V / tp, h], this rank's slice of the output layer.
         tokens: [N] ids in the whole vocabulary.
-        group, temperature, kl_of_halves, second_half_gradient, forbidden: as in token_statistics.
+        group, temperature, kl_of_halves, second_half_gradient, forbidden, divergences: as in token_statistics.
         chunk_elements: logits that exist at once. They are computed again, chunk by chunk, in the backward pass, so
             that memory does not grow with N x V.
     """
@@ -119,10 +129,11 @@ def output_token_statistics(
             kl_of_halves=kl_of_halves,
             second_half_gradient=second_half_gradient,
             forbidden=forbidden,
+            divergences=divergences,
         )
 
     hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-    pairs = kl_of_halves or not second_half_gradient  # both halves of a token must meet in one chunk
+    pairs = kl_of_halves or divergences or not second_half_gradient  # both halves of a token must meet in one chunk
     count = len(tokens) // 2 if pairs else len(tokens)
     size = max(1, chunk_elements // weight.shape[0] // (2 if pairs else 1))
     if count <= size:
@@ -149,6 +160,7 @@ def output_token_statistics(
         torch.cat([part.kl for part in parts]) if kl_of_halves else None,
         joined([part.allowed_log_probs for part in parts]) if forbidden else None,
         joined([part.allowed_entropy for part in parts]) if forbidden else None,
+        torch.cat([part.divergences for part in parts], dim=1) if divergences else None,
     )
 
 
@@ -318,3 +330,27 @@ def _kl_sums(
     if group.size() > 1:
         all_reduce(sums, group=group)
     return sums[0], sums[1]
+
+
+def _divergences(logits: Tensor, positions: Tensor, tokens: Tensor, temperature: float, group: ProcessGroup) -> Tensor:
+    """Return [3, N / 2] KL, Jensen-Shannon divergence and Hellinger distance of the first half from the second.
+
+    JSD = (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2;    Hellinger = sqrt(1 - sum sqrt(p q))
+    """
+    local, is_local = _local_tokens(logits, tokens, group)
+    log_total, _, _ = _sums(logits, positions, local, is_local, temperature, group)
+    half = len(positions) // 2
+    sums = logits.new_zeros(3, half, dtype=torch.float32)
+    for rows in _chunks(half, logits):
+        other = slice(rows.start + half, rows.stop + half)
+        log_p = _log_softmax(logits, positions[rows], log_total[rows], temperature)
+        log_q = _log_softmax(logits, positions[other], log_total[other], temperature)
+        p, q = log_p.exp(), log_q.exp()
+        log_m = ((p + q) / 2).clamp(min=torch.finfo(torch.float32).tiny).log()
+        sums[0, rows] = (p * (log_p - log_q).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).sum(-1)
+        sums[1, rows] = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
+        sums[2, rows] = (p.sqrt() - q.sqrt()).square().sum(-1) / 2  # 1 - sum sqrt(p q), without its cancellation
+    if group.size() > 1:
+        all_reduce(sums, group=group)
+    sums[2] = sums[2].clamp(0.0, 1.0).sqrt()
+    return sums

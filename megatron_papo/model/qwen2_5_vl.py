@@ -79,6 +79,7 @@ class Responses:
     kl_of_halves: bool = False
     second_half_gradient: bool = True
     forbidden: tuple[int, ...] = ()
+    divergences: bool = False
     """See model.log_probs.token_statistics."""
 
 
@@ -201,6 +202,7 @@ class Qwen2_5_VL(MegatronModule):
             temperature=responses.temperature,
             kl_of_halves=responses.kl_of_halves,
             second_half_gradient=responses.second_half_gradient,
+            divergences=responses.divergences,
             forbidden=responses.forbidden,
         )
 

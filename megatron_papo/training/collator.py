@@ -124,7 +124,7 @@ class Collator:
         """Cut the rollouts into micro-batches, as Layout.plan."""
         return self.layout.plan(rows, micro_batch_size, len(kinds_of(pictures)))
 
-    def rows_as_seen(self, rows: Sequence[TrainingRollout], kind: Kind) -> list[TrainingRollout]:
+    def rows_as_seen(self, rows: Sequence[TrainingRollout], kind: Pictures) -> list[TrainingRollout]:
         """Return the rollouts as pictures of this kind alone show them: training/views.py."""
         return rows_as_seen(rows, kind, self.config, self.hf)
 

@@ -20,7 +20,7 @@ from megatron_papo.objective.papo_loss import (
     papo_loss,
     stacked,
 )
-from megatron_papo.training.collator import Collator, Kind, MicroBatch, Pictures, pad_responses
+from megatron_papo.training.collator import Collator, MicroBatch, Pictures, pad_responses
 from megatron_papo.training.loss_recipe import LossRecipe, Twins
 from megatron_papo.training.rows import TrainingRollout
 
@@ -56,6 +56,10 @@ class Seen:
     allowed_log_probs: list[Tensor] = field(default_factory=list)
     """Both over the tokens that are not forbidden; empty where nothing is."""
     allowed_entropy: list[Tensor] = field(default_factory=list)
+    other_log_probs: list[Tensor] = field(default_factory=list)
+    """These three of a sweep over pairs: of the masked-image twins, and [3, response_length] divergences."""
+    other_entropy: list[Tensor] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)
 
     def add(self, statistics: TokenStatistics, rows: Sequence[TrainingRollout]) -> None:
         """Take in what the last stage says about these rollouts; twins that follow them are left out."""
@@ -68,6 +72,10 @@ class Seen:
         ):
             if of_rows is not None:
                 values += of_rows.detach()[: sum(lengths)].split(lengths)
+        if statistics.divergences is not None:
+            self.other_log_probs.extend(statistics.log_probs.detach()[sum(lengths) :].split(lengths))
+            self.other_entropy.extend(statistics.entropy.detach()[sum(lengths) :].split(lengths))
+            self.divergences.extend(statistics.divergences.split(lengths, dim=1))
 
     def part(self, start: int, end: int) -> "Seen":
         """Return what was said about some of the rollouts."""
@@ -76,6 +84,9 @@ class Seen:
             self.entropy[start:end],
             self.allowed_log_probs[start:end],
             self.allowed_entropy[start:end],
+            self.other_log_probs[start:end],
+            self.other_entropy[start:end],
+            self.divergences[start:end],
         )
 
 
@@ -123,9 +134,9 @@ def sweep(
     collator: Collator,
     rows: Sequence[TrainingRollout],
     settings: PassSettings,
-    kinds: Sequence[Kind] = ("original",),
+    kinds: Sequence[Pictures] = ("original",),
     forbidden: Sequence[int] = (),
-) -> dict[Kind, Seen]:
+) -> dict[Pictures, Seen]:
     """Return what the model says about the rows' responses with each kind of pictures, without gradient.
 
     Args:
@@ -133,27 +144,32 @@ def sweep(
         collator: makes the micro-batches.
         rows: this rank's rollouts.
         settings: micro-batch size, temperature, progress.
-        kinds: the rows go through with the pictures of every kind, one after the other.
+        kinds: the rows go through with the pictures of every kind, one after the other; both: in pairs, which gives
+            their divergences.
         forbidden: token ids that the rollout engine never samples; Seen.allowed_... are over the others.
 
     Collective over the model-parallel group.
     """
-    seen = {kind: Seen() for kind in kinds}
+    seen: dict[Pictures, Seen] = {kind: Seen() for kind in kinds}
     if not rows or not kinds:
         return seen
 
     def ask(batch: MicroBatch) -> Responses:
         return Responses(
-            batch.response_positions, batch.response_tokens, settings.temperature, forbidden=tuple(forbidden)
+            batch.response_positions,
+            batch.response_tokens,
+            settings.temperature,
+            forbidden=tuple(forbidden),
+            divergences=batch.has_twins,
         )
 
     def collect(batch: MicroBatch, statistics: TokenStatistics, non_loss_data: bool) -> None:
-        seen[batch.kinds[0]].add(statistics, batch.rows)
+        seen["both" if batch.has_twins else batch.kinds[0]].add(statistics, batch.rows)
         settings.progress(len(batch.rows))
 
     with torch.no_grad():
         for kind in kinds:
-            plan = collator.plan(collator.rows_as_seen(rows, kind), settings.micro_batch_size)
+            plan = collator.plan(collator.rows_as_seen(rows, kind), settings.micro_batch_size, kind)
             collator.expect(plan, kind)
             batches = (collator.collate(part, kind) for part in plan)
             _run(model, batches, len(plan), ask, collect, forward_only=True)

@@ -32,7 +32,16 @@ from megatron_papo.objective.papo_loss import (
     token_log_ratios,
     total,
 )
-from megatron_papo.objective.sensitivity import TwoViews, abs_sensitivity, entropy_gap, k3_sensitivity
+from megatron_papo.objective.sensitivity import (
+    TwoViews,
+    abs_sensitivity,
+    entropy_gap,
+    exact_kl,
+    hellinger,
+    jensen_shannon,
+    k3_sensitivity,
+    vepo_score,
+)
 from megatron_papo.objective.token_weights import (
     Deal,
     PolicyWeights,
@@ -48,6 +57,10 @@ SENSITIVITIES: dict[str, Callable[[TwoViews], Tensor]] = {
     "k3": k3_sensitivity,
     "abs": abs_sensitivity,
     "entropy_gap": entropy_gap,
+    "exact": exact_kl,
+    "jsd": jensen_shannon,
+    "hellinger": hellinger,
+    "vepo": vepo_score,
 }
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "abs": kl_abs, "k2": kl_k2, "k3": kl_k3}
 

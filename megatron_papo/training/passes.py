@@ -17,7 +17,7 @@ from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.objective.papo_loss import StepCounts, finish_metrics
 from megatron_papo.training import accounting
-from megatron_papo.training.collator import KINDS, Collator, Kind
+from megatron_papo.training.collator import Collator, Pictures
 from megatron_papo.training.forward_step import PassSettings, PerRollout, Seen, papo_step, sweep
 from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.loss_recipe import LossRecipe, counts_of, denominators_of
@@ -65,25 +65,28 @@ class PassPlan:
 
     reference: bool
     """One sweep with the reference's weights over all rollouts, before the first step."""
-    of_first_step: tuple[Kind, ...]
+    of_first_step: tuple[Pictures, ...]
     """The pictures with which the policy sweeps over the rollouts of the first step, before it."""
-    of_later_steps: tuple[Kind, ...]
+    of_later_steps: tuple[Pictures, ...]
     """The pictures with which it sweeps over the rollouts of the other steps, before the first one."""
-    before_each_step: tuple[Kind, ...]
+    before_each_step: tuple[Pictures, ...]
     """The pictures with which it sweeps over the rollouts of each step, before that step."""
 
     @classmethod
     def of(cls, objective: ObjectiveConfig) -> "PassPlan":
         """Return the passes that an objective needs. No sweep for the old policy of the first step, which is the policy
         that makes it: its update says that."""
-        of_first: set[Kind] = set()
-        in_step: set[Kind] = {"original"} if objective.uses_step_entropy else set()
+        of_first: set[Pictures] = set()
+        in_step: set[Pictures] = {"original"} if objective.uses_step_entropy else set()
+        pairs = objective.uses_sensitivity and objective.sensitivity.needs_both_logits
         if objective.uses_sensitivity:
-            (of_first if objective.sensitivity.weights == "old" else in_step).update(("original", "masked"))
-        if objective.uses_masked_image and not objective.masked_rows_ride:
+            views: tuple[Pictures, ...] = ("both",) if pairs else ("original", "masked")
+            (of_first if objective.sensitivity.weights == "old" else in_step).update(views)
+        if objective.trains_on_masked_image and not objective.masked_rows_ride:
             (of_first if objective.masked_branch == "cached" else in_step).add("masked")
+        order: tuple[Pictures, ...] = ("original", "masked", "both")
         first, later, before = (
-            tuple(kind for kind in KINDS if kind in kinds) for kinds in (of_first, of_first | {"original"}, in_step)
+            tuple(kind for kind in order if kind in kinds) for kinds in (of_first, of_first | {"original"}, in_step)
         )
         return cls(objective.uses_reference, first, later, before)
 
@@ -147,9 +150,9 @@ class Passes:
         self,
         model: torch.nn.Module,
         rows: Sequence[TrainingRollout],
-        kinds: Sequence[Kind],
+        kinds: Sequence[Pictures],
         forbidden: Sequence[int] = (),
-    ) -> dict[Kind, Seen]:
+    ) -> dict[Pictures, Seen]:
         """Return what the model says about the rows' responses with each kind of pictures, without gradient."""
         size = self.config.training.log_prob_micro_batch_size
         settings = PassSettings(size, self.config.rollout.temperature, self.progress)
@@ -186,9 +189,10 @@ class Passes:
         if "masked" in first and objective.masked_branch == "cached":
             for of_step, masked in zip(constants, by_step["masked"], strict=True):
                 of_step |= masked_branch(masked)
-        if "original" in first:
-            for of_step, step, original, masked in zip(constants, self.steps, *by_step.values(), strict=True):
-                of_step["old_sensitivity"] = sensitivities(objective, step.own, original, masked)
+        if objective.uses_sensitivity and objective.sensitivity.weights == "old":
+            for number, (of_step, step) in enumerate(zip(constants, self.steps, strict=True)):
+                seen = {kind: of_steps[number] for kind, of_steps in by_step.items()}
+                of_step["old_sensitivity"] = sensitivities(objective, step.own, seen)
         if objective.importance_sampling_cap is not None and process_groups.is_last_stage():
             for of_step, step in zip(constants, self.steps, strict=True):
                 of_step["rollout_log_probs"] = [
@@ -245,7 +249,7 @@ class Passes:
         if old_sensitivity is not None:
             values["sensitivity"] = old_sensitivity
         elif objective.uses_sensitivity:
-            values["sensitivity"] = sensitivities(objective, step.own, swept["original"], swept["masked"])
+            values["sensitivity"] = sensitivities(objective, step.own, swept)
         if objective.uses_step_entropy:
             values["entropy"] = swept["original"].entropy
         return of_step | weigh(objective, step.all, step.places, values)

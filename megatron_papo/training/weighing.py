@@ -10,13 +10,14 @@ from megatron_papo.config import ObjectiveConfig
 from megatron_papo.distributed import collectives, process_groups
 from megatron_papo.objective.sensitivity import TwoViews
 from megatron_papo.objective.token_weights import StepTokens
+from megatron_papo.training.collator import Pictures
 from megatron_papo.training.forward_step import PerRollout, Seen
 from megatron_papo.training.loss_recipe import contrast_weights_of, sensitivity_of, token_weights_of
 from megatron_papo.training.rows import TrainingRollout
 
 
 def sensitivities(
-    objective: ObjectiveConfig, rows: Sequence[TrainingRollout], original: Seen, masked: Seen
+    objective: ObjectiveConfig, rows: Sequence[TrainingRollout], seen: dict[Pictures, Seen]
 ) -> list[Tensor]:
     """Return the sensitivity of each rollout's tokens, [response_length]; none before the last pipeline stage.
 
@@ -25,18 +26,31 @@ def sensitivities(
     Args:
         objective: its formula.
         rows: the rollouts.
-        original, masked: what one policy said about them with the picture, and with the masked one.
+        seen: what one policy said about them with the picture and with the masked one, in pairs where the formula needs
+            both logits.
     """
+    if objective.sensitivity.needs_both_logits:
+        pairs = seen["both"]
+        views = [
+            TwoViews(*of_rollout)
+            for of_rollout in zip(
+                pairs.log_probs,
+                pairs.other_log_probs,
+                pairs.entropy,
+                pairs.other_entropy,
+                pairs.divergences,
+                strict=True,
+            )
+        ]
+    else:
+        first, second = seen["original"], seen["masked"]
+        views = [
+            TwoViews(*of_rollout)
+            for of_rollout in zip(first.log_probs, second.log_probs, first.entropy, second.entropy, strict=True)
+        ]
     values = []
-    for row, *of_rollout in zip(
-        rows if original.log_probs else (),
-        original.log_probs,
-        masked.log_probs,
-        original.entropy,
-        masked.entropy,
-        strict=True,
-    ):
-        sensitivity = sensitivity_of(objective, TwoViews(*of_rollout)).float()
+    for row, of_rollout in zip(rows if views else (), views, strict=True):
+        sensitivity = sensitivity_of(objective, of_rollout).float()
         values.append(sensitivity if row.grids else torch.zeros_like(sensitivity))
     return values
 

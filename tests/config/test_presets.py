@@ -133,6 +133,7 @@ FAMILY = {
     "cgpo_7b": {},
     "dvrp_7b": {},
     "cppo_7b": {},
+    "vepo_7b": {},
 }
 """Methods other than PAPO: their presets, and what differs from the method at another size."""
 VPPO = {
@@ -195,6 +196,15 @@ METHODS = {
         "objective.kl_kept_coef": 0.01,
         "objective.kl_prcp_estimator": "k3",
         "objective.masked_branch": "recompute_with_grad",
+    },
+    "vepo": GRPO
+    | {
+        "masked_image.strategy": "noise",
+        "objective.kl_prcp_coef": 0.0,
+        "objective.sensitivity.formula": "vepo",
+        "objective.policy_tokens.sensitivity_share": 0.2,
+        "objective.policy_tokens.per": "response",
+        "objective.policy_tokens.average": "selected",
     },
     "cppo": GRPO
     | {

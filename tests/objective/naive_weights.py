@@ -112,6 +112,25 @@ def detected(s, numerator, denominator=10):
     return [x >= above[max(1, len(above) * numerator // denominator) - 1] for x in s]
 
 
+def unit(values):
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    return [(x - low) / (high - low) if high > low else 0.0 for x in values]
+
+
+def vepo_scores(entropy, masked_entropy, jsd):
+    """One response."""
+    h, d, j = unit(entropy), unit([abs(q - p) for p, q in zip(entropy, masked_entropy)]), unit(jsd)
+    return [h[t] * (1 - (1 - j[t]) ** 0.7 * (1 - d[t]) ** 0.3) for t in range(len(h))]
+
+
+def divergences(p, q):
+    """KL, Jensen-Shannon, Hellinger of two lists of probabilities."""
+    kl = sum(x * math.log(x / y) for x, y in zip(p, q))
+    middle = [(x + y) / 2 for x, y in zip(p, q)]
+    jsd = sum(x * math.log(x / m) + y * math.log(y / m) for x, y, m in zip(p, q, middle)) / 2
+    return kl, jsd, math.sqrt(max(1 - sum(math.sqrt(x * y) for x, y in zip(p, q)), 0.0))
+
+
 def product(*factors):
     """Token by token."""
     return [[math.prod(of_token) for of_token in zip(*of_response)] for of_response in zip(*factors)]

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megatron_papo.config import ObjectiveConfig
+from megatron_papo.distributed import process_groups
+from megatron_papo.model.log_probs import output_token_statistics
 from megatron_papo.objective.dealt_average import deal
 from megatron_papo.objective.sensitivity import TwoViews
 from megatron_papo.objective.token_weights import StepTokens, TrajectoryShaping, largest, share_of
@@ -125,6 +127,29 @@ def test_every_method_is_another(method):
         if other != method:
             difference = flat - torch.tensor([w for of_rollout in theirs(other, rollouts) for w in of_rollout])
             assert difference.abs().max() > 1e-3, other
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 40], ids=["at once", "in chunks"])
+def test_divergences_equal_the_loops(chunk):
+    """Of both halves of the logits, KL, Jensen-Shannon divergence and Hellinger distance, and VEPO's score of them."""
+    process_groups.connect()
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2 * 9, 6, generator=generator)
+    weight, tokens = torch.randn(11, 6, generator=generator), torch.randint(11, (9,), generator=generator).repeat(2)
+    world = torch.distributed.group.WORLD
+    found = output_token_statistics(hidden, weight, tokens, world, divergences=True, chunk_elements=chunk)
+    p, q = (hidden.double() @ weight.double().T).softmax(-1).split(9)
+    expected = [naive.divergences(a.tolist(), b.tolist()) for a, b in zip(p, q)]
+    torch.testing.assert_close(found.divergences.double().T, torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+    assert all(torch.tensor(expected).double().std(dim=0) > 1e-2)  # not all alike
+    views = TwoViews(*found.log_probs.split(9), *found.entropy.split(9), found.divergences)
+    entropy, other = ([-sum(x * math.log(x) for x in row) for row in side.tolist()] for side in (p, q))
+    score = naive.vepo_scores(entropy, other, [jsd for _, jsd, _ in expected])
+    ours = sensitivity_of(ObjectiveConfig(sensitivity=dict(formula="vepo")), views)
+    torch.testing.assert_close(ours, torch.tensor(score).double(), rtol=1e-4, atol=1e-5)
+    for place, formula in enumerate(("exact", "jsd", "hellinger")):
+        of_formula = sensitivity_of(ObjectiveConfig(sensitivity=dict(formula=formula)), views)
+        assert of_formula.equal(found.divergences[place].double())
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.5000001, 10.0]), max_size=30), st.integers(1, 10))

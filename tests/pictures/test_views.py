@@ -127,6 +127,15 @@ def test_none_takes_the_pictures_out_of_the_prompt(work):  # noqa: F811
     [
         (["masked_image.strategy=none", "evaluation.masked_images=false"], "cannot ride in the update"),
         (["masked_image.per=response"], "cannot ride in the update"),
+        (
+            [
+                "objective.masked_branch=cached",
+                "masked_image.per=response",
+                "objective.sensitivity.formula=jsd",
+                "objective.token_shaping={}",
+            ],
+            "compares both logits",
+        ),
         (["kept_image={}"], "kept_image is read by"),
         (["objective.kl_kept_coef=0.1"], "need a kept picture"),
         (["kept_image={strategy: none}", "objective.kl_kept_coef=0.1"], "kept_image: strategy none"),

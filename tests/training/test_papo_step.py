@@ -159,6 +159,18 @@ def weigh_by_step(rows: list[dict]) -> None:
         row |= {"weights": weights, "kl_weights": kl_weights}
 
 
+def weigh_as_vepo(rows: list[dict]) -> None:
+    """By the policy that is trained: 40 % of each response by VEPO's score; of a text the first ones."""
+    scores = [
+        [0.0] * len(row["jsd"])
+        if row["is_text"]
+        else naive_weights.vepo_scores(floats(row, "entropy"), floats(row, "masked_entropy"), floats(row, "jsd"))
+        for row in rows
+    ]
+    for row, weights in zip(rows, naive_weights.selection(scores, None, (4, None), renormalise=True)):
+        row["weights"] = weights
+
+
 def weigh_as_cppo(rows: list[dict]) -> None:
     """The contrasted tokens: half of those with a gap, by the policy that is trained, of positive advantage."""
     for row in rows:
@@ -224,6 +236,16 @@ OBJECTIVES = {
         filtered=True,
         weigh=weigh_by_step,
     ),
+    "vepo": Objective(
+        [
+            "sensitivity={formula: vepo, weights: current}",
+            "policy_tokens={sensitivity_share: 0.4, average: selected}",
+            "masked_branch=recompute",
+        ],
+        COEFFICIENTS,
+        "recompute",
+        weigh=weigh_as_vepo,
+    ),
     "three views": Objective(
         [
             "masked_branch=recompute_with_grad",
@@ -257,7 +279,9 @@ def make_cases() -> list[dict]:
                 ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), (tp, pp, dp)
             )
         ]
-        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2, 3, 4, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5, 3, 4, 5)}.get(name, (3,))
+        micros = {"dp4": (1, 2, 3, 1, 2, 1, 2, 3, 2, 4, 2), "tp2pp2sp": (5, 3, 4, 12, 5, 4, 5, 3, 5, 4, 5)}.get(
+            name, (3,)
+        )
         for micro, objective in zip(
             micros, OBJECTIVES if len(micros) > 1 else ["paper" if name in ("tp2dp2", "pp4") else "token"]
         ):
@@ -290,6 +314,7 @@ def group_cases() -> list[dict]:
         ("tp2pp2", "recompute", 120),
         ("tp2dp2", "vppo", 100),
         ("pp2dp2", "weighed by the step", 120),
+        ("tp2dp2", "vepo", 150),
         ("tp2pp2sp", "three views", 200),
         ("dp4", "three views", 1000),
         ("tp2pp2sp", "paper", 200),
@@ -568,6 +593,11 @@ def reference(work):
                     "old": list(log_probs.detach() if objective.one_step else old[i]),
                     "ref": list(ref[i]),
                     "masked": list(masked_log_probs),
+                    "is_text": not rollout.images,
+                    "jsd": [
+                        naive_weights.divergences(p.exp().tolist(), q.exp().tolist())[1]
+                        for p, q in zip(all_tokens.detach(), masked_all.detach())
+                    ],
                     "kept": list(expected_tokens(model, rollout, data, False, kept=True)[0])
                     if "kl_kept" in objective.options
                     else [],

@@ -75,7 +75,9 @@ def run_case(work: Path, case: dict) -> None:
         cached |= {"masked_image_log_probs": masked.log_probs, "masked_image_entropy": masked.entropy}
     if config.objective.weighs_tokens:
         policy = "old" if config.objective.sensitivity.weights == "old" else "policy"
-        values = {"sensitivity": sensitivities(config.objective, mine, swept(policy), swept(policy, "masked"))}
+        pairs = config.objective.sensitivity.needs_both_logits
+        seen = {kind: swept(policy, kind) for kind in (["both"] if pairs else ["original", "masked"])}
+        values = {"sensitivity": sensitivities(config.objective, mine, seen)}
         if config.objective.uses_step_entropy:
             values["entropy"] = swept("policy").entropy
         cached |= weigh(config.objective, step.all, step.places, values)
