@@ -56,6 +56,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "percent": percent,
     "seconds": "{:.1f} s".format,
     "number": "{:g}".format,
+    "ratio": "{:.2f}".format,
 }
 
 
@@ -161,6 +162,21 @@ def miniature(numbers: Numbers) -> list[str]:
     return markdown_lines(grid_of(comparison, Wanted()))
 
 
+def launching(numbers: Numbers) -> list[str]:
+    """Return the table of what the launching thread does for one rollout, before and after, by tools.benchmark_host."""
+    before, after = numbers["host_before"], numbers["host"]
+    lines = [
+        "| per rollout | plain, before | group, before | plain | group | group, before / group |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in (("kernels", "kernels"), ("attention", "of these attention"), ("waits", "waits for the GPU")):
+        counts = [found[f"{name}_{layout}"] for found in (before, after) for layout in ("plain", "group")]
+        ratio = f"{counts[1] / counts[3]:.2f}" if counts[3] else ""
+        cells = [f"{count:.0f}" if count >= 100 else f"{count:.1f}" for count in counts]
+        lines.append(f"| {title} | {' | '.join(cells)} | {ratio} |")
+    return lines
+
+
 def alarms_of(run_numbers: dict[str, Any]) -> str:
     """Return "9 alarms, the first at step 18"."""
     count = run_numbers["alarms"]
@@ -178,6 +194,7 @@ TABLES: dict[str, Callable[[Numbers], list[str]]] = {
         demo_seconds,
         guarded_runs,
         miniature,
+        launching,
     )
 }
 
