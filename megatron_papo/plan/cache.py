@@ -74,7 +74,7 @@ def _write(file: Path, numbers: Numbers) -> None:
 
 
 def _key(config: Config, hf: HFConfig, rank: int, lengths: Lengths) -> str:
-    sections = {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS}
+    sections = {name: config.model_dump(mode="json", include={name})[name] for name in SECTIONS}  # may be null
     sections["model"].pop("path")
     sections["optimizer"] = {"distributed": config.optimizer.distributed}
     rollout = config.rollout
