@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole PAPO pipeline, one command per stage. Stages exchange data only through directories below runs/NAME.
 #
-#   bash run_all.sh [--config FILE] [--name NAME] [--set SECTION.KEY=VALUE ...] [--stages 1,2,4-6] [--resident] [--dry-run]
+#   bash run_all.sh [--config FILE] [--name NAME] [--set SECTION.KEY=VALUE ...] [--stages 1,2,4-6] [--resident]
+#                   [--dry-run [--plan SIZE]]
 #
 #   --config   configuration of a new run (default configs/demo.yaml: a tiny Qwen2.5-VL learns to count, on a CPU)
 #   --name     the run is made in runs/NAME (default: the name of the configuration file)
@@ -9,6 +10,7 @@
 #   --stages   run only these stages (default all)
 #   --resident stages 4 and 5 stay up for all iterations: the same outputs, no process start and no reload in between
 #   --dry-run  print the commands, what they read and what they make, and touch nothing
+#   --plan     with --dry-run: what training needs on GPUs of this size, e.g. 80GB (docs/plan.md); known plans are printed anyway
 #
 # Killed or failed? bash run_all.sh --name NAME continues where it stopped: the run has its configuration in config.yaml.
 # How far is it? .venv/bin/python -m tools.status --run runs/NAME
@@ -16,7 +18,7 @@
 # About to be killed? kill -USR1 its number: training ends its step and saves, and this ends with status 75.
 # TRAIN_LAUNCHER, SFT_LAUNCHER replace torchrun of stages 5, 2; SERVER_LAUNCHER starts servers on nodes (docs/gpu.md).
 set -euo pipefail
-[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
+[[ " $* " != *" -h "* && " $* " != *" --help "* ]] || { sed -n '2,19s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0; }
 trap 'exit 75' USR1
 CALLER=$PWD ARGUMENTS=("$@")
 printf -v RUN_ALL '%q ' bash run_all.sh "$@"
@@ -76,4 +78,5 @@ for ((i = 1; i <= ITERATIONS; i++)); do
   stage "7:$i" $PYTHON -m stages.stage7_evaluate --run "$RUN" --iteration "$i"
 done
 
+((!DRY_RUN)) || printf '%s' "$NEEDS"
 ((DRY_RUN || !SUMMARY)) || $PYTHON -m tools.summarize --run "$RUN"

@@ -27,6 +27,7 @@ from megatron_papo.run.run_config import CONFIG, settle_run, write_run
 from megatron_papo.run.run_directory import RunDirectory
 from megatron_papo.run.stages import STAGES, paths
 from megatron_papo.run.state import State, states
+from tools.plan_memory import needs, size_in_bytes
 from tools.start_checks import (
     checkpoint_bytes,
     descriptors_note,
@@ -46,6 +47,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--stages", default="all")
+    parser.add_argument("--plan")
     for flag in ("--resident", "--dry-run", "--write"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--caller", type=Path, default=Path.cwd())
@@ -61,6 +63,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.config is not None:
         with reading(f"--config {args.config}", "give another file"):
             args.config = args.caller / expand_home(str(args.config))
+    if args.plan is not None:
+        size_in_bytes(args.plan, "--plan")
+        if not args.dry_run:
+            raise UserError("--plan goes with --dry-run: it says what a run will need, and starts nothing")
     args.name = name_of(args)
     args.stages = parse_stages(args.stages)
     together = {4, 5, 6}
@@ -224,6 +230,8 @@ def main() -> None:
     if args.dry_run:
         texts = what_it_reads_and_makes(directory, rows)
         print("declare -gA PATHS=(" + " ".join(f"[{key}]={shlex.quote(text)}" for key, text in texts.items()) + ")")
+        needed = "".join(f"{line}\n" for line in needs(directory.config, args.plan))
+        print(f"NEEDS={shlex.quote(needed)}")
 
 
 if __name__ == "__main__":

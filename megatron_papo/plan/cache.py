@@ -7,21 +7,23 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_papo.config import Config
-from megatron_papo.model.hf_config import HFConfig
-from megatron_papo.plan.layers import Trace
-from megatron_papo.plan.trace import Numbers
-from megatron_papo.plan.workload import Lengths
+if TYPE_CHECKING:  # they import torch, and whether there is anything here must be quick to say
+    from megatron_papo.plan.layers import Asked, Traces
+    from megatron_papo.plan.trace import Numbers
 
-ROOMS = ("config.py", "distributed", "model", "objective", "plan", "training")
+ROOMS = ("config.py", "distributed", "model", "objective", "training")
+OF_PLAN = ("fake_device.py", "ledger.py", "trace.py", "workload.py")
 """Whose code decides what a trace finds."""
 SECTIONS = ("model", "parallel", "objective", "optimizer", "training", "masked_image", "kept_image")
 """Of the configuration, beside the numbers of _key."""
-PACKAGES = ("torch", "megatron-core")
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "apex")
+"""Whose kernels hold memory; the last two need not be there."""
 
 
 def directory() -> Path:
@@ -30,29 +32,28 @@ def directory() -> Path:
     return Path(root) / "megatron_papo" / "plan"
 
 
-def cached(trace: Trace, only_there: bool = False) -> Trace:
-    """Return `trace` with a memory on disk.
+def cached(traces: "Traces") -> "Traces":
+    """Return `traces` with a memory on disk: it is asked for those alone that are not there yet, each once."""
 
-    Args:
-        trace: What makes numbers that are not there yet.
-        only_there: Raise LookupError instead of tracing.
-    """
-
-    def remembered(config: Config, hf: HFConfig, rank: int, lengths: Lengths) -> Numbers:
-        file = directory() / f"{_key(config, hf, rank, lengths)}.json"
-        numbers = _read(file)
-        if numbers is not None:
-            return numbers
-        if only_there:
-            raise LookupError(file)
-        numbers = trace(config, hf, rank, lengths)
-        _write(file, numbers)
-        return numbers
+    def remembered(asked: Sequence["Asked"]) -> list["Numbers"]:
+        files = [directory() / f"{_key(each)}.json" for each in asked]
+        numbers = {file: _read(file) for file in files}
+        missing = {file: each for file, each in zip(files, asked, strict=True) if numbers[file] is None}
+        if missing:
+            for file, made in zip(missing, traces(list(missing.values())), strict=True):
+                numbers[file] = made
+                _write(file, made)
+        return [found for file in files if (found := numbers[file]) is not None]
 
     return remembered
 
 
-def _read(file: Path) -> Numbers | None:
+def nothing(asked: Sequence["Asked"]) -> list["Numbers"]:
+    """Make no traces: `cached(nothing)` finds what is there. Raises LookupError where that is not all."""
+    raise LookupError(f"{len(asked)} traces are not in {directory()}")
+
+
+def _read(file: Path) -> "Numbers | None":
     """Return what a file holds; None where it is not there or damaged: it is then made again."""
     try:
         numbers = json.loads(file.read_text())
@@ -62,7 +63,7 @@ def _read(file: Path) -> Numbers | None:
     return numbers if sound else None
 
 
-def _write(file: Path, numbers: Numbers) -> None:
+def _write(file: Path, numbers: "Numbers") -> None:
     """Keep a trace where that is possible: a plan without a memory is a plan, too."""
     partial = file.with_suffix(f".{os.getpid()}")
     try:
@@ -73,21 +74,33 @@ def _write(file: Path, numbers: Numbers) -> None:
         return
 
 
-def _key(config: Config, hf: HFConfig, rank: int, lengths: Lengths) -> str:
-    sections = {name: config.model_dump(mode="json", include={name})[name] for name in SECTIONS}  # may be null
+def _key(asked: "Asked") -> str:
+    config, data, rollout = asked.config, asked.config.data, asked.config.rollout
+    sections = config.model_dump(mode="json", include=set(SECTIONS))
     sections["model"].pop("path")
     sections["optimizer"] = {"distributed": config.optimizer.distributed}
-    rollout = config.rollout
     what = {
         "code": _code(),
-        "versions": [metadata.version(name) for name in PACKAGES],
-        "model": dataclasses.asdict(hf),
+        "versions": [_version(name) for name in PACKAGES],
+        "model": dataclasses.asdict(asked.hf),
         "config": sections,
-        "rollout": [rollout.group_size, rollout.rollout_batch_size, rollout.temperature],
-        "rank": rank,
-        "lengths": dataclasses.asdict(lengths),
+        "data": [data.max_prompt_tokens, data.min_pixels, data.max_pixels],
+        "rollout": [
+            rollout.group_size,
+            rollout.rollout_batch_size > config.training.global_batch_size,
+            rollout.temperature,
+            rollout.max_response_tokens,
+        ],
+        "rank": asked.rank,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @lru_cache
@@ -96,5 +109,5 @@ def _code() -> str:
     package = Path(__file__).resolve().parents[1]
     files = [
         file for room in ROOMS for file in ([package / room] if room.endswith(".py") else (package / room).glob("*.py"))
-    ]
+    ] + [package / "plan" / name for name in OF_PLAN]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()

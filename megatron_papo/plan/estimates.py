@@ -1,8 +1,8 @@
-"""What follows from a configuration by arithmetic: tokens, FLOPs, disk, the servers' share, and seconds under stated
-assumptions."""
+"""What follows from a configuration by arithmetic: tokens, FLOPs, disk, the servers' share. Seconds: seconds.py."""
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_papo.checkpoint.name_map import pieces
 from megatron_papo.config import Config
@@ -12,19 +12,19 @@ from megatron_papo.plan.workload import Lengths, rows_of
 from megatron_papo.training import accounting
 from megatron_papo.training.passes import PassPlan
 
-BANDWIDTH = 2.0e12
-"""Bytes a second that decoding reads of a GPU's memory: of an H100's 3.35e12, what kernels reach. An assumption."""
-STEP_OF_DECODING = 0.004
-"""Seconds of a decoding step beside reading: launches, sampling. An assumption."""
-SWITCH_SECONDS = 30.0
-"""Between sampling and training on the same GPUs: loading a checkpoint and the servers' weights. An assumption."""
 SERVER_BESIDE = 3.0e9
-"""Bytes that an SGLang server keeps of a GPU when it has given up weights and cache. An assumption."""
+"""Bytes that an SGLang server keeps of a GPU beside weights and cache: context, graphs. An assumption."""
 
 
+@lru_cache
 def parameters_of(hf: HFConfig) -> int:
     """Return the number of parameters of the whole model."""
     return sum(math.prod(piece.megatron_shape) for piece in pieces(hf))
+
+
+def bytes_of_number(config: Config) -> int:
+    """Return the bytes of a weight or an activation, in training and on the servers."""
+    return 2 if config.model.dtype == "bfloat16" else 4
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,20 @@ class DiskBytes:
     """With optimizer."""
     export: int
     iteration: int
-    """Written in an iteration."""
+    """Written in an iteration of a resident run, on average over those that checkpoint_every writes whole and those
+    between them."""
     most: int
     """Of all checkpoints and exports at once, by the cadence."""
 
 
 def disk_bytes(config: Config, hf: HFConfig) -> DiskBytes:
     """Return what a run writes and keeps, its rollouts not counted (below 0.1 MB each)."""
-    parameters = parameters_of(hf)
-    checkpoint = bytes_of_checkpoint(config, parameters)
-    export = parameters * (2 if config.model.dtype == "bfloat16" else 4)
-    return DiskBytes(checkpoint, export, checkpoint + export, bytes_on_disk(config, parameters))
+    parameters, every = parameters_of(hf), config.checkpoint_every
+    checkpoint, weights = bytes_of_checkpoint(config, parameters), parameters * bytes_of_number(config)
+    whole = checkpoint + weights + (weights if config.save_while_sampling else 0)
+    between = 0 if config.export_directory is not None else 2 * weights  # as Megatron's, and the export
+    written = (whole + (every - 1) * between) // every
+    return DiskBytes(checkpoint, weights, written, bytes_on_disk(config, parameters))
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,20 @@ class Flops:
 
 
 def work_of_iteration(config: Config, hf: HFConfig, lengths: Lengths) -> tuple[Counts, Flops]:
-    """Return tokens and FLOPs of an iteration whose rollouts are all of these lengths."""
+    """Return tokens and FLOPs of an iteration whose rollouts are all of these lengths. A frozen vision tower encodes
+    each picture once, and its masked one: in the sweeps."""
     training, rollout = config.training, config.rollout
     count = rollout.rollout_batch_size // training.global_batch_size
-    steps = [rows_of(hf, config, lengths, training.global_batch_size)] * count
+    steps = [rows_of(hf, config, lengths, range(training.global_batch_size))] * count
     plan = PassPlan.of(config.objective)
-    of_sweeps, of_updates = (
-        accounting.step_accounting(steps, config, hf, passes, 1.0)
-        for passes in (plan.passes_at_start(count, training), plan.passes_of_step(config))
+    encoded = []
+    if "vision_tower" in config.model.freeze and lengths.image_tokens:
+        kinds = 2 if config.objective.uses_masked_image else 1
+        encoded = [lengths.picture] * (kinds * lengths.pictures * rollout.rollout_batch_size)
+    of_sweeps = accounting.step_accounting(
+        steps, config, hf, plan.passes_at_start(count, training), 1.0, encoded=encoded
     )
+    of_updates = accounting.step_accounting(steps, config, hf, plan.passes_of_step(config), 1.0)
     rows = rollout.rollout_batch_size * rollout.group_size
     tokens = Counts(
         sampled=rows * lengths.response_tokens,
@@ -105,60 +113,20 @@ class ServerShare:
 
 def server_share(config: Config, hf: HFConfig, gpu_bytes: int) -> ServerShare:
     """Return what SGLang takes of a GPU while it samples."""
-    server, text = config.server, hf.text
+    server = config.server
     bytes_of = int(server.memory_fraction * gpu_bytes)
-    weights = 2 * parameters_of(hf) // server.tensor_parallel_size
-    cached = 4 * text.num_layers * max(1, text.num_kv_groups // server.tensor_parallel_size) * text.head_dim
+    weights = bytes_of_number(config) * parameters_of(hf) // server.tensor_parallel_size
     return ServerShare(
         gpus=server.replicas * server.tensor_parallel_size,
         shares_gpus=server.shares_gpus,
         bytes=bytes_of,
         weights=weights,
-        cache_tokens=max(0, bytes_of - weights) // cached,
+        cache_tokens=max(0, bytes_of - weights) // cached_bytes(config, hf),
     )
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Of one iteration, and of the run: estimates."""
-
-    sampling: float
-    training: float
-    iteration: float
-    hours: float
-    gpu_hours: float
-    gpus: int
-    mfu: float
-    """Assumed: share of the GPU's peak that training reaches."""
-    gpu: str
-
-
-def seconds_of(config: Config, hf: HFConfig, lengths: Lengths, flops: Flops, mfu: float, gpu: str) -> Seconds:
-    """Return how long an iteration may take, and the run.
-
-    Training: FLOPs over GPUs x peak x mfu, longer by the pipeline's bubble. Sampling: each decoding step reads the
-    weights and what the cache holds of the requests under way.
-    """
-    parallel, server = config.parallel, config.server
-    peak = accounting.PEAK_FLOPS[gpu]
-    stages = parallel.pipeline_model_parallel_size
-    rollouts = config.training.global_batch_size * config.rollout.group_size // parallel.data_parallel_size
-    if config.training.max_tokens_per_micro_batch is not None and config.training.layout == "group":
-        size = lengths.prompt_tokens + config.rollout.group_size * lengths.response_tokens
-        groups = max(1, config.training.max_tokens_per_micro_batch // size)
-        micro_batches = max(1, rollouts // (groups * config.rollout.group_size))
-    else:
-        micro_batches = max(1, rollouts // config.training.micro_batch_size)
-    bubble = (micro_batches + stages - 1) / micro_batches
-    training = flops.total / (parallel.world_size * peak * mfu) * bubble
-    requests = config.rollout.rollout_batch_size * config.rollout.group_size / server.replicas
-    under_way = min(requests, config.rollout.concurrency / server.replicas)
-    weights = 2 * parameters_of(hf) / server.tensor_parallel_size
-    cached = 4 * hf.text.num_layers * hf.text.num_kv_groups * hf.text.head_dim / server.tensor_parallel_size
-    held = under_way * cached * (lengths.prompt_tokens + lengths.response_tokens / 2)
-    step = (weights + held) / BANDWIDTH + STEP_OF_DECODING
-    sampling = math.ceil(requests / max(under_way, 1)) * lengths.response_tokens * step
-    iteration = sampling + training + (SWITCH_SECONDS if server.shares_gpus else 0)
-    gpus = parallel.world_size + (0 if server.shares_gpus else server.replicas * server.tensor_parallel_size)
-    hours = iteration * config.iterations / 3600
-    return Seconds(sampling, training, iteration, hours, hours * gpus, gpus, mfu, gpu)
+def cached_bytes(config: Config, hf: HFConfig) -> int:
+    """Return the bytes of a token's keys and values on each GPU of a server."""
+    text = hf.text
+    groups = max(1, text.num_kv_groups // config.server.tensor_parallel_size)
+    return 2 * bytes_of_number(config) * text.num_layers * groups * text.head_dim

@@ -36,6 +36,21 @@ word "cpu", and no device at all, mean the host."""
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a rank stands in a layout, by megatron-core's order."""
+
+    rank: int
+    tensor: int
+    pipeline: int
+    data: int
+
+    @classmethod
+    def of(cls, rank: int, parallel: ParallelConfig) -> "Place":
+        tensor, data = parallel.tensor_model_parallel_size, parallel.data_parallel_size
+        return cls(rank, rank % tensor, rank // (tensor * data), rank // tensor % data)
+
+
+@dataclass(frozen=True)
 class Replacement:
     """A name of somebody else's module, and what stands there meanwhile."""
 

@@ -1,29 +1,25 @@
 """A few layers traced, all of them told: what layers of one kind add is the same for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
-from megatron_papo.config import Config, ParallelConfig
+from megatron_papo.config import Config
 from megatron_papo.model.hf_config import HFConfig
+from megatron_papo.plan.fake_device import Place
 from megatron_papo.plan.trace import Numbers
-from megatron_papo.plan.workload import Lengths
-
-Trace = Callable[[Config, HFConfig, int, Lengths], Numbers]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands in a layout, by megatron-core's order."""
+class Asked(NamedTuple):
+    """What trace.trace takes."""
 
+    config: Config
+    hf: HFConfig
     rank: int
-    tensor: int
-    pipeline: int
-    data: int
 
-    @classmethod
-    def of(cls, rank: int, parallel: ParallelConfig) -> "Place":
-        tensor, data = parallel.tensor_model_parallel_size, parallel.data_parallel_size
-        return cls(rank, rank % tensor, rank // (tensor * data), rank // tensor % data)
+
+Traces = Callable[[Sequence[Asked]], list[Numbers]]
+"""What makes traces, all that are asked for at once, in that order."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +52,47 @@ def layers_of(hf: HFConfig, stages: int) -> Layers:
     return Layers(hf.text.num_layers // stages, hf.vision.depth - whole, whole)
 
 
-def told(trace: Trace, config: Config, hf: HFConfig, rank: int, lengths: Lengths) -> Numbers:
-    """Return what `trace` finds of a rank, from traces of a model with few layers.
+@dataclass(frozen=True)
+class Share:
+    """A trace, and how often its numbers are added to make those of a rank."""
+
+    asked: Asked
+    times: int
+
+
+def shares_of(config: Config, hf: HFConfig, rank: int, exact: bool = False) -> list[Share]:
+    """Return the traces that a rank's numbers are added up from: of a model with few layers.
 
     With n and n + 1 layers of a kind a number differs by what one layer adds. Exact where a number grows evenly, as all
-    of trace.Numbers do but for padding of a few hundred bytes.
+    of trace.Numbers do but for padding of a few hundred bytes. exact: one trace of all layers.
     """
     stages = config.parallel.pipeline_model_parallel_size
     whole = layers_of(hf, stages)
     few = Layers(*(min(getattr(FEW, field.name), getattr(whole, field.name)) for field in fields(Layers)))
-    kinds = [field.name for field in fields(Layers) if getattr(whole, field.name) > getattr(few, field.name)]
+    more = {field.name: getattr(whole, field.name) - getattr(few, field.name) for field in fields(Layers)}
     if Place.of(rank, config.parallel).pipeline > 0:
-        kinds = [kind for kind in kinds if kind == "decoder"]  # the tower is on the first stage
-    if sum(getattr(whole, kind) - getattr(few, kind) for kind in kinds) <= len(kinds):
-        return trace(config, hf, rank, lengths)
-    base = trace(config, few.of_model(hf, stages), rank, lengths)
-    numbers = dict(base)
-    for kind in kinds:
-        count = getattr(few, kind)
-        more = trace(config, replace(few, **{kind: count + 1}).of_model(hf, stages), rank, lengths)
-        for name in base:
-            numbers[name] += (getattr(whole, kind) - count) * (more.get(name, 0) - base[name])
-    return numbers
+        more = {"decoder": more["decoder"]}  # the tower is on the first stage
+    more = {kind: count for kind, count in more.items() if count > 0}
+    if exact or sum(more.values()) <= len(more):
+        return [Share(Asked(config, hf, rank), 1)]
+    shares = [Share(Asked(config, few.of_model(hf, stages), rank), 1 - sum(more.values()))]
+    for kind, count in more.items():
+        one_more = replace(few, **{kind: getattr(few, kind) + 1})
+        shares.append(Share(Asked(config, one_more.of_model(hf, stages), rank), count))
+    return shares
+
+
+def added(shares: Sequence[Share], numbers: Sequence[Numbers]) -> Numbers:
+    """Return the numbers of a rank from those of its shares' traces."""
+    names = numbers[0]
+    return {
+        name: sum(share.times * of_trace.get(name, 0) for share, of_trace in zip(shares, numbers, strict=True))
+        for name in names
+    }
+
+
+def told(traces: Traces, config: Config, hf: HFConfig, ranks: Sequence[int], exact: bool = False) -> list[Numbers]:
+    """Return the numbers of some ranks, asking for all traces at once."""
+    by_rank = [shares_of(config, hf, rank, exact) for rank in ranks]
+    made = iter(traces([share.asked for shares in by_rank for share in shares]))
+    return [added(shares, [next(made) for _ in shares]) for shares in by_rank]

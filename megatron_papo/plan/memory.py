@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_papo.checkpoint.hashed_files import BLOCK
 from megatron_papo.checkpoint.torch_dist_writer import CHUNK_BYTES
 from megatron_papo.config import Config
-from megatron_papo.plan.layers import Place
+from megatron_papo.plan.fake_device import Place
 from megatron_papo.plan.trace import Numbers
 from megatron_papo.training.collator import KEPT_PICTURE_BYTES
 
@@ -109,15 +109,25 @@ class HostBytes:
     save: int
     """While a checkpoint is saved."""
     pictures: int
-    """Prepared pictures that are kept, at most."""
+    """Prepared pictures that are kept, at most; of a frozen vision tower also what it says about them."""
+    servers: int
+    """Weights of servers that have given up their GPUs."""
+    exports: int
+    """In export_directory."""
     processes: int
     total: int
 
 
-def host_bytes(numbers: Numbers, config: Config) -> HostBytes:
-    """Return what a node needs, by a rank of the fullest kind."""
+def host_bytes(numbers: Numbers, config: Config, parameters: int) -> HostBytes:
+    """Return what a node needs, by a rank of the fullest kind. parameters: of the whole model."""
     count = min(GPUS_OF_NODE, config.parallel.world_size)
     reference = count * numbers["pinned"] if config.objective.uses_reference else 0
     save = count * save_bytes()
     pictures, processes = count * KEPT_PICTURE_BYTES, int(count * PROCESS_BYTES)
-    return HostBytes(count, reference, save, pictures, processes, reference + save + pictures + processes)
+    if "vision_tower" in config.model.freeze:
+        pictures += int(count * config.training.encoded_picture_gigabytes * 1e9)
+    weights = parameters * (2 if config.model.dtype == "bfloat16" else 4)
+    servers = config.server.replicas * weights if config.server.shares_gpus else 0
+    exports = 0 if config.export_directory is None else 3 * weights  # two, and one that is being made
+    total = reference + save + pictures + processes + servers + exports
+    return HostBytes(count, reference, save, pictures, servers, exports, processes, total)

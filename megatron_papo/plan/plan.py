@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from megatron_papo.config import Config
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.plan import estimates
-from megatron_papo.plan.estimates import Counts, DiskBytes, Flops, Seconds, ServerShare
-from megatron_papo.plan.layers import Place, Trace, told
-from megatron_papo.plan.memory import HostBytes, RankPlan, allowance, host_bytes, rank_plan
+from megatron_papo.plan.estimates import Counts, DiskBytes, Flops, ServerShare
+from megatron_papo.plan.fake_device import Place
+from megatron_papo.plan.layers import Traces, told
+from megatron_papo.plan.memory import CONTEXT_BYTES, NCCL_BYTES, HostBytes, RankPlan, allowance, host_bytes, rank_plan
+from megatron_papo.plan.seconds import Seconds, seconds_of
 from megatron_papo.plan.workload import Lengths
 
 
@@ -17,10 +18,8 @@ from megatron_papo.plan.workload import Lengths
 class Question:
     """What is asked of a configuration."""
 
-    longest: Lengths
-    """Of the rollouts that must fit."""
     usual: Lengths
-    """Of those that tokens, FLOPs and seconds are counted with."""
+    """Of the rollouts that tokens, FLOPs and seconds are counted with."""
     gpu_bytes: int
     ranks: Sequence[int]
     exact: bool
@@ -50,21 +49,19 @@ class Plan:
     """What does not fit, and which key to change."""
 
 
-def plan_of(config: Config, hf: HFConfig, question: Question, trace: Trace) -> Plan:
+def plan_of(config: Config, hf: HFConfig, question: Question, traces: Traces) -> Plan:
     """Return the plan of a configuration.
 
     Args:
         config: whole; its layout divides the model.
         hf: the model.
         question: what is asked, of ranks that the layout has.
-        trace: trace.trace, or cache.cached of it.
+        traces: makes them, such as processes.in_processes, or cache.cached of it.
     """
     config = as_on_gpus(config)
-    of_rank = trace if question.exact else partial(told, trace)
-    found = {rank: of_rank(config, hf, rank, question.longest) for rank in question.ranks}
+    found = dict(zip(question.ranks, told(traces, config, hf, question.ranks, question.exact), strict=True))
     ranks = [rank_plan(numbers, Place.of(rank, config.parallel)) for rank, numbers in found.items()]
-    beside = int(estimates.SERVER_BESIDE) if config.server.shares_gpus else 0
-    needs = {plan.rank: needed(plan, config) + beside for plan in ranks}
+    needs = {plan.rank: needed(plan, config) + beside(config) for plan in ranks}
     fullest = max(ranks, key=lambda plan: needs[plan.rank])
     tokens, flops = estimates.work_of_iteration(config, hf, question.usual)
     server = estimates.server_share(config, hf, question.gpu_bytes)
@@ -75,12 +72,12 @@ def plan_of(config: Config, hf: HFConfig, question: Question, trace: Trace) -> P
         fullest_rank=fullest.rank,
         needed_bytes=needs[fullest.rank],
         gpu_bytes=question.gpu_bytes,
-        host=host_bytes(found[fullest.rank], config),
+        host=host_bytes(found[fullest.rank], config, estimates.parameters_of(hf)),
         disk=estimates.disk_bytes(config, hf),
         tokens=tokens,
         flops=flops,
         server=server,
-        seconds=estimates.seconds_of(config, hf, question.usual, flops, question.mfu, question.gpu),
+        seconds=seconds_of(config, hf, question.usual, flops, question.gpu_bytes, question.mfu, question.gpu),
         fits=not problems,
         problems=problems,
     )
@@ -94,16 +91,23 @@ def as_on_gpus(config: Config) -> Config:
 
 
 def first_ranks(config: Config) -> list[int]:
-    """Return the first rank of each pipeline stage: tensor- and data-parallel ranks hold as much as it."""
+    """Return the first rank of the first, second and last pipeline stage: tensor- and data-parallel ranks hold as much
+    as it, and a stage between the second and the last has fewer micro-batches under way than the second."""
     parallel = config.parallel
     step = parallel.tensor_model_parallel_size * parallel.data_parallel_size
-    return list(range(0, parallel.world_size, step))
+    last = parallel.pipeline_model_parallel_size - 1
+    return [stage * step for stage in sorted({0, min(1, last), last})]
 
 
 def needed(plan: RankPlan, config: Config) -> int:
     """Return what a rank's GPU must have, without what a server keeps of it."""
     peak = plan.phases[plan.fullest].peak_bytes
     return peak + allowance(peak, config)
+
+
+def beside(config: Config) -> int:
+    """Return what a server that has given up its memory keeps of a GPU that trains."""
+    return int(estimates.SERVER_BESIDE) if config.server.shares_gpus else 0
 
 
 def problems_of_training(plan: RankPlan, need: int, config: Config, gpu_bytes: int) -> list[str]:
@@ -144,12 +148,22 @@ def changes(config: Config, phase: str) -> list[str]:
 
 
 def problems_of_server(server: ServerShare, config: Config, gpu_bytes: int) -> list[str]:
-    """Return what does not fit on a GPU that samples."""
+    """Return what does not fit on a GPU that samples. Where it also trains, the training process is still there, with
+    its context and its communicators."""
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if server.cache_tokens >= longest:
-        return []
-    tensor = 2 * config.server.tensor_parallel_size
-    return [
-        f"a server has room for {server.cache_tokens} tokens beside {server.weights / 1e9:.1f} GB of weights on each of"
-        f" its GPUs, and one rollout may have {longest}: --set server.tensor_parallel_size={tensor}"
-    ]
+    problems = []
+    if server.cache_tokens < longest:
+        tensor = 2 * config.server.tensor_parallel_size
+        problems.append(
+            f"a server has room for {server.cache_tokens} tokens beside {server.weights / 1e9:.1f} GB of weights on"
+            f" each of its GPUs, and one rollout may have {longest}: --set server.tensor_parallel_size={tensor}"
+        )
+    others = estimates.SERVER_BESIDE + (CONTEXT_BYTES + NCCL_BYTES if server.shares_gpus else 0)
+    most = int(100 * (gpu_bytes - others) / gpu_bytes) / 100
+    if server.bytes + others > gpu_bytes:
+        problems.append(
+            f"server.memory_fraction {config.server.memory_fraction} leaves"
+            f" {(gpu_bytes - server.bytes) / 1e9:.1f} GB of a GPU, and {others / 1e9:.1f} GB are taken to be needed"
+            f" beside weights and cache: --set server.memory_fraction={max(most, 0.01):.2f}"
+        )
+    return problems

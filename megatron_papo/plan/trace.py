@@ -21,18 +21,17 @@ from megatron_papo.distributed import process_groups
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.model.log_probs import one_for_all
 from megatron_papo.pictures.preprocess import TEMPORAL
-from megatron_papo.plan.fake_device import DEVICE, FakeDevice
+from megatron_papo.plan.fake_device import DEVICE, FakeDevice, Place
 from megatron_papo.plan.ledger import Ledger
-from megatron_papo.plan.workload import Lengths, rows_of
+from megatron_papo.plan.workload import copies_in_update, fullest, rows_of
 from megatron_papo.run.records import Rollout
-from megatron_papo.training import accounting
 from megatron_papo.training.collator import Collator, Kind, MicroBatch, Pictures, kinds_of
 from megatron_papo.training.forward_step import PerRollout
 from megatron_papo.training.layouts import layout_of
 from megatron_papo.training.loss_recipe import loss_recipe
 from megatron_papo.training.passes import Passes, PassPlan, StepRows, split_into_steps
 from megatron_papo.training.policy import Policy
-from megatron_papo.training.rows import Grid, TrainingRollout
+from megatron_papo.training.rows import TrainingRollout
 
 Numbers = dict[str, int]
 """What a trace found, by name. All of them grow evenly with the number of layers of a kind (layers.py).
@@ -41,7 +40,8 @@ parameters          of this rank
 main_parameters     of which this rank's optimizer holds main parameter and moments
 pinned              bytes of the reference's copy on the host
 PHASE/PART/peak     bytes held at most, PHASE/PART/live at the end; build, resident, sweep_reference, sweep_policy,
-                    sweep_masked, update, optimizer; the parts are those of the model (WholePasses)
+                    sweep_masked, update, optimizer; the parts are those of the model (Parts), of micro-batches with
+                    pictures and of those without
 PHASE/kernels       per micro-batch; PHASE/communication/NAME bytes of a collective's arguments
 """
 
@@ -60,7 +60,7 @@ class PlannedPasses(Passes):
 class PlannedCollator(Collator):
     """Makes micro-batches of pictures that are no files."""
 
-    def __init__(self, config: Config, hf: HFConfig, picture: Grid, device: FakeDevice):
+    def __init__(self, config: Config, hf: HFConfig, device: FakeDevice):
         super().__init__(
             config,
             hf,
@@ -69,14 +69,18 @@ class PlannedCollator(Collator):
             device=DEVICE,
             dtype=getattr(torch, config.model.dtype),
         )
-        self.picture, self.on = picture, device
+        self.on = device
         self.made: Counter[str] = Counter()
         """Micro-batches, by phase."""
+        self.shows = ""
+        """What the present micro-batch shows."""
 
     def collate(self, rows: Sequence[TrainingRollout], pictures: Pictures = "original") -> MicroBatch:
         """Return the micro-batch, after saying what will be read of its values."""
+        self._grids = {row.rollout.prompt_id: row.grids for row in rows}
         batch = super().collate(rows, pictures)
         self.made[self.on.ledger.phase] += 1
+        self.shows = "pictures" if rows[0].grids else "text"
         tokens = [grid[1] * grid[2] // self.hf.vision.spatial_merge_size**2 for grid in batch.image_grids]
         self.on.ledger.integer = sum(tokens[picture] for picture in batch.pictures)
         return batch
@@ -98,7 +102,7 @@ class PlannedCollator(Collator):
 
     def _patches(self, rollout: Rollout, kind: Kind) -> list[Tensor]:
         patch = torch.zeros(1, self.hf.vision.patch_values // TEMPORAL, dtype=torch.uint8)
-        return [patch.expand(math.prod(self.picture), -1) for _ in rollout.images]
+        return [patch.expand(math.prod(grid), -1) for grid in self._grids[rollout.prompt_id]]
 
 
 @dataclass(frozen=True)
@@ -109,32 +113,44 @@ class Work:
     updated: StepRows
 
 
-def work_of(config: Config, hf: HFConfig, lengths: Lengths, data_rank: int) -> Work:
-    """Return the first micro-batches of a step's share of a data-parallel rank: of the update one more than can be
-    under way."""
-    parallel, training = config.parallel, config.training
-    stages, layout = parallel.pipeline_model_parallel_size, layout_of(training)
-    rows = rows_of(hf, config, lengths, training.global_batch_size)
-    step = split_into_steps(rows, config, data_rank, parallel.data_parallel_size)[0]
-    copies = len(kinds_of(accounting.update(config.objective, training).pictures))
-    sweeps = layout.plan(step.own, training.log_prob_micro_batch_size)[: 1 if stages == 1 else 2]
-    updates = layout.plan(step.own, training.micro_batch_size, copies)[: stages + 1]
-
-    def first(count: int) -> StepRows:
-        own, places = step.own[:count], step.places[:count]
-        return replace(step, own=own, denominators=step.denominators[:count], places=places)
-
-    return Work(first(sum(map(len, sweeps))), first(sum(map(len, updates))))
+def work_of(config: Config, hf: HFConfig, data_rank: int, stage: int) -> Work:
+    """Return the fullest micro-batches of a data-parallel rank: of the update as many as a pipeline stage has under
+    way, and one more."""
+    training = config.training
+    under_way = config.parallel.pipeline_model_parallel_size - stage
+    copies = copies_in_update(config)
+    return Work(
+        _first(config, hf, data_rank, training.log_prob_micro_batch_size, 1, 1 if under_way == 1 else 2),
+        _first(config, hf, data_rank, training.micro_batch_size, copies, under_way + 1),
+    )
 
 
-def trace(config: Config, hf: HFConfig, rank: int, lengths: Lengths) -> Numbers:
-    """Return what a rank of the layout holds and computes.
+def _first(config: Config, hf: HFConfig, data_rank: int, size: int, copies: int, count: int) -> StepRows:
+    """Return a rank's share of steps of the fullest rollouts, as far as its first `count` micro-batches go; of several
+    kinds of such rollouts one micro-batch of each but the last, whose pictures pile up on a first pipeline stage."""
+    groups, whole = config.training.global_batch_size, StepRows([], [], [], [])
+    kinds = fullest(config, copies)
+    for number, lengths in enumerate(kinds):
+        rows = rows_of(hf, config, lengths, range(number * groups, (number + 1) * groups))
+        step = split_into_steps(rows, config, data_rank, config.parallel.data_parallel_size)[0]
+        is_last = number == len(kinds) - 1
+        parts = layout_of(config.training).plan(step.own, size, copies)
+        taken = sum(map(len, parts[: max(1, count - number) if is_last else 1]))
+        whole.all.extend(step.all)
+        whole.own.extend(step.own[:taken])
+        whole.places.extend(place + number * len(rows) for place in step.places[:taken])
+        whole.denominators.extend(step.denominators[:taken])
+    return whole
+
+
+def trace(config: Config, hf: HFConfig, rank: int) -> Numbers:
+    """Return what a rank of the layout holds and computes, with the fullest micro-batches that the configuration
+    admits.
 
     Args:
         config: a whole configuration.
         hf: sizes of the model.
         rank: of parallel.world_size.
-        lengths: of every rollout.
     """
     ledger = Ledger()
     before = one_for_all.set(ledger.counted)
@@ -142,13 +158,13 @@ def trace(config: Config, hf: HFConfig, rank: int, lengths: Lengths) -> Numbers:
     gc.freeze()  # the libraries' own objects need not be looked at again and again
     try:
         with FakeDevice(rank, config.parallel, ledger) as device:
-            return _trace(config, hf, lengths, device)
+            return _trace(config, hf, device)
     finally:
         one_for_all.reset(before)
         gc.unfreeze()
 
 
-def _trace(config: Config, hf: HFConfig, lengths: Lengths, device: FakeDevice) -> Numbers:
+def _trace(config: Config, hf: HFConfig, device: FakeDevice) -> Numbers:
     ledger = device.ledger
     ledger.mark("build/model")
     policy = Policy(config, hf)
@@ -157,21 +173,22 @@ def _trace(config: Config, hf: HFConfig, lengths: Lengths, device: FakeDevice) -
     gc.collect()
     ledger.mark("resident/all")
 
-    work = work_of(config, hf, lengths, process_groups.dp_group().rank())
+    place = Place.of(device.rank, config.parallel)
+    work = work_of(config, hf, place.data, place.pipeline)
     several = config.rollout.rollout_batch_size > config.training.global_batch_size
-    plan, collator = PassPlan.of(config.objective), PlannedCollator(config, hf, lengths.picture, device)
+    plan, collator = PassPlan.of(config.objective), PlannedCollator(config, hf, device)
 
-    def passes_over(*steps: StepRows) -> PlannedPasses:
+    def passes_over(*steps: StepRows, plan: PassPlan = plan) -> PlannedPasses:
         return PlannedPasses(config, hf, list(steps), plan, collator, lambda rollouts: None)
 
-    parts = Parts(policy, ledger)
+    parts = Parts(policy, ledger, collator)
     sweeps, update = passes_over(work.swept), passes_over(work.updated)
     if plan.reference:
         with parts.of("sweep_reference"):
             sweeps.sweep_reference(policy)
     if plan.of_first_step or several:
         with parts.of("sweep_policy"):
-            passes_over(*[work.swept] * (2 if several else 1)).sweep_policy(policy.model)
+            passes_over(*[work.swept] * (2 if several else 1), plan=once(plan, several)).sweep_policy(policy.model)
     if plan.before_each_step:
         with parts.of("sweep_masked"):
             sweeps.sweep(policy.model, sweeps.rows, plan.before_each_step)
@@ -188,6 +205,14 @@ def _trace(config: Config, hf: HFConfig, lengths: Lengths, device: FakeDevice) -
     policy.model.module.zero_grad()
     ledger.mark("end")
     return _numbers(policy, main_parameters, ledger, collator.made)
+
+
+def once(plan: PassPlan, several: bool) -> PassPlan:
+    """Return a plan whose sweeps before the first step see each rollout once: masked pictures are as large as others,
+    and so are the first step's rollouts. several: there are later steps."""
+    if "original" in plan.of_first_step:  # compared with each other
+        return plan
+    return replace(plan, of_first_step=() if several else plan.of_first_step[:1], of_later_steps=("original",))
 
 
 def _numbers(policy: Policy, main_parameters: int, ledger: Ledger, made: Counter[str]) -> Numbers:
@@ -252,11 +277,11 @@ class Parts:
     """Marks in a ledger which part of the model computes: a phase's peak within each of them grows evenly with the
     number of layers, that of the whole phase does not."""
 
-    def __init__(self, policy: Policy, ledger: Ledger):
-        self.ledger, self.phase = ledger, ""
+    def __init__(self, policy: Policy, ledger: Ledger, collator: PlannedCollator):
+        self.ledger, self.collator, self.phase = ledger, collator, ""
         model = policy.model.module.module if hasattr(policy.model.module, "module") else policy.model.module
         if model.vision_model is not None:
-            model.vision_model.register_forward_pre_hook(lambda *_: self._mark("tower"))
+            model.vision_model.register_forward_pre_hook(lambda *_: self._mark(self._named("tower")))
             model.vision_model.register_forward_hook(lambda _, args, out: self._forward(out, "embed", "tower backward"))
         decoder = model.language_model.decoder
         decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
@@ -276,12 +301,15 @@ class Parts:
 
     def _before_decoder(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
-        self._watch(hidden, "embed backward")
-        self._mark("decoder")
+        self._watch(hidden, self._named("embed backward"))
+        self._mark(self._named("decoder"))
 
     def _forward(self, out: object, after: str, backward: str) -> None:
-        self._watch(out[0] if isinstance(out, tuple) else out, backward)
-        self._mark(after)
+        self._watch(out[0] if isinstance(out, tuple) else out, self._named(backward))
+        self._mark(self._named(after))
+
+    def _named(self, part: str) -> str:
+        return f"{self.collator.shows}: {part}"
 
     def _watch(self, tensor: object, part: str) -> None:
         if isinstance(tensor, Tensor) and tensor.requires_grad:

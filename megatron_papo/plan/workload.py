@@ -1,4 +1,4 @@
-"""Rollouts that are nothing but long: what a plan computes with in place of an iteration's own."""
+"""Rollouts of given lengths and nothing else: what a plan computes with in place of an iteration's own."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,8 @@ from megatron_papo.config import Config
 from megatron_papo.errors import UserError
 from megatron_papo.model.hf_config import HFConfig
 from megatron_papo.run.records import Rewards, Rollout
+from megatron_papo.training import accounting
+from megatron_papo.training.collator import kinds_of
 from megatron_papo.training.rows import Grid, TrainingRollout
 
 CELL = 28
@@ -20,11 +22,14 @@ class Lengths:
     """Image tokens included."""
     response_tokens: int
     picture: Grid
-    """(1, rows, columns) of the patches of a prompt's one picture; (1, 0, 0): none."""
+    """(1, rows, columns) of the patches of a picture; (1, 0, 0): none."""
+    pictures: int = 1
+    """Of each prompt, all of one size."""
 
     @property
     def image_tokens(self) -> int:
-        return self.picture[1] * self.picture[2] // 4
+        """Of a prompt."""
+        return self.pictures * (self.picture[1] * self.picture[2] // 4)
 
     @property
     def pixels(self) -> str:
@@ -32,17 +37,59 @@ class Lengths:
 
 
 def longest(config: Config) -> Lengths:
-    """Return the longest rollout that a configuration admits."""
-    tokens, largest = config.data.max_prompt_tokens, config.data.max_pixels // CELL**2
-    return Lengths(tokens, config.rollout.max_response_tokens, picture_of(min(largest, max(0, tokens - 1))))
+    """Return the longest rollout that a configuration admits, with as much of pictures as its prompt can hold."""
+    return filled(config, config.data.max_prompt_tokens, config.rollout.max_response_tokens)
+
+
+def filled(config: Config, prompt_tokens: int, response_tokens: int) -> Lengths:
+    """Return rollouts whose prompts are pictures but for a few tokens, of a size that the configuration admits."""
+    largest, smallest = config.data.max_pixels // CELL**2, -(-config.data.min_pixels // CELL**2)
+    room = prompt_tokens - 1
+    count = -(-room // largest) if largest else 0
+    while count and room // count < smallest:
+        count -= 1
+    if count == 0:
+        return Lengths(prompt_tokens, response_tokens, (1, 0, 0))
+    return Lengths(prompt_tokens, response_tokens, picture_of(min(largest, room // count)), count)
+
+
+def copies_in_update(config: Config) -> int:
+    """Return how many rows of each rollout a micro-batch of an update has: its own, and those of its other views."""
+    return len(kinds_of(accounting.update(config.objective, config.training).pictures))
+
+
+def fullest(config: Config, copies: int) -> list[Lengths]:
+    """Return rollouts whose micro-batches hold most: no others that a configuration admits make fuller ones.
+
+    In the plain layout a micro-batch is so many rollouts, and the longest are the worst. In the group layout it is so
+    many tokens; what they are decides what is held beside the decoder's share: nearly all of them responses (logits),
+    or nearly all pictures, of many groups with short responses (vision tower). Between those two all grows evenly.
+
+    Args:
+        config: limits of prompts, responses and pictures, and the layout.
+        copies: rows of each rollout in a micro-batch, as copies_in_update.
+    """
+    worst, size = longest(config), config.rollout.group_size
+    if config.training.layout == "plain" or config.training.max_tokens_per_micro_batch is None:
+        return [worst]
+    room = config.training.max_tokens_per_micro_batch // copies
+    if room <= worst.prompt_tokens + worst.response_tokens:  # such a rollout is a micro-batch of its own
+        return [worst]
+    of_group = room // -(-room // (1 + size * worst.response_tokens))
+    response = min(worst.response_tokens, max(1, (of_group - 1) // size))
+    prompt = min(worst.prompt_tokens, max(1, of_group - size * response))
+    in_group = room // -(-room // (worst.prompt_tokens + size))
+    return [
+        Lengths(prompt, response, (1, 0, 0)),
+        filled(config, max(1, min(worst.prompt_tokens, in_group - size)), 1),
+    ]
 
 
 def usual(config: Config, prompt_tokens: int, response_tokens: int, picture_tokens: int) -> Lengths:
-    """Return rollouts of these lengths, or of what the configuration admits where that is less."""
-    most = longest(config)
-    prompt = min(prompt_tokens, most.prompt_tokens)
-    picture = picture_of(min(picture_tokens, most.image_tokens, max(0, prompt - 1)))
-    return Lengths(prompt, min(response_tokens, most.response_tokens), picture)
+    """Return rollouts of these lengths with one picture, or of what the configuration admits where that is less."""
+    prompt = min(prompt_tokens, config.data.max_prompt_tokens)
+    picture = picture_of(min(picture_tokens, config.data.max_pixels // CELL**2, max(0, prompt - 1)))
+    return Lengths(prompt, min(response_tokens, config.rollout.max_response_tokens), picture)
 
 
 def picture_of(tokens: int) -> Grid:
@@ -55,24 +102,24 @@ def picture_of(tokens: int) -> Grid:
     return 1, 2 * rows, 2 * columns
 
 
-def rows_of(hf: HFConfig, config: Config, lengths: Lengths, groups: int) -> list[TrainingRollout]:
-    """Return so many groups of rollouts, one after the other, each group with a picture of its own.
+def rows_of(hf: HFConfig, config: Config, lengths: Lengths, groups: range) -> list[TrainingRollout]:
+    """Return groups of rollouts with these numbers, one after the other, each group with pictures of its own.
 
     Raises UserError where the picture does not fit into the prompt.
     """
     text = lengths.prompt_tokens - lengths.image_tokens
     if text < 1:
         raise UserError(
-            f"a prompt of {lengths.prompt_tokens} tokens cannot hold a picture of {lengths.image_tokens}: give a"
+            f"a prompt of {lengths.prompt_tokens} tokens cannot hold pictures of {lengths.image_tokens}: give a"
             " smaller picture or a longer prompt"
         )
     token = 0 if hf.image_token_id else 1
     prompt = [hf.image_token_id] * lengths.image_tokens + [token] * text
     response, log_probs = [token] * lengths.response_tokens, [-1.0] * lengths.response_tokens
-    grids = [lengths.picture] if lengths.image_tokens else []
+    grids = [lengths.picture] * lengths.pictures if lengths.image_tokens else []
     rewards = Rewards(overall=1.0, accuracy=1.0, format=1.0)
     rows = []
-    for group in range(groups):
+    for group in groups:
         for sample in range(config.rollout.group_size):
             rollout = Rollout.model_construct(
                 prompt_id=str(group),
@@ -83,7 +130,7 @@ def rows_of(hf: HFConfig, config: Config, lengths: Lengths, groups: int) -> list
                 answer="",
                 prompt_token_ids=prompt,
                 prompt_num_tokens=len(prompt),
-                images=[f"{group}.png"] if grids else [],
+                images=[f"{group}_{number}.png" for number in range(len(grids))],
                 saliency=[],
                 response_token_ids=response,
                 rollout_log_probs=log_probs,

@@ -19,10 +19,10 @@ from megatron_papo.config_files import load_config
 from megatron_papo.distributed import process_groups
 from megatron_papo.model import log_probs
 from megatron_papo.model.hf_config import read_hf_config
+from megatron_papo.plan.fit import least_bytes
 from megatron_papo.plan.layers import told
 from megatron_papo.plan.plan import as_on_gpus
 from megatron_papo.plan.trace import constants_of, make_moments, trace, work_of
-from megatron_papo.plan.workload import longest
 from megatron_papo.training.collator import Collator
 from megatron_papo.training.loss_recipe import loss_recipe
 from megatron_papo.training.passes import Passes, PassPlan
@@ -84,12 +84,12 @@ def measured(config, hf):
     policy = Policy(config, hf)
     policy.make_random()
     make_moments(policy)
-    lengths = longest(config)
-    work = work_of(config, hf, lengths, 0)
+    work = work_of(config, hf, 0, 0)
     several = config.rollout.rollout_batch_size > config.training.global_batch_size
     plan = PassPlan.of(config.objective)
     collator = RealCollator(config, hf, Path(), with_pixels=True, device=process_groups.device(), dtype=policy.dtype)
-    collator.shape = (lengths.picture[1] * lengths.picture[2], hf.vision.patch_values // 2)
+    picture = work.updated.own[-1].grids[0]
+    collator.shape = (picture[1] * picture[2], hf.vision.patch_values // 2)
     constants = constants_of(config, plan, several, work.updated.own)
 
     def passes(*steps):
@@ -103,6 +103,10 @@ def measured(config, hf):
     }
     process_groups.shutdown()
     return found
+
+
+def traces(asked):
+    return [trace(*each) for each in asked]
 
 
 def whole(numbers, phases):
@@ -130,7 +134,7 @@ def main():
     else:
         config, cases = config_of("training.layout=plain"), {name: CASES[name] for name in sys.argv[2:]}
         hf = model_of("tiny", **LAYERS)
-    numbers = trace(config, hf, 0, longest(config))
+    numbers = trace(config, hf, 0)
     found = {
         "planned": {name: whole(numbers, phases) for name, phases in
                     {"sweep_policy": ["sweep_policy"], "update": ["update", "optimizer"]}.items()},
@@ -140,8 +144,11 @@ def main():
     }  # fmt: skip
     for name, (rank, changes) in cases.items():
         of_case = config_of(*changes)
-        exact = trace(of_case, hf, rank, longest(of_case))
-        found["cases"][name] = {"exact": exact, "told": told(trace, of_case, hf, rank, longest(of_case))}
+        found["cases"][name] = {
+            "exact": told(traces, of_case, hf, [rank], exact=True)[0],
+            "told": told(traces, of_case, hf, [rank])[0],
+            "least": least_bytes(of_case, hf),
+        }
     found["measured"] = measured(config, hf)
     Path(sys.argv[1]).write_text(json.dumps(found))
 
