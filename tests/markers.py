@@ -77,6 +77,7 @@ MARKERS = {
         "slurm",
         "test_resident.py::test_an_export_that_was_in_memory_is_made_again",
         "test_resident.py::test_stage_by_stage_goes_on_from_weights_alone",
+        "plan/test_fit.py::test_machine_files_state_what_a_trace_finds",
         "plan/test_plan.py::test_a_real_step_of_true_width_holds_as_much",
         "plan/test_plan.py::test_few_layers_tell_all_of_other_layouts",
         "test_resident.py::test_asked_to_end_while_it_waits_it_saves_what_only_memory_holds",

@@ -144,6 +144,8 @@ def main() -> None:
         raise UserError("--fit and --gpus go together: give both, e.g. --fit --gpus 8")
     if args.fit and (args.rank is not None or args.all or args.top < 1):
         raise UserError("--fit looks at ranks by itself, and for one layout or more: leave out --rank and --all")
+    if args.write is not None and not args.write.absolute().parent.is_dir():
+        raise UserError(f"--write {args.write}: no such directory: name a file in one that is there")
     config = load_config(args.config or args.run / "config.yaml", args.overrides)
     hf = model_of(config, args.model, args.geometry)
     if not args.fit:

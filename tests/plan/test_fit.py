@@ -17,7 +17,7 @@ from megatron_papo.plan.memory import host_bytes
 from megatron_papo.plan.plan import Question, problems_of_server
 from megatron_papo.plan.seconds import seconds_of
 from megatron_papo.plan.workload import usual
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run_module
 from tests.workers.plan_worker import model_of
 
 PUBLISHED = ROOT / "configs" / "papo_g_3b.yaml"
@@ -98,15 +98,7 @@ def test_every_candidate_uses_all_gpus_and_goes_together(config):
             assert of.parallel.world_size + (0 if server.shares_gpus else serving) == gpus
             assert of.parallel.tensor_model_parallel_size in (1, 2, 4)  # 8 does not divide 28 heads
             assert not server.shares_gpus or (gpus <= 8 and of.checkpoint_every == 1)
-            load_config(PUBLISHED, [f"{key}={value}" for key, value in settings(of).items()])  # valid
-
-
-def settings(config):
-    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size", "sequence_parallel")
-    return {f"parallel.{key}": getattr(config.parallel, key) for key in keys} | {
-        "server.shares_gpus": config.server.shares_gpus,
-        "checkpoint_every": config.checkpoint_every,
-    }
+        assert type(of).model_validate(of.model_dump()) == of  # of the last of them: its keys go together
 
 
 def test_nothing_fits_where_the_state_alone_is_too_large(config):
@@ -227,6 +219,17 @@ def test_machine_files_are_what_the_command_writes(name):
     assert now == text
     assert written(name, keep_exports=50)[0] != text  # control
     assert yaml.safe_load(text)["model"]["path"] == f"Qwen2.5-VL-{MACHINES[name][0].upper()}-Instruct"
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_machine_files_state_what_a_trace_finds(name, tmp_path):
+    size, gigabytes, _ = MACHINES[name]
+    (tmp_path / "preset.yaml").write_text(f"extends: [{ROOT}/configs/published.yaml, {ROOT}/configs/{name}.yaml]\n")
+    arguments = ["--config", tmp_path / "preset.yaml", "--geometry", size, "--gpu-memory", f"{gigabytes}GB"]
+    file = tmp_path / "written.yaml"
+    done = run_module("tools.plan_memory", *arguments, "--write", file, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    assert Traced.read(file.read_text()) == Traced.read((ROOT / "configs" / f"{name}.yaml").read_text())
 
 
 def test_another_comment_is_refused():

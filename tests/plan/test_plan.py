@@ -56,6 +56,13 @@ def test_the_resident_state_is_what_the_recipe_says(found):
     assert bytes_of <= found["resident"] <= bytes_of + 512 * 4 * 200
 
 
+def test_what_is_not_traced_would_not_fit(found):
+    """--fit leaves out what arithmetic shows to be too large: never more than a trace finds."""
+    case = found["cases"]["first stage"]
+    peak = max(value for name, value in case["exact"].items() if name.endswith("/peak"))
+    assert 0.2 * peak < case["least"] <= peak
+
+
 def differences(case: dict) -> dict:
     """What few layers tell otherwise than all, beyond the padding of buckets and the rounding of the allocator."""
     exact, few = case["exact"], case["told"]
@@ -75,6 +82,8 @@ def test_few_layers_tell_all_of_other_layouts(tmp_path):
     assert done.returncode == 0, done.stderr
     cases = json.loads((tmp_path / "found.json").read_text())["cases"]
     assert {name: differences(case) for name, case in cases.items()} == dict.fromkeys(names, {})
+    for case in cases.values():
+        assert case["least"] <= max(value for name, value in case["exact"].items() if name.endswith("/peak"))
 
 
 # -- without torch's fake tensors --------------------------------------------------------------------------------------

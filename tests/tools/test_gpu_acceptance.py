@@ -68,7 +68,10 @@ def test_an_iteration_is_measured(task):
     for metrics in found["layouts"].values():
         assert metrics["moved"] and metrics["gradient_norm"] > 0
         words = iteration.as_words(metrics | {"mfu": 0.25, "peak_memory_bytes": 2e9})
-        assert "tokens/s, MFU 25.0%" in words and "sweeps" in words and "2.0 GB" in words
+        assert "tokens/s, MFU 25.0%" in words and "sweeps" in words and "2.0 GB" in words and "plan" not in words
+        assert iteration.as_words(metrics | {"peak_memory_bytes": 2e9, "planned_bytes": 3e9}).endswith(
+            "rollouts has 3.0"
+        )
     # the group layout computes each prompt once for its group
     plain, group = found["layouts"]["plain"], found["layouts"]["group"]
     assert group["sweep_tokens_computed"] < 0.5 * plain["sweep_tokens_computed"]

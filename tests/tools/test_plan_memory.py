@@ -44,6 +44,13 @@ def test_json(tmp_path):
         (["--geometry", "3b", "--gpu", "TPU"], "--gpu TPU: its peak is not known"),
         (["--geometry", "3b", "--mfu", "0"], "--mfu 0.0: give a share above 0"),
         (["--model", "nowhere"], "nowhere: no such directory: give --model DIR, or --geometry"),
+        (["--geometry", "3b", "--fit"], "--fit and --gpus go together: give both, e.g. --fit --gpus 8"),
+        (["--geometry", "3b", "--gpus", "8"], "--fit and --gpus go together"),
+        (["--geometry", "3b", "--fit", "--gpus", "8", "--all"], "--fit looks at ranks by itself"),
+        (["--geometry", "3b", "--fit", "--gpus", "0"], "--gpus 0: give the number of GPUs, at least 1"),
+        (["--geometry", "3b", "--fit", "--gpus", "12"], "--gpus 12: of several nodes with 8 GPUs each"),
+        (["--geometry", "72b", "--fit", "--gpus", "1"], "--fit: no layout of 1 GPUs of 80GB holds this model"),
+        (["--geometry", "3b", "--write", "/nowhere/file.yaml"], "--write /nowhere/file.yaml: no such directory"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(arguments, said, monkeypatch):

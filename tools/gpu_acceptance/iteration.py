@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ WORKING_BYTES = 14e9
 LAYER_PARAMETERS, OTHER_PARAMETERS = 77.1e6, 0.98e9
 """Of a decoder layer of 3B; of its vision tower and its embeddings."""
 FILE = "iteration.ranks.json"
+GEOMETRY = "geometry"
 
 
 def run(task: Task) -> Iterator[Line | Fact]:
@@ -45,6 +46,8 @@ def run(task: Task) -> Iterator[Line | Fact]:
     found = json.loads(file.read_text())
     yield Fact("iteration", found["shape"])
     for layout, metrics in found["layouts"].items():
+        if "peak_memory_bytes" in metrics:
+            metrics["planned_bytes"] = planned_bytes(found["settings"][layout], task.output / GEOMETRY)
         said = f"loss {metrics['loss']:.3g}, gradient norm {metrics['gradient_norm']:.3g}"
         yield Line(f"{what}, {layout} layout", passed_if(metrics["moved"]), said)
         yield Fact(f"iteration, {layout} layout", as_words(metrics))
@@ -63,7 +66,25 @@ def as_words(metrics: dict[str, float]) -> str:
             words[-1] += f", MFU {metrics[f'{prefix}mfu']:.1%}"
     if "peak_memory_bytes" in metrics:
         words.append(f"at most {metrics['peak_memory_bytes'] / 1e9:.1f} GB held by tensors")
+    if "planned_bytes" in metrics:
+        words[-1] += (
+            f", where the plan of the fullest micro-batches of such rollouts has {metrics['planned_bytes'] / 1e9:.1f}"
+        )
     return "; ".join(words)
+
+
+def planned_bytes(settings: Sequence[str], model: Path) -> float:
+    """Return the most bytes that a plan says tensors hold in sweeps and steps; its own process does not see the GPU.
+
+    Args:
+        settings: `section.key=value`, on top of CONFIG.
+        model: Directory with the model's config.json.
+    """
+    words = [sys.executable, "-m", "tools.plan_memory", "--config", str(CONFIG), "--model", str(model), "--json"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run([*words, "--rank", "0"], stdout=subprocess.PIPE, text=True, check=True)
+    (rank,) = json.loads(done.stdout)["ranks"]
+    return float(max(rank["phases"][phase]["peak_bytes"] for phase in ("sweep_policy", "update", "optimizer")))
 
 
 def geometry(output: Path, device: str, ranks: int) -> tuple[Path, int]:
@@ -78,13 +99,22 @@ def geometry(output: Path, device: str, ranks: int) -> tuple[Path, int]:
         free = torch.cuda.mem_get_info()[0] - WORKING_BYTES
         room = free / bytes_per_parameter(ranks) - OTHER_PARAMETERS
         layers = max(1, min(layers, int(room / LAYER_PARAMETERS)))
-    directory = output / "geometry"
+    directory = output / GEOMETRY
     directory.mkdir(exist_ok=True)
     if ranks == 1 or torch.distributed.get_rank() == 0:
         (directory / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": layers}))
     if ranks > 1:
         torch.distributed.barrier()
     return directory, layers
+
+
+def longest_of(shape: Shape) -> list[str]:
+    """Return settings that admit rollouts of this shape and no longer ones."""
+    return [
+        f"data.max_prompt_tokens={shape.prompt_tokens}",
+        f"data.max_pixels={int(0.9 * shape.prompt_tokens) * 784}",
+        f"rollout.max_response_tokens={2 * shape.response_tokens}",
+    ]
 
 
 def bytes_per_parameter(ranks: int) -> float:
@@ -114,6 +144,7 @@ def measure(output: Path, device: str, quick: bool) -> dict[str, Any]:
         "data.min_pixels=784",
     ]
     layouts: dict[str, dict[str, float]] = {}
+    settings: dict[str, list[str]] = {}
     config = load_config(CONFIG, changes)
     process_groups.initialize(config.parallel)
     hf = read_hf_config(directory)
@@ -123,12 +154,13 @@ def measure(output: Path, device: str, quick: bool) -> dict[str, Any]:
         budget = shape.prompt_tokens + 8 * shape.response_tokens
         of_layout = [f"training.layout={layout}", f"training.max_tokens_per_micro_batch={budget}"]
         layouts[layout] = one_iteration(task, policy, load_config(CONFIG, [*changes, *of_layout]), shape)
+        settings[layout] = [*changes, *of_layout, *longest_of(shape)]
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     process_groups.shutdown()
     words = f"{layers} decoder layers, {count / 1e6:,.1f} M parameters, {config.model.dtype}, data-parallel {ranks};"
     words += f" {shape.groups} groups of {config.rollout.group_size}, prompts of {shape.prompt_tokens} tokens,"
     words += f" responses of {shape.response_tokens}, two steps of which the second counts"
-    return {"shape": words, "layouts": layouts}
+    return {"shape": words, "layouts": layouts, "settings": settings}
 
 
 def one_iteration(task: Task, policy: "Policy", config: "Config", shape: Shape) -> dict[str, float]:
