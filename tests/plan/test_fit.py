@@ -23,14 +23,11 @@ from tests.workers.plan_worker import model_of
 PUBLISHED = ROOT / "configs" / "papo_g_3b.yaml"
 MACHINES = {
     # file: (size, GB of a GPU, what was asked beside the preset and the size)
-    "3b_8x80gb": ("3b", 80, ""),
-    "7b_8x80gb": ("7b", 80, ""),
-    "32b_24x80gb": ("32b", 80, ""),
-    "72b_40x80gb": ("72b", 80, ""),
-    "3b_4x80gb": ("3b", 80, "--fit --gpus 4 --top 1"),
-    "7b_4x80gb": ("7b", 80, "--fit --gpus 4 --top 1"),
-    "3b_8x40gb": ("3b", 40, "--fit --gpus 8 --gpu-memory 40GB --top 1"),
-    "7b_8x40gb": ("7b", 40, "--fit --gpus 8 --gpu-memory 40GB --top 1"),
+    "3b_8x80gb": ("3b", 80, "--fit --gpus 8 --top 1"),
+    "7b_8x80gb": ("7b", 80, "--fit --gpus 8 --top 1"),
+    "3b_8x40gb": ("3b", 40, "--fit --gpus 8 --top 1 --gpu-memory 40GB"),
+    "32b_24x80gb": ("32b", 80, "--rank 0"),
+    "72b_40x80gb": ("72b", 80, "--rank 0"),
 }
 
 

@@ -1,12 +1,14 @@
 """tools.plan_memory as a user runs it: its JSON, its tables, what it refuses."""
 
 import json
+import shlex
 
 import pytest
 
 from megatron_papo.errors import UserError
-from tests.helpers import run_module
-from tools import plan_memory
+from tests.helpers import ROOT, run_module
+from tools import plan_memory, start_run
+from tools.convert.geometry import config_tree
 
 TINY = ["--config", "configs/demo.yaml", "--geometry", "tiny"]
 ONE = "parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_size=1 parallel.sequence_parallel=false"
@@ -29,6 +31,28 @@ def test_json(tmp_path):
     assert plan["fits"] is False and "rank 0" in plan["problems"][0]
     assert plan["disk"]["export"] == 4 * rank["parameters"]  # float32
     assert list((tmp_path / "megatron_papo" / "plan").glob("*.json"))
+    # a dry run prints what is known, and nothing of what would have to be traced
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config_tree("tiny")))
+    assert "TP1 x PP1 x DP1" in needs_of_dry_run(tmp_path, "data.max_prompt_tokens=64")
+    assert needs_of_dry_run(tmp_path, "data.max_prompt_tokens=65") == ""
+
+
+def needs_of_dry_run(directory, setting):
+    """What run_all.sh would print of a run with this setting, whose traces are kept below `directory`."""
+    arguments = [*TINY[:2], *LAYOUT, "--set", setting, "--set", f"model.path={directory / 'model'}", "--name", "needs"]
+    arguments += ["--dry-run", "--write", "--caller", ROOT]
+    done = run_module("tools.start_run", *arguments, env={"XDG_CACHE_HOME": str(directory)}, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (needs,) = [word for word in shlex.split(done.stdout) if word.startswith("NEEDS=")]
+    return needs.removeprefix("NEEDS=")
+
+
+def test_a_plan_is_of_a_dry_run(monkeypatch):
+    with pytest.raises(UserError, match="--plan goes with --dry-run"):
+        start_run.parse(["--plan", "80GB"])
+    with pytest.raises(UserError, match="--plan 80: a number with its unit is expected"):
+        start_run.parse(["--plan", "80", "--dry-run"])
 
 
 @pytest.mark.parametrize(
