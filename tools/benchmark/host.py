@@ -24,7 +24,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ from megatron_papo.model.hf_config import HFConfig, read_hf_config
 from megatron_papo.pictures import preprocess
 from megatron_papo.pictures.decode import Transparency
 from megatron_papo.plan.fake_device import DEVICE, FakeDevice
-from megatron_papo.plan.layers import told
+from megatron_papo.plan.layers import Asked, told
 from megatron_papo.plan.ledger import Ledger
 from megatron_papo.plan.plan import as_on_gpus
 from megatron_papo.plan.trace import PlannedCollator, constants_of
@@ -124,8 +123,8 @@ def counts(config: Config, hf: HFConfig, rank: int, lengths: Lengths, groups: in
     with FakeDevice(rank, config.parallel, ledger) as device:
         policy = Policy(config, hf)
         policy.make_random()
-        rows = rows_of(hf, config, lengths, groups)
-        plan, collator = PassPlan.of(config.objective), PlannedCollator(config, hf, lengths.picture, device)
+        rows = rows_of(hf, config, lengths, range(groups))
+        plan, collator = PassPlan.of(config.objective), PlannedCollator(config, hf, device)
         constants = constants_of(config, plan, True, rows)
         training, temperature = config.training, config.rollout.temperature
         denominators = denominators_of([counts_of(row) for row in rows], config.objective)
@@ -153,7 +152,11 @@ def counted(args: argparse.Namespace, config: Config) -> dict[str, float]:
         (Path(directory) / "config.json").write_text(json.dumps(config_tree(args.geometry)))
         hf = read_hf_config(Path(directory))
     lengths = Lengths(args.prompt_tokens, args.response_tokens, picture_of(args.picture_tokens))
-    found = told(partial(counts, groups=args.groups), config, hf, 0, lengths)
+
+    def traces(asked: Sequence[Asked]) -> list[Counts]:
+        return [counts(*each, lengths, args.groups) for each in asked]
+
+    (found,) = told(traces, config, hf, [0])
     plan, steps = PassPlan.of(config.objective), config.rollout.rollout_batch_size // config.training.global_batch_size
     sweeps = sum(plan.count_at_start(number) for number in range(steps)) / steps + plan.count_of_steps - 1
     rollouts = args.groups * config.rollout.group_size
