@@ -178,7 +178,7 @@ def _trace(config: Config, hf: HFConfig, device: FakeDevice) -> Numbers:
     several = config.rollout.rollout_batch_size > config.training.global_batch_size
     plan, collator = PassPlan.of(config.objective), PlannedCollator(config, hf, device)
 
-    def passes_over(*steps: StepRows, plan: PassPlan = plan) -> PlannedPasses:
+    def passes_over(*steps: StepRows) -> PlannedPasses:
         return PlannedPasses(config, hf, list(steps), plan, collator, lambda rollouts: None)
 
     parts = Parts(policy, ledger, collator)
@@ -188,7 +188,7 @@ def _trace(config: Config, hf: HFConfig, device: FakeDevice) -> Numbers:
             sweeps.sweep_reference(policy)
     if plan.of_first_step or several:
         with parts.of("sweep_policy"):
-            passes_over(*[work.swept] * (2 if several else 1), plan=once(plan, several)).sweep_policy(policy.model)
+            passes_over(*[work.swept] * (2 if several else 1)).sweep_policy(policy.model)
     if plan.before_each_step:
         with parts.of("sweep_masked"):
             sweeps.sweep(policy.model, sweeps.rows, plan.before_each_step)
@@ -205,14 +205,6 @@ def _trace(config: Config, hf: HFConfig, device: FakeDevice) -> Numbers:
     policy.model.module.zero_grad()
     ledger.mark("end")
     return _numbers(policy, main_parameters, ledger, collator.made)
-
-
-def once(plan: PassPlan, several: bool) -> PassPlan:
-    """Return a plan whose sweeps before the first step see each rollout once: masked pictures are as large as others,
-    and so are the first step's rollouts. several: there are later steps."""
-    if "original" in plan.of_first_step:  # compared with each other
-        return plan
-    return replace(plan, of_first_step=() if several else plan.of_first_step[:1], of_later_steps=("original",))
 
 
 def _numbers(policy: Policy, main_parameters: int, ledger: Ledger, made: Counter[str]) -> Numbers:

@@ -222,7 +222,7 @@ METHODS = {
 PARTS = ["grpo", "dapo", "papo_g_no_kl_ref", "3b_8x80gb", "7b_8x80gb", "32b_24x80gb", "72b_40x80gb"]
 """config.json of Qwen/Qwen2.5-VL-*-Instruct, their number of parameters (half of total_size in
 model.safetensors.index.json), and the layout of our presets."""
-OTHER_MACHINES = ["3b_8x40gb"]
+OTHER_MACHINES = ["3b_4x80gb", "3b_8x40gb", "7b_4x80gb"]
 SHARED = ("3b", "7b")
 """Sizes whose preset trains and samples on the same GPUs, which takes a checkpoint in each iteration."""
 

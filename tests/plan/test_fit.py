@@ -26,6 +26,8 @@ MACHINES = {
     "3b_8x80gb": ("3b", 80, "--fit --gpus 8 --top 1"),
     "7b_8x80gb": ("7b", 80, "--fit --gpus 8 --top 1"),
     "3b_8x40gb": ("3b", 40, "--fit --gpus 8 --top 1 --gpu-memory 40GB"),
+    "3b_4x80gb": ("3b", 80, "--fit --gpus 4 --top 1"),
+    "7b_4x80gb": ("7b", 80, "--fit --gpus 4 --top 1"),
     "32b_24x80gb": ("32b", 80, "--rank 0"),
     "72b_40x80gb": ("72b", 80, "--rank 0"),
 }
