@@ -463,7 +463,7 @@ def log_probs_of(server: "Server", prompts: Sequence["Prompt"], side: Side, judg
             values = await http.call(
                 server,
                 "/generate",
-                encode({**body, "rid": rid}, is_own_server=False),
+                encode({**body, "rid": rid}),
                 believe=partial(read_probe, rid=rid),
                 timeout_seconds=REQUEST_SECONDS,
                 most_bytes=CONTROL_BYTES + BYTES_PER_TOKEN * prompt.num_tokens,

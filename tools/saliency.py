@@ -67,7 +67,8 @@ def load_model(directory: Path) -> Any:
         kind = json.loads((directory / "config.json").read_text()).get("model_type")
         if kind not in ("dinov2", "dinov2_with_registers"):
             raise UserError(f"{directory}: a model of type {kind}: give the directory of a DINOv2 checkpoint")
-        return AutoModel.from_pretrained(directory, attn_implementation="eager", local_files_only=True).eval()
+        options = {"attn_implementation": "eager", "local_files_only": True}
+        return AutoModel.from_pretrained(directory, trust_remote_code=False, **options).eval()
 
 
 def pixels_of(data: Path, names: Sequence[str], size: int) -> "torch.Tensor":

@@ -87,7 +87,7 @@ class Control:
         return await self._call(
             server,
             "/generate",
-            encode(body, isinstance(server, OwnedServer)),
+            encode(body),
             lambda content: read_probe(content, rid),
             f"probe with prompt {shown(probe.prompt.id)}",
             CONTROL_BYTES + BYTES_PER_TOKEN * probe.prompt.num_tokens,

@@ -22,7 +22,6 @@ from megatron_papo.sglang.http import CONTROL_BYTES, Fault, Http, Refused, Timed
 from megatron_papo.sglang.replicas import Replica, Replicas, ServerLost
 from megatron_papo.sglang.requests import Request, Sampling, build_request, encode, prefix_request
 from megatron_papo.sglang.sample_store import SampleStore
-from megatron_papo.sglang.server_record import OwnedServer
 
 ABORT_SECONDS = 10.0
 """How long cancelled requests get to say how far they had come."""
@@ -241,7 +240,7 @@ class Delivery:
             self.http.call(
                 replica.server,
                 "/generate",
-                encode(body, isinstance(replica.server, OwnedServer)),
+                encode(body),
                 believe=believe,
                 timeout_seconds=self.limits.timeout_seconds,
                 most_bytes=self._most_bytes,

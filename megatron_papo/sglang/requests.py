@@ -105,16 +105,10 @@ def _quoted(image: str) -> bytes:
     return json.dumps(image).encode()
 
 
-def encode(body: dict, is_own_server: bool) -> bytes:
-    """Return the body of a request as JSON; a picture is quoted once for all samples of its group.
-
-    A server of the pipeline's own gets no mm_hashes: it keeps no ViT outputs (server_environment.py), and its cache of
-    prepared pictures fails with them. SGLang 0.5.21 marks a picture's places in the prompt by its own hash and then
-    looks for them by ours.
-    """
+def encode(body: dict) -> bytes:
+    """Return the body of a request as JSON; a picture is quoted once for all samples of its group."""
     images = body.get("image_data", ())
-    unsent = {"image_data", "mm_hashes"} if is_own_server else {"image_data"}
-    content = json.dumps({name: value for name, value in body.items() if name not in unsent}).encode()
+    content = json.dumps({name: value for name, value in body.items() if name != "image_data"}).encode()
     return content[:-1] + b', "image_data": [' + b", ".join(map(_quoted, images)) + b"]}" if images else content
 
 

@@ -37,10 +37,6 @@ PORT_ATTEMPTS = 3
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 15.0
 """How often a server that is starting is spoken of."""
-PICTURE_CACHE_MIB = 4096
-"""Host memory in which a server keeps pictures that it has resized and cut into patches, for the other requests of a
-group: pixels, nothing that weights have made of them. 8.5 MB each at the published size. SGLang has none for this model
-by itself; extra_arguments may say otherwise."""
 ONE_PROCESS = "server.tensor_parallel_size: a server on a CPU is one process: --set server.tensor_parallel_size=1"
 NOT_OF_ONE_SERVER = {
     "start_timeout_seconds", "replicas", "health_interval_seconds", "health_timeout_seconds", "max_restarts",
@@ -96,7 +92,6 @@ def _start_once(launch: Launch) -> OwnedServer:
     command = [*launcher(sglang_python(config), config, launch.replica)]
     command += ["--model-path", str(launch.model), "--dtype", launch.dtype]
     command += ["--host", host, "--port", str(port)]
-    command += ["--mm-preprocess-cache-size-mb", str(PICTURE_CACHE_MIB)]
     if config.max_total_tokens is not None:
         command += ["--max-total-tokens", str(config.max_total_tokens)]
     command += config.extra_arguments

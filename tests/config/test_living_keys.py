@@ -195,7 +195,7 @@ def test_show_config_prints_every_key_with_its_source_kind_and_meaning():
         ("seed", "2", "--set seed=2, frozen"),
         ("objective.kl_prcp_coef", "0.01", "configs/papo_d_7b.yaml, frozen"),
         ("objective.clip_ratio_high", "0.28", "configs/dapo.yaml, frozen"),
-        ("server.first_gpu", "4", "configs/7b_8x80gb.yaml, living"),
+        ("server.first_gpu", "0", "configs/7b_8x80gb.yaml, living"),
         ("optimizer.learning_rate", "1e-06", "configs/published.yaml, frozen"),
         ("sft", "null", "configs/published.yaml, frozen"),
     ]:

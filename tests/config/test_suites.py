@@ -146,7 +146,7 @@ def test_the_files_that_the_page_shows_are_configurations(tmp_path):
     for number, text in enumerate(shown):
         (tmp_path / "configs" / f"{number}.yaml").write_text(text)
         sets.append(list(load_config(tmp_path / "configs" / f"{number}.yaml").evaluation_sets))
-    assert sets == [list(SETS), ["evaluation", *SETS, "my_set"]]
+    assert sets == [list(SETS), [*SETS, "my_set"]]
 
 
 def test_a_local_copy_takes_the_place_of_hub_names_alone():

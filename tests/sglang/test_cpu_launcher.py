@@ -37,13 +37,13 @@ def test_tiled_products_are_products(rows):
 
 
 def test_log_probs_of_a_long_row_are_exact_and_do_not_depend_on_the_batch():
-    """Qwen's vocabulary; float32 holds log-probs of size 16 to 1e-6. Control: torch's own are ten times as far off."""
+    """Qwen's vocabulary; float32 holds log-probs of size 16 to 1e-6. Control: torch's own are several times worse."""
     torch.set_num_threads(1)
     logits = 3 * torch.randn(6, 151936, generator=torch.Generator().manual_seed(1))
     exact = torch.log_softmax(logits.double(), -1)
     found = log_softmax(logits, -1)
     assert (found - exact).abs().max() < 3e-6 and (found - exact).mean().abs() < 3e-7
-    assert (torch.log_softmax(logits, -1) - exact).abs().max() > 1e-5
+    assert (torch.log_softmax(logits, -1) - exact).abs().max() > 6e-6  # 9e-6 with AVX-512, more with AVX2
     assert all(torch.equal(log_softmax(logits[row : row + 1], -1), found[row : row + 1]) for row in range(6))
     assert torch.equal(log_softmax(logits[:, :448], -1), torch.log_softmax(logits[:, :448], -1))
     assert log_softmax(logits.bfloat16(), -1).dtype == torch.bfloat16

@@ -249,7 +249,6 @@ def test_replicas_are_started_found_and_stopped_together(tmp_path, monkeypatch):
     assert [command[command.index("--base-gpu-id") + 1] for command in commands] == ["4", "6", "8"]
     assert all(command[command.index("--tp") + 1] == "2" for command in commands)
     assert not any("--enable-memory-saver" in command for command in commands)
-    assert all("--mm-preprocess-cache-size-mb" in command for command in commands)
     with monkeypatch.context() as elsewhere, pytest.raises(UserError, match="^no nvcc "):
         elsewhere.setenv("CUDA_HOME", str(tmp_path / "gone"))
         sglang_server.open_servers(str(tmp_path / "other"), tmp_path, config, "bfloat16")

@@ -1,12 +1,12 @@
 """tools.plan_memory as a user runs it: its JSON, its tables, what it refuses."""
 
 import json
-import shlex
 
 import pytest
 
+from megatron_papo.config_files import load_config
 from megatron_papo.errors import UserError
-from tests.helpers import ROOT, run_module
+from tests.helpers import DEMO_CONFIG, run_module
 from tools import plan_memory, start_run
 from tools.convert.geometry import config_tree
 
@@ -15,7 +15,7 @@ ONE = "parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_si
 LAYOUT = [word for setting in ONE.split() for word in ("--set", setting)]
 
 
-def test_json(tmp_path):
+def test_json(tmp_path, monkeypatch):
     arguments = [*TINY, *LAYOUT, "--json", "--gpu-memory", "1GB", "--set", "data.max_prompt_tokens=64"]
     done = run_module("tools.plan_memory", *arguments, env={"XDG_CACHE_HOME": str(tmp_path)}, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -34,18 +34,11 @@ def test_json(tmp_path):
     # a dry run prints what is known, and nothing of what would have to be traced
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(config_tree("tiny")))
-    assert "TP1 x PP1 x DP1" in needs_of_dry_run(tmp_path, "data.max_prompt_tokens=64")
-    assert needs_of_dry_run(tmp_path, "data.max_prompt_tokens=65") == ""
-
-
-def needs_of_dry_run(directory, setting):
-    """What run_all.sh would print of a run with this setting, whose traces are kept below `directory`."""
-    arguments = [*TINY[:2], *LAYOUT, "--set", setting, "--set", f"model.path={directory / 'model'}", "--name", "needs"]
-    arguments += ["--dry-run", "--write", "--caller", ROOT]
-    done = run_module("tools.start_run", *arguments, env={"XDG_CACHE_HOME": str(directory)}, timeout=600)
-    assert done.returncode == 0, done.stderr
-    (needs,) = [word for word in shlex.split(done.stdout) if word.startswith("NEEDS=")]
-    return needs.removeprefix("NEEDS=")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    of_model = [*LAYOUT[1::2], f"model.path={tmp_path / 'model'}"]
+    known, unknown = (load_config(DEMO_CONFIG, [*of_model, f"data.max_prompt_tokens={n}"]) for n in (64, 65))
+    assert "TP1 x PP1 x DP1" in "\n".join(plan_memory.needs(known, None))
+    assert plan_memory.needs(unknown, None) == []
 
 
 def test_a_plan_is_of_a_dry_run(monkeypatch):

@@ -67,7 +67,7 @@ def test_a_run_without_a_network_reads_what_was_downloaded(hub, home, tmp_path):
 
     assert "me/rows" not in start(f"model.path={path}") and "no such directory" not in start(f"model.path={path}")
     limits = ["data.min_pixels=3136", "data.max_pixels=50176", "rollout.rollout_batch_size=4", f"model.path={path}"]
-    limits += ["training.global_batch_size=4", "data.max_suspicious_share=1"]
+    limits += ["training.global_batch_size=4", "parallel.data_parallel_size=4", "data.max_suspicious_share=1"]
     arguments = ["--config", PRESET, *settings(*DATA, *limits), "--output", tmp_path / "data"]
     made = run_module("stages.stage1_prepare_data", *arguments, env=offline)
     assert made.returncode == 0, made.stderr
