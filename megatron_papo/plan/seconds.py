@@ -2,8 +2,8 @@
 
 Training: the FLOPs of accounting.py, with those of recomputation, at a share of the GPU's peak; no micro-batch faster
 than its kernels are launched; what tensor- and data-parallel ranks exchange; the pipeline's bubble. Sampling: each
-decoding step reads the weights and what the cache holds; before it each picture is prepared once. Not in it:
-evaluations, starts, what dynamic sampling throws away.
+decoding step reads the weights and what the cache holds; before it the server prepares the pictures of every request
+anew. Not in it: evaluations, starts, what dynamic sampling throws away.
 """
 
 import math
@@ -94,7 +94,8 @@ def _sampling(config: Config, hf: HFConfig, lengths: Lengths, gpu_bytes: int) ->
     under_way = max(1.0, min(requests, rollout.concurrency / server.replicas, fitting))
     held = under_way * cached_bytes(config, hf) * (lengths.prompt_tokens + lengths.response_tokens / 2)
     step = (share.weights + held) / BANDWIDTH + STEP_OF_DECODING
-    pictures = lengths.pictures * rollout.rollout_batch_size if lengths.image_tokens else 0
+    asked = rollout.rollout_batch_size * (rollout.group_size + 1)  # + 1: the prompt alone, before
+    pictures = lengths.pictures * asked if lengths.image_tokens else 0
     return pictures / (PICTURES * server.replicas) + math.ceil(requests / under_way) * lengths.response_tokens * step
 
 
