@@ -39,9 +39,9 @@ def test_a_real_step_holds_as_much(found, phase):
     """Of what comes on top of the resident state. A sweep with several pictures in a prompt was 2.8 % off, not
     explained yet: the host's own tensors are in what is measured on a CPU, and not in the plan."""
     planned, measured = found["planned"][phase], found["measured"][phase]
-    share = {"sweep_policy": 0.035, "update": 0.005}[phase]
+    share, control = {"sweep_policy": (0.035, 10), "update": (0.005, 50)}[phase]
     assert within(planned, measured, share)
-    assert not within(planned + planned // 10, measured, share)  # negative control
+    assert not within(planned + planned // control, measured, share)  # negative control
 
 
 @pytest.mark.parametrize("phase", ["sweep_policy", "update"])
